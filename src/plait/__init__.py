@@ -1,0 +1,1 @@
+"""plait: decentralized federated fine-tuning with LoRA."""

@@ -1,0 +1,160 @@
+"""The complete description of one run: frozen, validated, saved as `config.json`.
+
+One flat dataclass is the command line (`plait run --help`), the file format (`--config run.toml`)
+and the Python API (`plait.run(Config(...))`). A preset (presets.py) is a function that returns one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Head = Literal["frozen", "mixed", "local"]
+Pooling = Literal["auto", "model", "mean"]
+OptimizerState = Literal["reset_each_round", "reset_each_phase", "keep"]
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Weights = Literal["metropolis", "laplacian", "sequential"]
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: a method, a task, a partition, a topology and the settings of local training."""
+
+    # -- the method
+    method: str = "adf"
+    """What trains and what travels in each round; `plait methods` lists them."""
+    switch_every: int = 5
+    """Rounds between switches of the active factor, T (methods that alternate)."""
+    rounds: int = 20
+    """Rounds: each is local training plus one exchange with the neighbours."""
+    seed: int = 0
+    """The one seed of the run; every random draw derives from it."""
+
+    # -- the data
+    task: str = "demo"
+    """The data set; `plait tasks` lists them. `file` is your own data."""
+    glue_dir: str | None = None
+    """A folder in the layout of the GLUE archive; without it GLUE comes from the hub."""
+    train_file: str | None = None
+    """`--task file`: training rows, CSV, TSV, JSONL or Parquet."""
+    dev_file: str | None = None
+    """`--task file`: the rows on which the result is reported."""
+    text_columns: str = "text"
+    """`--task file`: the text column, or two for pairs: `premise,hypothesis`."""
+    label_column: str = "label"
+    """`--task file`: the column with the label."""
+    key_column: str | None = None
+    """`--task file`: the column that names the natural client of a row (`--label-skew key`)."""
+    max_length: int = 128
+    """Longer texts are cut to this number of tokens."""
+    clients: int = 10
+    """Number of clients, N."""
+    label_skew: str = "paper"
+    """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `key`, or a JSON file with
+    one label mixture for each client."""
+    client_size: int | None = None
+    """Rows for each client; as many as there are when not given."""
+
+    # -- the model
+    backbone: str = "minilm"
+    """`minilm` (the embedded one), a model folder, or a name on the Hugging Face hub."""
+    pooling: Pooling = "auto"
+    """What the classifier sees: the model's own head, or the normalised mean of the last hidden
+    states with a linear layer. `auto` takes `mean` where the checkpoint has no head to freeze."""
+    head: Head | None = None
+    """Classifier head: `frozen` as in the paper, trained and `mixed`, or trained and `local`.
+    The default is `frozen` with the model's own head and `mixed` with mean pooling."""
+    rank: int = 8
+    """LoRA rank, r."""
+    alpha: float = 16.0
+    """LoRA scale: the update is (alpha / r) B A."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA branch."""
+    target_modules: str | None = None
+    """Linear layers to adapt, comma-separated; PEFT's default for the architecture if not given."""
+    top_layers: int | None = None
+    """Adapt only the last so many layers; the ones below are computed once for each text."""
+
+    # -- local training
+    local_steps: int = 8
+    """Optimizer steps of each client in a round, K."""
+    batch_size: int = 16
+    """Rows of a client in a step."""
+    lr: float = 1e-3
+    """Learning rate of the LoRA factors."""
+    head_lr: float = 1e-2
+    """Learning rate of a trained head."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: float | None = 1.0
+    """Each client's gradient is scaled down to this norm; `None` for no clipping."""
+    optimizer_state: OptimizerState = "reset_each_round"
+    """When AdamW's moments start anew."""
+
+    # -- the topology
+    topology: str = "pairs"
+    """Who meets whom; `plait topologies` lists them."""
+    p: float = 0.1
+    """Probability of an edge (`pairs`, `erdos_renyi`)."""
+    weights: Weights = "metropolis"
+    """Mixing weights of a graph."""
+    edges_file: str | None = None
+    """`--topology file`: an edge list, or a contact trace with a round for each line."""
+
+    # -- evaluation and the machine
+    eval_every: int = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+    eval_rows: int | None = None
+    """Evaluate on so many rows between the first and the last round; all if not given."""
+    eval_split: Split = "test"
+    """The rows that are reported. `validation` is for choosing settings."""
+    save_every: int = 10
+    """Rounds between checkpoints."""
+    dtype: Dtype = "float32"
+    """Type of the frozen weights; the factors are always float32."""
+    device: Device = "auto"
+    """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
+    chunk_tokens: int = 2048
+    """About so many tokens are computed at once: bounds memory and fits the cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run, with the reason and the fix."""
+        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every",
+                     "max_length", "eval_every", "save_every", "chunk_tokens"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("eval_rows", "client_size", "top_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")
+        for name in ("lr", "head_lr", "alpha"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or None.")
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p is {self.p}; a probability lies between 0 and 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Config:
+        """The config of `to_json`; an unknown key is a `ValueError`."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"Unknown settings: {', '.join(unknown)}. `plait run --help` has all.")
+        return cls(**values)
+
+    def digest(self) -> str:
+        """Sixteen hex digits that are equal when and only when two configs are."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
