@@ -1,0 +1,162 @@
+"""What a run says. An engine is a generator of these; whatever looks at a run loops over them.
+
+`events.jsonl` has one line for each. The summary of a run is a function of its events alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plait.config import Config
+from plait.metrics import LayerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The run is prepared.
+
+    Attributes:
+        task: The task's name.
+        metric: What the scores measure, such as `accuracy`.
+        label_names: The classes; empty for scores.
+        label_counts: (N, C) rows of each class at each client; (N, 1) for scores.
+        majority: Score of always answering the most frequent class of the evaluated split; 0
+            for metrics other than accuracy.
+        parameters: Factor name -> parameters of one client.
+        rho: Of the topology: how much of the disagreement survives a round, in [0, 1].
+        device: Where it computes.
+        seconds: Time to prepare.
+    """
+
+    task: str
+    metric: str
+    label_names: tuple[str, ...]
+    label_counts: list[list[int]]
+    majority: float
+    parameters: dict[str, int]
+    rho: float
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundDone:
+    """Local training and mixing of a round.
+
+    Attributes:
+        round: From 0.
+        active: The factors that trained, such as `B`, `A` or `A|B`.
+        shared: The factors that travelled.
+        train_losses: (N,) each client's mean training loss over its local steps.
+        edges: (i, j, w_ij) of this round, i != j: client i heard j and gave it the weight.
+        rho: ||W - J||_2 of this round.
+        sent_bytes: What all clients sent in this round.
+        before: Every layer after local training.
+        after: Every layer after mixing.
+        train_seconds: Time of the local phase.
+        mix_seconds: Time of mixing.
+    """
+
+    round: int
+    active: str
+    shared: str
+    train_losses: list[float]
+    edges: list[tuple[int, int, float]]
+    rho: float
+    sent_bytes: int
+    before: list[LayerState]
+    after: list[LayerState]
+    train_seconds: float
+    mix_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """The clients' own models and the averaged model on held-out rows.
+
+    Attributes:
+        round: The round that was just done, from 0; -1 is before the first.
+        rows: How many rows.
+        scores: (N,) the task's metric of each client's own model.
+        losses: (N,).
+        averaged_score: Of the model with the mean factors.
+        averaged_loss: Of the model with the mean factors.
+        seconds: Time it took.
+    """
+
+    round: int
+    rows: int
+    scores: list[float]
+    losses: list[float]
+    averaged_score: float
+    averaged_loss: float
+    seconds: float
+
+
+Event = Started | RoundDone | Evaluated
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Started, RoundDone, Evaluated)}
+
+
+def to_line(event: Event) -> str:
+    """One line of JSON, the event's kind first."""
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
+
+
+def from_line(line: str) -> Event:
+    """The event of `to_line`."""
+    values = json.loads(line)
+    kind = KINDS[values.pop("event")]
+    if kind is RoundDone:
+        for moment in ("before", "after"):
+            values[moment] = [LayerState(**layer) for layer in values[moment]]
+        values["edges"] = [tuple(edge) for edge in values["edges"]]
+    if kind is Started:
+        values["label_names"] = tuple(values["label_names"])
+    return kind(**values)
+
+
+def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
+    """The figures of a finished run (`summary.json`).
+
+    `accuracy_...` fields hold the task's own metric, which `metric` names. Consensus distances
+    and the cross term are those after the last round's mixing, over all adapted layers together.
+    """
+    events = list(events)
+    started = next(event for event in events if isinstance(event, Started))
+    rounds = [event for event in events if isinstance(event, RoundDone)]
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
+    last, after = evaluations[-1], rounds[-1].after
+    scores = np.array(last.scores)
+    times = [event.train_seconds + event.mix_seconds for event in rounds]
+    return {
+        "method": config.method,
+        "task": config.task,
+        "seed": config.seed,
+        "rounds": config.rounds,
+        "clients": config.clients,
+        "topology": config.topology,
+        "metric": started.metric,
+        "majority": started.majority,
+        "accuracy_client_mean": float(scores.mean()),
+        "accuracy_client_std": float(scores.std()),
+        "accuracy_client_min": float(scores.min()),
+        "accuracy_averaged_model": last.averaged_score,
+        "loss_client_mean": float(np.mean(last.losses)),
+        "loss_averaged_model": last.averaged_loss,
+        "cross_term": float(np.sqrt(sum(layer.cross_term**2 for layer in after))),
+        "consensus_A": sum(layer.consensus_A for layer in after),
+        "consensus_B": sum(layer.consensus_B for layer in after),
+        "rho": started.rho,
+        "sent_bytes": sum(event.sent_bytes for event in rounds),
+        "train_seconds": sum(event.train_seconds for event in rounds),
+        "mix_seconds": sum(event.mix_seconds for event in rounds),
+        "eval_seconds": sum(event.seconds for event in evaluations),
+        "wall_seconds": started.seconds + sum(times) + sum(e.seconds for e in evaluations),
+        "config_digest": config.digest(),
+    }

@@ -1,0 +1,140 @@
+"""From a config to everything that a run needs, ready to compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from plait.backbone import Backbone, load_backbone
+from plait.config import Config
+from plait.events import Started
+from plait.lora import Stack, initial_stack
+from plait.methods import Factor, Method, build_method
+from plait.partition import deal
+from plait.rng import stream
+from plait.tasks import METRICS, Rows, Task, load_task
+from plait.tokens import Tokens, tokenize
+from plait.topology import TOPOLOGIES, build_schedule, measure_rho
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run.
+
+    Attributes:
+        config: With the topology that the method is defined on, where it has one.
+        task: The data as text.
+        method: What trains and what travels.
+        schedule: Round -> W (N, N).
+        backbone: The frozen model.
+        train: The training split, tokenised.
+        held_out: The split that is evaluated, tokenised.
+        shares: Client -> its rows of the training split.
+        started: The first event of the run.
+    """
+
+    config: Config
+    task: Task
+    method: Method
+    schedule: Callable[[int], np.ndarray]
+    backbone: Backbone
+    train: Tokens
+    held_out: Tokens
+    shares: list[np.ndarray]
+    started: Started
+
+    def initial_stack(self) -> Stack:
+        """The common start of all N clients."""
+        backbone = self.backbone
+        return initial_stack(
+            backbone.layout,
+            backbone.head_start,
+            self.config.clients,
+            self.config.seed,
+            backbone.device,
+        )
+
+    def trained(self, round_: int) -> Factor:
+        """What takes local steps in a round: the method's factors, and a head that is trained."""
+        head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
+        return self.method.train(round_) | head
+
+    def shared(self, round_: int) -> Factor:
+        """What travels in a round: the method's factors, and with them a head that is mixed."""
+        shared = self.method.share(round_)
+        mixed = self.backbone.head_policy == "mixed" and shared is not Factor.NONE
+        return shared | Factor.HEAD if mixed else shared
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
+        """The task's metric of logits (R, C) against labels (R,)."""
+        regression = not self.task.label_names
+        answers = logits[:, 0] if regression else logits.argmax(axis=1)
+        return METRICS[self.task.metric](labels, answers)
+
+
+def prepare(config: Config) -> Job:
+    """Load the data, deal it to the clients, load the model, build the topology.
+
+    Raises:
+        ValueError: The config asks for something that isn't there or can't be; the message says
+            what to change.
+    """
+    begin = time.perf_counter()
+    method = build_method(config)
+    if method.topology:
+        config = dataclasses.replace(config, topology=method.topology)
+    schedule = build_schedule(config)
+    task = load_task(config)
+    shares = deal(task.train, task.num_labels, config)
+    backbone = load_backbone(config, task.num_labels)
+    held_out = task.validation if config.eval_split == "validation" else task.test
+    static = TOPOLOGIES[config.topology].static
+    return Job(
+        config=config,
+        task=task,
+        method=method,
+        schedule=schedule,
+        backbone=backbone,
+        train=_tokenized(task.train, backbone, config),
+        held_out=_tokenized(held_out, backbone, config),
+        shares=shares,
+        started=Started(
+            task=task.name,
+            metric=task.metric,
+            label_names=task.label_names,
+            label_counts=_label_counts(task, shares),
+            majority=_majority(task, held_out),
+            parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
+            rho=measure_rho(schedule, config.clients, static),
+            device=str(backbone.device),
+            seconds=time.perf_counter() - begin,
+        ),
+    )
+
+
+def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
+    """`count` rows of a split, the same ones in every run, in ascending order; all for None."""
+    if count is None or count >= len(tokens):
+        return np.arange(len(tokens))
+    return np.sort(stream(0, "eval_rows").choice(len(tokens), count, replace=False))
+
+
+def _tokenized(rows: Rows, backbone: Backbone, config: Config) -> Tokens:
+    return tokenize(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+
+
+def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
+    if not task.label_names:
+        return [[len(share)] for share in shares]
+    size = task.num_labels
+    return [np.bincount(task.train.labels[share], minlength=size).tolist() for share in shares]
+
+
+def _majority(task: Task, rows: Rows) -> float:
+    if task.metric != "accuracy":
+        return 0.0
+    return float(np.bincount(rows.labels).max() / len(rows))

@@ -1,0 +1,200 @@
+"""The local phase: K optimizer steps of every client on its own rows, before anyone exchanges.
+
+Clients are computed a chunk at a time, all K steps of a chunk before the next, so that a chunk's
+factors and activations stay in cache; the result does not depend on how they are cut.
+
+Legend: n clients of a chunk, b texts of each in a step, P parameters of a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim.adamw import adamw
+
+from plait.backbone import Backbone
+from plait.config import Config
+from plait.lora import Dropout, Stack
+from plait.methods import Factor
+from plait.rng import stream, torch_stream
+from plait.tokens import Batch, Tokens, pack
+
+
+def local_phase(
+    backbone: Backbone,
+    stack: Stack,
+    train: Factor,
+    round_: int,
+    tokens: Tokens,
+    shares: Sequence[np.ndarray],
+    clients: Sequence[int],
+    config: Config,
+) -> np.ndarray:
+    """Train the active factors of a stack in place.
+
+    Args:
+        backbone: The frozen model.
+        stack: The state of these clients; row k belongs to client `clients[k]`.
+        train: The active factors.
+        round_: The round's number.
+        tokens: The training split.
+        shares: Client -> its rows of the split.
+        clients: Which clients the stack holds.
+        config: Steps, batch size, learning rates.
+
+    Returns:
+        (n, K) float64, each client's loss at each step, before the step.
+    """
+    active = [factor for factor in stack.factors if factor in train]
+    losses = np.empty((len(clients), config.local_steps))
+    for chunk in chunks(len(clients), config.batch_size * tokens.lengths.mean(), config):
+        ids = [clients[k] for k in chunk]
+        rows = slice(chunk.start, chunk.stop)
+        leaves = {
+            factor: value[rows].detach().requires_grad_(factor in train)
+            for factor, value in stack.factors.items()
+        }
+        for step in range(config.local_steps):
+            position = round_ * config.local_steps + step
+            texts = np.stack([batch_rows(shares[i], i, position, config) for i in ids])
+            batch = pack(tokens, texts).to(backbone.device)
+            dropout = lora_dropout(batch, ids, position, config)
+            client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
+            client_losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses[rows, step] = client_losses.detach().double().cpu().numpy()
+            _clip([leaves[factor].grad for factor in active], config.clip_norm)
+            for factor in active:
+                _step(stack, factor, rows, leaves[factor], step, config)
+                leaves[factor].grad = None
+    for factor in active:
+        stack.steps[factor] += config.local_steps
+    return losses
+
+
+def chunks(num_clients: int, tokens_per_client: float, config: Config) -> Iterator[range]:
+    """Client ranges of equal size, to within one, of about `config.chunk_tokens` tokens each."""
+    pieces = int(np.ceil(num_clients * tokens_per_client / config.chunk_tokens))
+    bounds = np.linspace(0, num_clients, min(max(pieces, 1), num_clients) + 1).astype(int)
+    return (range(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def batch_rows(share: np.ndarray, client: int, position: int, config: Config) -> np.ndarray:
+    """(b,) the rows of a client's step `position`, counted from the first round on.
+
+    A client goes through its rows in an order drawn anew for each pass, one pass after another
+    without a gap, so every batch is full.
+    """
+    places = np.arange(position * config.batch_size, (position + 1) * config.batch_size)
+    orders = {
+        epoch: stream(config.seed, "batches", client, int(epoch)).permutation(len(share))
+        for epoch in np.unique(places // len(share))
+    }
+    return np.array([share[orders[place // len(share)][place % len(share)]] for place in places])
+
+
+def batch_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) the mean loss of each client: cross-entropy, or squared error for scores.
+
+    Args:
+        logits: (n, b, C).
+        labels: (n b,), integers for classes, floats for scores.
+    """
+    if labels.is_floating_point():
+        errors = functional.mse_loss(logits.flatten(), labels, reduction="none")
+    else:
+        errors = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+    return errors.view(logits.shape[:2]).mean(dim=1)
+
+
+def lora_dropout(
+    batch: Batch, clients: Sequence[int], position: int, config: Config
+) -> Dropout | None:
+    """Dropout whose mask depends on client and step only, not on which clients share a chunk."""
+    rate = config.lora_dropout
+    if rate == 0:
+        return None
+    counts = batch.lengths.view(batch.num_clients, -1).sum(dim=1).tolist()
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        draws = [
+            torch.rand(
+                count,
+                x.shape[-1],
+                generator=torch_stream(config.seed, f"dropout {name}", client, position),
+            )
+            for client, count in zip(clients, counts, strict=True)
+        ]
+        return (torch.cat(draws) >= rate).to(x.device, x.dtype) / (1 - rate)
+
+    return keep
+
+
+def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
+    """Scale each client's gradient (a row of all of `grads`) down to `norm`, in place."""
+    if norm is None:
+        return
+    present = [grad for grad in grads if grad is not None]
+    norms = torch.stack([grad.norm(dim=1) for grad in present]).norm(dim=0)
+    factor = (norm / (norms + 1e-6)).clamp(max=1.0)
+    for grad in present:
+        grad.mul_(factor[:, None])
+
+
+def _step(
+    stack: Stack, factor: Factor, rows: slice, leaf: Tensor, step: int, config: Config
+) -> None:
+    """One AdamW step on a chunk's rows of one factor, with Hugging Face's defaults."""
+    assert leaf.grad is not None
+    with torch.no_grad():
+        adamw(
+            [leaf.detach()],
+            [leaf.grad],
+            [stack.first[factor][rows]],
+            [stack.second[factor][rows]],
+            [],
+            [torch.tensor(float(stack.steps[factor] + step), device=leaf.device)],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=config.head_lr if factor is Factor.HEAD else config.lr,
+            weight_decay=config.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    backbone: Backbone, factors: dict[Factor, Tensor], tokens: Tokens, config: Config
+) -> Tensor:
+    """Every client's model on every text of a split.
+
+    Args:
+        backbone: The frozen model.
+        factors: Factor -> (n, P).
+        tokens: The split, R texts.
+        config: Chunk size.
+
+    Returns:
+        (n, R, C) float32 logits on the CPU, texts in the split's order.
+    """
+    num_clients = len(factors[Factor.A])
+    order = np.argsort(tokens.lengths, kind="stable")
+    texts_at_once = max(1, int(config.chunk_tokens / tokens.lengths.mean() / 8))
+    parts = []
+    for start in range(0, len(order), texts_at_once):
+        texts = order[start : start + texts_at_once]
+        cost = float(tokens.lengths[texts].sum())
+        by_chunk = []
+        for chunk in chunks(num_clients, cost, config):
+            rows = slice(chunk.start, chunk.stop)
+            batch = pack(tokens, np.tile(texts, (len(chunk), 1))).to(backbone.device)
+            mine = {factor: value[rows] for factor, value in factors.items()}
+            by_chunk.append(backbone.logits(batch, mine).cpu())
+        parts.append(torch.cat(by_chunk))
+    return torch.cat(parts, dim=1)[:, np.argsort(order)]

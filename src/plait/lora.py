@@ -1,0 +1,150 @@
+"""Stacked LoRA: the adapters of all clients in one tensor for each factor.
+
+All of a client's A factors lie side by side in one row of an (N, P_A) tensor, likewise B and the
+head. Optimizer, mixing, metrics and the wire work on rows; the forward pass works on views.
+
+Legend: N clients, r rank, P_A = sum of r d_in over the adapted layers, P_B = sum of d_out r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plait.methods import Factor
+from plait.rng import torch_stream
+
+
+Dropout = Callable[[str, Tensor], Tensor]
+"""(site name, its input (..., d_in)) -> what to multiply the packed input (T, d_in) with."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that is adapted: its module path and its sizes."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a row.
+
+    Attributes:
+        sites: The adapted layers, in the model's order.
+        rank: r.
+        scale: alpha / r.
+        head: Names and shapes of the head's parameters; empty when the head is frozen.
+    """
+
+    sites: tuple[Site, ...]
+    rank: int
+    scale: float
+    head: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The blocks that a client's state has."""
+        return (Factor.A, Factor.B, Factor.HEAD) if self.head else (Factor.A, Factor.B)
+
+    def shapes(self, factor: Factor) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each part of one client's block."""
+        if factor is Factor.HEAD:
+            return dict(self.head)
+        if factor is Factor.A:
+            return {site.name: (self.rank, site.d_in) for site in self.sites}
+        return {site.name: (site.d_out, self.rank) for site in self.sites}
+
+    def size(self, factor: Factor) -> int:
+        """P, the number of parameters in one client's block."""
+        return sum(math.prod(shape) for shape in self.shapes(factor).values())
+
+    def views(self, factor: Factor, flat: Tensor) -> dict[str, Tensor]:
+        """(n, P) -> name -> (n, *shape). One split, so that its backward is one concatenation."""
+        shapes = self.shapes(factor)
+        parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
+        return {
+            name: part.unflatten(1, shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+
+
+@dataclass
+class Stack:
+    """The state of n clients: factors, and AdamW's moments and step counts for each.
+
+    Attributes:
+        factors: Factor -> (n, P) float32.
+        first: Factor -> (n, P) float32, AdamW's first moment.
+        second: Factor -> (n, P) float32, AdamW's second moment.
+        steps: Factor -> steps taken since the moments were last reset.
+    """
+
+    factors: dict[Factor, Tensor]
+    first: dict[Factor, Tensor]
+    second: dict[Factor, Tensor]
+    steps: dict[Factor, int]
+
+    def reset_moments(self, factor: Factor) -> None:
+        """Start AdamW anew for one factor of every client."""
+        self.first[factor].zero_()
+        self.second[factor].zero_()
+        self.steps[factor] = 0
+
+
+def initial_stack(
+    layout: Layout, head: dict[str, Tensor], num_clients: int, seed: int, device: torch.device
+) -> Stack:
+    """The common start: one A0 and one head for every client, B zero.
+
+    Independently seeded A would shrink by about 1/sqrt(N) when averaged, and FFA-LoRA would not
+    be exact. A0 has PEFT's default distribution, Kaiming uniform with a = sqrt(5).
+
+    Args:
+        layout: Where everything lies.
+        head: The head's parameters by name, as the model starts with them.
+        num_clients: N.
+        seed: The seed of the run.
+        device: Where the stack lives.
+    """
+    bounds = [1 / math.sqrt(site.d_in) for site in layout.sites]
+    A0 = torch.cat(
+        [
+            torch.empty(layout.rank * site.d_in).uniform_(
+                -bound, bound, generator=torch_stream(seed, "A0", index)
+            )
+            for index, (site, bound) in enumerate(zip(layout.sites, bounds, strict=True))
+        ]
+    )
+    rows = {Factor.A: A0, Factor.B: torch.zeros(layout.size(Factor.B))}
+    if layout.head:
+        rows[Factor.HEAD] = torch.cat([head[name].float().flatten() for name, _ in layout.head])
+    factors = {factor: row.to(device).repeat(num_clients, 1) for factor, row in rows.items()}
+    return Stack(
+        factors=factors,
+        first={factor: torch.zeros_like(stack) for factor, stack in factors.items()},
+        second={factor: torch.zeros_like(stack) for factor, stack in factors.items()},
+        steps=dict.fromkeys(factors, 0),
+    )
+
+
+def branch(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The LoRA branch of n clients: scale (x A^T) B^T.
+
+    Args:
+        x: (n, L, d_in).
+        A: (n, r, d_in), any float type; computed in x's.
+        B: (n, d_out, r).
+        scale: alpha / r.
+
+    Returns:
+        (n, L, d_out).
+    """
+    low = torch.bmm(x, A.to(x.dtype).mT) * scale
+    return torch.bmm(low, B.to(x.dtype).mT)

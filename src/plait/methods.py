@@ -1,0 +1,115 @@
+"""The methods: what trains in a round, what travels, and how it is mixed.
+
+A method is a value. RoLoRA and ADF-LoRA differ in one word of their rows below, and a new method
+is one more row of `METHODS`: the command line, the conformance suite and the docs pick it up.
+
+Sources: ADF-LoRA (arXiv 2511.18291), Dec-LoRA (2501.15361), FFA-LoRA (2403.12313),
+RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Flag
+from typing import Literal
+
+from plait.config import Config
+from plait.mixing import Mix, average
+from plait.names import lookup
+
+
+class Factor(Flag):
+    """A block of a client's trainable state: the LoRA factors of W0 + (alpha/r) B A, the head."""
+
+    NONE = 0
+    A = 1
+    B = 2
+    HEAD = 4
+    AB = A | B
+
+
+Schedule = Callable[[int], Factor]
+
+
+def always(factors: Factor) -> Schedule:
+    """The same factors in every round."""
+    return lambda _round: factors
+
+
+def alternate(*factors: Factor, every: int) -> Schedule:
+    """Each of `factors` for `every` rounds in turn, by one clock for all clients.
+
+    Example:
+        >>> [alternate(Factor.B, Factor.A, every=2)(t).name for t in range(5)]
+        ['B', 'B', 'A', 'A', 'B']
+    """
+    return lambda round_: factors[(round_ // every) % len(factors)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to fine-tune together.
+
+    Attributes:
+        summary: One line for `plait methods`.
+        train: Which of A and B take local steps in a round.
+        share: Which of A and B travel in a round; this also fixes the bytes on the wire.
+        mix: What a client makes of its own rows and its neighbours'.
+        conserves: Whether mixing leaves the mean of the shared factors over clients unchanged.
+        topology: The topology that the method is defined on, when it isn't the user's choice.
+    """
+
+    summary: str
+    train: Schedule
+    share: Schedule
+    mix: Mix = average
+    conserves: Literal["factors", "nothing"] = "factors"
+    topology: str | None = None
+
+
+A, B, AB, NONE = Factor.A, Factor.B, Factor.AB, Factor.NONE
+
+METHODS: dict[str, Callable[[Config], Method]] = {
+    # B goes first: B starts at zero, where the gradient of A is zero.
+    "adf": lambda config: Method(
+        summary="ADF-LoRA: one factor trains for T rounds, then the other; both are mixed",
+        train=alternate(B, A, every=config.switch_every),
+        share=always(AB),
+    ),
+    "dec-lora": lambda _: Method(
+        summary="Dec-LoRA: both factors train, both are mixed",
+        train=always(AB),
+        share=always(AB),
+    ),
+    "ffa": lambda _: Method(
+        summary="FFA-LoRA: only B trains and is mixed; A stays at the common start",
+        train=always(B),
+        share=always(B),
+    ),
+    "rolora": lambda _: Method(
+        summary="RoLoRA without a server: the factors alternate each round, the active one mixes",
+        train=alternate(B, A, every=1),
+        share=alternate(B, A, every=1),
+    ),
+    "fedavg": lambda _: Method(
+        summary="FedAvg of both factors (FedIT): Dec-LoRA on the complete graph",
+        train=always(AB),
+        share=always(AB),
+        topology="complete",
+    ),
+    "local": lambda _: Method(
+        summary="No exchange at all: the control",
+        train=always(AB),
+        share=always(NONE),
+    ),
+}
+
+
+def build_method(config: Config) -> Method:
+    """The method that `config` names.
+
+    Raises:
+        ValueError: There is no such method; the message has the nearest names.
+    """
+    return lookup(METHODS, config.method, "method")(config)

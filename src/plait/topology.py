@@ -1,0 +1,474 @@
+"""Who meets whom, and with what weight: a topology is a function from the round to a matrix.
+
+    N clients, t round, J = ones / N
+    adjacency (N, N) bool, symmetric with an empty diagonal: who meets whom in a round
+    W         (N, N) float64: W[i, j] is the weight that client i gives to j; rows sum to 1
+
+A schedule is a graph for each round and a rule that turns the graph into weights, and both depend
+on the config alone: every peer of a federation computes the same W on its own, without a message.
+Every schedule here is doubly stochastic, so that mixing conserves the mean of the clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import eigvalsh
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import eigsh
+
+from plait.config import Config
+from plait.names import lookup
+from plait.rng import stream
+
+Matrix = npt.NDArray[np.float64]
+Adjacency = npt.NDArray[np.bool_]
+Schedule = Callable[[int], Matrix]
+Graphs = Callable[[int], Adjacency]
+Weigh = Callable[[Adjacency, np.random.Generator], Matrix]
+
+REDRAWS = 100
+"""Random graphs that `erdos_renyi` tries before it gives up on a connected one."""
+
+
+# -- weights: adjacency (N, N) -> W (N, N)
+
+
+def _complete_rows(W: Matrix) -> Matrix:
+    """W (N, N) with an empty diagonal -> the same with what is left of each row on it."""
+    np.fill_diagonal(W, 1.0 - W.sum(axis=1))
+    return W
+
+
+def _metropolis(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
+    """w_ij = 1 / (1 + max(d_i, d_j)) on an edge (Metropolis-Hastings)."""
+    degree = adjacency.sum(axis=1)
+    i, j = np.nonzero(adjacency)
+    W = np.zeros(adjacency.shape)
+    W[i, j] = 1.0 / (1.0 + np.maximum(degree[i], degree[j]))
+    return _complete_rows(W)
+
+
+def _laplacian(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
+    """I - 2 L / (3 lambda_max(L)), the matrix of Dec-LoRA (arXiv 2501.15361)."""
+    if not adjacency.any():
+        return np.eye(len(adjacency))
+    share = 2.0 / (3.0 * _largest_laplacian_eigenvalue(adjacency))
+    return _complete_rows(np.where(adjacency, share, 0.0))
+
+
+def _largest_laplacian_eigenvalue(adjacency: Adjacency) -> float:
+    N = len(adjacency)
+    L = np.diag(adjacency.sum(axis=1, dtype=np.float64)) - adjacency
+    if N <= 200:
+        return float(eigvalsh(L)[-1])
+    # A start of our own: ARPACK's is random, and peers have to agree on W.
+    start = np.random.default_rng(0).standard_normal(N)
+    return float(eigsh(csr_array(L), 1, which="LA", v0=start, return_eigenvectors=False)[0])
+
+
+def _sequential(adjacency: Adjacency, rng: np.random.Generator) -> Matrix:
+    """The round's meetings one after another in a random order, each a pairwise average."""
+    edges = np.argwhere(np.triu(adjacency))
+    W = np.eye(len(adjacency))
+    for i, j in rng.permutation(edges).tolist():
+        W[i] = W[j] = (W[i] + W[j]) / 2
+    return W
+
+
+@dataclass(frozen=True)
+class WeightsRow:
+    """A rule that turns a graph into W, and what it does to a graph that never changes."""
+
+    weigh: Weigh
+    summary: str
+    static: bool = True
+    """The same graph gives the same W in every round."""
+    symmetric: bool = True
+
+
+WEIGHTS: dict[str, WeightsRow] = {
+    "metropolis": WeightsRow(_metropolis, "1 / (1 + the larger degree), the rest on oneself"),
+    "laplacian": WeightsRow(_laplacian, "I - 2 L / (3 lambda_max(L)), as in Dec-LoRA"),
+    "sequential": WeightsRow(
+        _sequential,
+        "pairwise averages one after another, in a random order",
+        static=False,
+        symmetric=False,
+    ),
+}
+
+
+# -- graphs: config -> (round -> adjacency)
+
+
+def _random_graph(rng: np.random.Generator, N: int, p: float) -> Adjacency:
+    # Not networkx: slow for a graph per round, and peers with other versions must draw the same.
+    upper = np.triu(rng.random((N, N)) < p, k=1)
+    return np.logical_or(upper, upper.T)
+
+
+def _pairs(config: Config) -> Graphs:
+    def graph(t: int) -> Adjacency:
+        return _random_graph(stream(config.seed, "topology", t), config.clients, config.p)
+
+    return graph
+
+
+def _erdos_renyi(config: Config) -> Graphs:
+    N, p = config.clients, config.p
+    for attempt in range(REDRAWS):
+        adjacency = _random_graph(stream(config.seed, "graph", attempt), N, p)
+        if not _cut_off(adjacency):
+            return lambda t: adjacency
+    raise ValueError(
+        f"None of {REDRAWS} random graphs of {N} clients with p={p} is connected. "
+        f"Raise p to {min(1.0, 2 * math.log(N) / N):.2f} or so, or use the topology pairs, "
+        "which draws a new graph in each round and needs none to be connected."
+    )
+
+
+def _fixed(graph: nx.Graph[Any]) -> Graphs:
+    adjacency = nx.to_numpy_array(graph).astype(np.bool_)
+    np.fill_diagonal(adjacency, False)  # networkx closes a ring of one client on itself
+    return lambda t: adjacency
+
+
+def _ring(config: Config) -> Graphs:
+    return _fixed(nx.cycle_graph(config.clients))
+
+
+def _complete(config: Config) -> Graphs:
+    return _fixed(nx.complete_graph(config.clients))
+
+
+def _star(config: Config) -> Graphs:
+    return _fixed(nx.star_graph(config.clients - 1))
+
+
+def _torus(config: Config) -> Graphs:
+    N = config.clients
+    side = max(d for d in range(1, math.isqrt(N) + 1) if N % d == 0)
+    if side == 1:
+        s = max(2, math.isqrt(N))
+        raise ValueError(
+            f"{N} clients fill no grid of at least 2 x 2, which topology torus needs: N must be a "
+            f"product of two numbers above 1, such as {s * s}, {s * (s + 1)} or {(s + 1) ** 2}."
+        )
+    return _fixed(nx.grid_2d_graph(side, N // side, periodic=True))
+
+
+def _exponential(config: Config) -> Graphs:
+    hops = [2**j for j in range(_one_peer_period(config.clients))]
+    return _fixed(nx.circulant_graph(config.clients, hops))
+
+
+def _file(config: Config) -> Graphs:
+    # A trace starts over at its end: a run without contacts from there on is local training.
+    if config.edges_file is None:
+        raise ValueError("Topology file needs edges_file, the path of an edge list or a trace.")
+    rows = _read_contacts(Path(config.edges_file), config.clients)
+    if rows.shape[1] == 2:
+        adjacency = _require_connected(_from_edges(rows, config.clients), config.edges_file)
+        return lambda t: adjacency
+    if rows[:, 0].min() >= config.rounds:
+        raise ValueError(
+            f"{config.edges_file}: the first contact is in round {rows[:, 0].min()} and the run has"
+            f" {config.rounds} rounds, so nobody would ever meet. Number the rounds from 0."
+        )
+    period = int(rows[:, 0].max()) + 1
+    return lambda t: _from_edges(rows[rows[:, 0] == t % period, 1:], config.clients)
+
+
+def _read_contacts(path: Path, N: int) -> npt.NDArray[np.int64]:
+    """(M, 2) edges `i j` or (M, 3) contacts `round i j`; `#` starts a comment."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read edges_file {path}: {error}") from error
+    fields = [line.split("#")[0].replace(",", " ").split() for line in lines]
+    numbered = [(number, row) for number, row in enumerate(fields, start=1) if row]
+    if not numbered:
+        raise ValueError(f"{path} has no edges; write `i j` or `round i j` on each line.")
+    width = len(numbered[0][1])
+    return np.array([_contact(row, width, N, f"{path}, line {n}") for n, row in numbered])
+
+
+def _contact(fields: list[str], width: int, N: int, place: str) -> list[int]:
+    """One line as integers, or a `ValueError` that says where it is and what is wrong with it."""
+    if width not in (2, 3) or len(fields) != width or not all(map(str.isdecimal, fields)):
+        raise ValueError(
+            f"{place}: {' '.join(fields)!r} is neither `i j` (an edge list) nor `round i j` "
+            "(a contact trace) in whole numbers from 0; all lines must be of one kind."
+        )
+    row = [int(field) for field in fields]
+    if max(row[-2:]) >= N:
+        raise ValueError(
+            f"{place}: there is no client {max(row[-2:])}; the {N} clients are numbered from 0 to "
+            f"{N - 1}. Raise clients or correct the line."
+        )
+    if row[-2] == row[-1]:
+        raise ValueError(f"{place}: client {row[-1]} meets itself; remove the line.")
+    return row
+
+
+def _from_edges(edges: npt.NDArray[np.int64], N: int) -> Adjacency:
+    """Edges (M, 2) -> adjacency (N, N)."""
+    adjacency = np.zeros((N, N), dtype=np.bool_)
+    adjacency[edges[:, 0], edges[:, 1]] = adjacency[edges[:, 1], edges[:, 0]] = True
+    return adjacency
+
+
+def _cut_off(adjacency: Adjacency) -> list[int]:
+    """The clients outside the largest connected part of the graph."""
+    _, part = connected_components(adjacency, directed=False)
+    return [int(i) for i in np.flatnonzero(part != np.bincount(part).argmax())]
+
+
+def _require_connected(adjacency: Adjacency, name: str) -> Adjacency:
+    if cut_off := _cut_off(adjacency):
+        listed = ", ".join(map(str, cut_off[:20])) + (", ..." if len(cut_off) > 20 else "")
+        raise ValueError(
+            f"The graph of {name} is not connected: {len(cut_off)} of {len(adjacency)} clients "
+            f"are cut off from the rest ({listed}). Add edges that join them."
+        )
+    return adjacency
+
+
+# -- schedules: config -> (round -> W)
+
+
+def _weighted(graphs: Callable[[Config], Graphs], config: Config) -> Schedule:
+    """The schedule of a graph: `config.weights` of the graph of each round."""
+    graph, row = graphs(config), lookup(WEIGHTS, config.weights, "weights")
+
+    def schedule(t: int) -> Matrix:
+        return row.weigh(graph(t), stream(config.seed, "weights", t))
+
+    return schedule
+
+
+def _static(graphs: Callable[[Config], Graphs], config: Config) -> Schedule:
+    """As `_weighted` for a graph that never changes: W is computed once where it is the same."""
+    schedule = _weighted(graphs, config)
+    if not WEIGHTS[config.weights].static:
+        return schedule
+    W = schedule(0)
+    return lambda t: W.copy()  # not shared: a caller may write into it
+
+
+def _one_peer_period(N: int) -> int:
+    """ceil(log2 N), and 1 for a single client."""
+    return max(1, (N - 1).bit_length())
+
+
+def _half_with(partner: npt.NDArray[np.int64]) -> Matrix:
+    """Partners (N,) -> W (N, N): half of oneself, half of the partner."""
+    W = np.eye(len(partner)) / 2
+    W[np.arange(len(partner)), partner] += 0.5
+    return W
+
+
+def _one_peer_exponential(config: Config) -> Schedule:
+    N, period = config.clients, _one_peer_period(config.clients)
+    return lambda t: _half_with((np.arange(N) + 2 ** (t % period)) % N)
+
+
+def _hypercube(config: Config) -> Schedule:
+    N = config.clients
+    if N < 2 or N & (N - 1):
+        below = max(2, 1 << (N.bit_length() - 1))
+        raise ValueError(
+            f"Topology hypercube needs a power of two as the number of clients, such as {below} "
+            f"or {2 * below}; there are {N}. one_peer_exponential takes any number."
+        )
+    return lambda t: _half_with(np.arange(N) ^ 2 ** (t % _one_peer_period(N)))
+
+
+@dataclass(frozen=True)
+class TopologyRow:
+    """A topology: how its schedule is built, and what holds for every W of it."""
+
+    build: Callable[[Config], Schedule]
+    summary: str
+    static: bool = True
+    """W is the same in every round."""
+    symmetric: bool = True
+    doubly_stochastic: bool = True
+    weighted: bool = True
+    """`config.weights` applies; the one-peer schedules are defined by weights of their own."""
+    exchangeable: bool = False
+    """Renumbering the clients leaves the distribution of W as it is (see `measure_rho`)."""
+
+
+TOPOLOGIES: dict[str, TopologyRow] = {
+    "pairs": TopologyRow(
+        partial(_weighted, _pairs),
+        "each pair meets with probability p, anew in every round",
+        static=False,
+        exchangeable=True,
+    ),
+    "erdos_renyi": TopologyRow(
+        partial(_static, _erdos_renyi), "one connected random graph, each edge with probability p"
+    ),
+    "ring": TopologyRow(partial(_static, _ring), "each client has two neighbours"),
+    "complete": TopologyRow(partial(_static, _complete), "everybody meets everybody every round"),
+    "star": TopologyRow(partial(_static, _star), "all meet client 0 only: gossip, not FedAvg"),
+    "torus": TopologyRow(partial(_static, _torus), "a grid, nearly square, with joined borders"),
+    "exponential": TopologyRow(
+        partial(_static, _exponential), "neighbours at distance 1, 2, 4, 8, ... on a ring"
+    ),
+    "one_peer_exponential": TopologyRow(
+        _one_peer_exponential,
+        "each client listens to one other, at distance 1, 2, 4, ... by turns (directed)",
+        static=False,
+        symmetric=False,
+        weighted=False,
+    ),
+    "hypercube": TopologyRow(
+        _hypercube,
+        "pairs along each dimension by turns: the exact average every log2 N rounds",
+        static=False,
+        weighted=False,
+    ),
+    "file": TopologyRow(
+        partial(_weighted, _file),
+        "edges_file: lines `i j`, or a contact trace `round i j` that starts over at its end",
+        static=False,  # a trace is not; an edge list is treated as one that repeats itself
+    ),
+}
+
+
+def topology_row(config: Config) -> TopologyRow:
+    """The row of the config's topology, with its flags as the config's weights leave them.
+
+    A static graph under `sequential` weights, for instance, is neither static nor symmetric.
+
+    Raises:
+        ValueError: Unknown topology or weights, or weights for a topology that has its own.
+
+    Example:
+        >>> topology_row(Config(topology="ring", weights="sequential")).symmetric
+        False
+    """
+    row = lookup(TOPOLOGIES, config.topology, "topology")
+    weights = lookup(WEIGHTS, config.weights, "weights")
+    if row.weighted:
+        static, symmetric = row.static and weights.static, row.symmetric and weights.symmetric
+        return replace(row, static=static, symmetric=symmetric)
+    if config.weights != Config.weights:
+        raise ValueError(
+            f"Topology {config.topology} has weights of its own, 1/2 for each of two; "
+            f"leave out weights={config.weights}."
+        )
+    return row
+
+
+def build_schedule(config: Config) -> Schedule:
+    """The schedule of a config: round -> W (N, N), float64, W[i, j] what client i gives to j.
+
+    A schedule is a pure function: the same round gives the same W in every process, whatever
+    was asked before.
+
+    Raises:
+        ValueError: The config asks for a graph that can't be, such as a torus of 7 clients.
+
+    Example:
+        >>> build_schedule(Config(topology="ring", clients=4))(0).round(2).tolist()[0]
+        [0.33, 0.33, 0.0, 0.33]
+    """
+    return topology_row(config).build(config)
+
+
+# -- measures
+
+
+def neighbours(W: Matrix, i: int) -> list[int]:
+    """The others that client i gives weight to, ascending: those whose message it needs.
+
+    Those that need the message of i are `neighbours(W.T, i)`; the two differ on directed graphs.
+
+    Args:
+        W: Mixing matrix (N, N).
+        i: Client.
+
+    Example:
+        >>> neighbours(build_schedule(Config(topology="ring", clients=5))(0), 0)
+        [1, 4]
+    """
+    return [int(j) for j in np.flatnonzero(W[i]) if j != i]
+
+
+def rho_of_round(W: Matrix) -> float:
+    """||W - J||_2: what one round leaves, at worst, of the disagreement between the clients.
+
+    Args:
+        W: Mixing matrix (N, N).
+
+    Returns:
+        0 for exact averaging, 1 if some clients learn nothing of some others.
+
+    Example:
+        >>> round(rho_of_round(build_schedule(Config(topology="ring", clients=10))(0)), 3)
+        0.873
+    """
+    return float(np.linalg.norm(W - 1.0 / len(W), ord=2))
+
+
+def measure_rho(
+    schedule: Schedule,
+    N: int,
+    static: bool,
+    rounds: int | None = None,
+    exchangeable: bool = False,
+) -> float:
+    """The contraction of a round in the mean square, sqrt(lambda_max(E[(W - J)^T (W - J)])).
+
+    The definition of TAD-LoRA (arXiv 2602.00451) and of decentralized SGD at large. Static graphs
+    exactly; others as a mean over the first rounds. `rho_of` takes the flags from the config.
+
+    Args:
+        schedule: Round -> W (N, N).
+        N: Number of clients.
+        static: W is the same in every round, so one is enough.
+        rounds: Rounds in the mean. By default 2,000 for 10 clients down to 20 for 1,000, in whole
+            periods of the one-peer schedules, for which the result is then exact.
+        exchangeable: All clients are alike, so the mean is a multiple of I - J and its trace says
+            which. A largest eigenvalue over few rounds errs upwards, the trace does not.
+
+    Example:
+        >>> measure_rho(build_schedule(Config(topology="complete")), 10, static=True) < 1e-12
+        True
+    """
+    if N == 1:
+        return 0.0
+    if static:
+        return rho_of_round(schedule(0))
+    rounds = rounds or _one_peer_period(N) * max(2, min(500, 200_000 // N**2))
+    deviations = (schedule(t) - 1.0 / N for t in range(rounds))
+    if exchangeable:
+        return math.sqrt(sum(float(np.vdot(M, M)) for M in deviations) / (rounds * (N - 1)))
+    total = np.zeros((N, N))
+    for M in deviations:
+        total += M.T @ M
+    return math.sqrt(max(0.0, float(eigvalsh(total / rounds)[-1])))
+
+
+def rho_of(config: Config) -> float:
+    """`measure_rho` of the config's topology, with its flags.
+
+    Example:
+        >>> round(rho_of(Config(topology="ring", clients=10)), 3)
+        0.873
+    """
+    row = topology_row(config)
+    return measure_rho(row.build(config), config.clients, row.static, exchangeable=row.exchangeable)

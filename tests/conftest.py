@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from plait.backbone import MeanPooledClassifier
+from plait.tokens import Tokens
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+}
+
+
+def tiny_model(architecture: str, num_labels: int = 3):
+    """A small random model of an architecture, the same in every test."""
+    torch.manual_seed(0)
+    if architecture == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 99}
+    else:
+        sizes = dict(TINY)
+    if architecture == "roberta":
+        sizes |= {"type_vocab_size": 1, "pad_token_id": 1}
+    if architecture == "electra":
+        sizes |= {"embedding_size": 16}
+    kind = "bert" if architecture == "mean-pooled" else architecture
+    config = AutoConfig.for_model(kind, num_labels=num_labels, **sizes)
+    if architecture == "mean-pooled":
+        model = MeanPooledClassifier(AutoModel.from_config(config), num_labels)
+        torch.nn.init.normal_(model.classifier.weight, std=0.1)
+        return model
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.fixture
+def ragged_tokens() -> Tokens:
+    """Sixty texts of 3 to 20 tokens, three classes."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 21, 60)
+    total = int(lengths.sum())
+    return Tokens(
+        ids=rng.integers(5, 99, total).astype(np.int32),
+        types=np.zeros(total, dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=rng.integers(0, 3, 60),
+    )

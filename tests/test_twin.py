@@ -1,0 +1,136 @@
+"""The stacked engine against plain PEFT, one client after another."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from twin import peft_client, twin_local_phase, twin_logits
+
+from plait.backbone import TARGET_MODULES, Backbone
+from plait.config import Config
+from plait.local import evaluate, local_phase
+from plait.lora import initial_stack
+from plait.methods import Factor
+
+ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
+PACKED = ("bert", "roberta", "electra", "mean-pooled")
+PHASES = (Factor.A, Factor.B, Factor.AB)
+
+
+def setup(architecture, config, tokens, packed=True):
+    model = tiny_model(architecture)
+    backbone = Backbone(copy.deepcopy(model), None, config, packed)
+    stack = initial_stack(
+        backbone.layout, backbone.head_start, config.clients, 0, torch.device("cpu")
+    )
+    # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped.
+    generator = torch.Generator().manual_seed(1)
+    for value in stack.factors.values():
+        value += 0.05 * torch.randn(value.shape, generator=generator)
+    shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), config.clients)
+    kind = model.config.model_type
+    targets = config.target_modules.split(",") if config.target_modules else TARGET_MODULES[kind]
+    return model, backbone, stack, shares, targets
+
+
+@pytest.mark.parametrize("head", ["frozen", "mixed"])
+@pytest.mark.parametrize("train", PHASES, ids=lambda f: f.name)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
+    config = Config(
+        clients=4, local_steps=5, batch_size=6, rank=4, head=head, lr=5e-3, chunk_tokens=150,
+        clip_norm=0.5,
+    )  # fmt: skip
+    model, backbone, stack, shares, targets = setup(architecture, config, ragged_tokens)
+    if head == "mixed":
+        train |= Factor.HEAD
+    expected_losses, expected = twin_local_phase(
+        model, backbone.layout, stack, train, 1, ragged_tokens, shares, config, targets
+    )
+    frozen = {f: value.clone() for f, value in stack.factors.items() if f not in train}
+
+    losses = local_phase(backbone, stack, train, 1, ragged_tokens, shares, range(4), config)
+
+    np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
+    for factor in backbone.layout.factors:
+        torch.testing.assert_close(stack.factors[factor], expected[factor], rtol=0, atol=1e-5)
+    for factor, value in frozen.items():
+        assert torch.equal(stack.factors[factor], value)
+    for factor in train:
+        assert not torch.equal(expected[factor], torch.zeros_like(expected[factor]))
+
+
+@pytest.mark.parametrize(
+    "targets", ["query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"]
+)
+def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
+    config = Config(clients=3, local_steps=3, batch_size=4, rank=2, target_modules=targets)
+    model, backbone, stack, shares, names = setup("bert", config, ragged_tokens)
+    expected_losses, expected = twin_local_phase(
+        model, backbone.layout, stack, Factor.AB, 0, ragged_tokens, shares, config, names
+    )
+    losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(3), config)
+    np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stack.factors[Factor.A], expected[Factor.A], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_evaluation_equals_peft(architecture, ragged_tokens):
+    config = Config(clients=3, rank=4, chunk_tokens=100)
+    model, backbone, stack, _, targets = setup(architecture, config, ragged_tokens)
+    logits = evaluate(backbone, stack.factors, ragged_tokens, config)
+    for client in range(3):
+        peft_model = peft_client(model, backbone.layout, stack, client, config, targets)
+        with torch.no_grad():
+            expected = twin_logits(peft_model, ragged_tokens, np.arange(len(ragged_tokens)))
+        torch.testing.assert_close(logits[client], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
+    config = Config(clients=4, local_steps=3, batch_size=5, rank=4, lora_dropout=dropout)
+    results = []
+    for packed in (True, False):
+        _, backbone, stack, shares, _ = setup(architecture, config, ragged_tokens, packed)
+        losses = local_phase(
+            backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config
+        )
+        results.append((losses, stack.factors[Factor.B]))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_chunks_do_not_change_the_result(dropout, ragged_tokens):
+    results = []
+    for chunk_tokens in (50, 150, 10_000):
+        config = Config(
+            clients=5, local_steps=3, batch_size=4, lora_dropout=dropout, chunk_tokens=chunk_tokens
+        )
+        _, backbone, stack, shares, _ = setup("bert", config, ragged_tokens)
+        local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), config)
+        results.append(stack.factors[Factor.A])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)
+
+
+def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
+    config = Config(clients=4, local_steps=4, batch_size=4, lora_dropout=0.1)
+    _, backbone, stack, shares, _ = setup("bert", config, ragged_tokens)
+    alone = copy.deepcopy(stack)
+    alone.factors = {f: value[2:3].clone() for f, value in stack.factors.items()}
+    alone.first = {f: value[2:3].clone() for f, value in stack.first.items()}
+    alone.second = {f: value[2:3].clone() for f, value in stack.second.items()}
+    together = local_phase(
+        backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config
+    )
+    losses = local_phase(backbone, alone, Factor.AB, 0, ragged_tokens, shares, [2], config)
+    np.testing.assert_allclose(losses[0], together[2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        alone.factors[Factor.A][0], stack.factors[Factor.A][2], rtol=0, atol=1e-6
+    )

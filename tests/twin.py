@@ -1,0 +1,106 @@
+"""The slow, readable twin of the stacked engine: plain PEFT, one client after another."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+
+from plait.config import Config
+from plait.local import batch_rows
+from plait.methods import Factor
+from plait.tokens import Tokens
+
+
+def peft_client(model, layout, stack, client, config, targets):
+    """A PEFT model with one client's factors and head."""
+    peft_model = get_peft_model(
+        copy.deepcopy(model),
+        LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets
+        ),
+    )
+    parameters = dict(peft_model.named_parameters())
+    for factor, letter in ((Factor.A, "A"), (Factor.B, "B")):
+        for name, value in layout.views(factor, stack.factors[factor]).items():
+            place = parameters[f"base_model.model.{name}.lora_{letter}.default.weight"]
+            place.data.copy_(value[client])
+    for name, _ in layout.head:
+        head = layout.views(Factor.HEAD, stack.factors[Factor.HEAD])[name]
+        parameters[f"base_model.model.{name}"].data.copy_(head[client])
+    return peft_model.eval()
+
+
+def padded(tokens: Tokens, rows, pad_id):
+    """Input ids, types and mask (b, L) of some texts, padded to their longest."""
+    lengths = tokens.lengths[rows]
+    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for k, row in enumerate(rows):
+        span = slice(tokens.offsets[row], tokens.offsets[row + 1])
+        ids[k, : lengths[k]] = torch.from_numpy(tokens.ids[span].astype(np.int64))
+        types[k, : lengths[k]] = torch.from_numpy(tokens.types[span].astype(np.int64))
+        mask[k, : lengths[k]] = 1
+    return ids, types, mask
+
+
+def twin_logits(peft_model, tokens, rows):
+    """(b, C) from the whole PEFT model, padded."""
+    config = peft_model.config if hasattr(peft_model, "config") else peft_model.base_model.config
+    ids, types, mask = padded(tokens, rows, config.pad_token_id or 0)
+    kinds = {"token_type_ids": types} if getattr(config, "type_vocab_size", 0) > 1 else {}
+    return peft_model(input_ids=ids, attention_mask=mask, **kinds).logits
+
+
+def twin_local_phase(
+    model, layout, stack, train, round_, tokens, shares, config: Config, targets
+):
+    """Losses (N, K) and Factor -> (N, P) after the local phase, each client on its own."""
+    losses, rows = [], {factor: [] for factor in layout.factors}
+    for client, share in enumerate(shares):
+        peft_model = peft_client(model, layout, stack, client, config, targets)
+        names = [f"lora_{f.name}" for f in (Factor.A, Factor.B) if f in train]
+        heads = [f"base_model.model.{name}" for name, _ in layout.head] if Factor.HEAD in train else []
+        groups = {True: [], False: []}
+        for name, parameter in peft_model.named_parameters():
+            is_head = name in heads
+            parameter.requires_grad_(is_head or any(part in name for part in names))
+            if parameter.requires_grad:
+                groups[is_head].append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[False], "lr": config.lr},
+                {"params": groups[True], "lr": config.head_lr},
+            ],
+            weight_decay=config.weight_decay,
+        )
+        client_losses = []
+        for step in range(config.local_steps):
+            texts = batch_rows(share, client, round_ * config.local_steps + step, config)
+            logits = twin_logits(peft_model, tokens, texts)
+            loss = functional.cross_entropy(logits, torch.from_numpy(tokens.labels[texts]))
+            optimizer.zero_grad()
+            loss.backward()
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(groups[False] + groups[True], config.clip_norm)
+            optimizer.step()
+            client_losses.append(loss.item())
+        losses.append(client_losses)
+        after = dict(peft_model.named_parameters())
+        for factor, letter in ((Factor.A, "A"), (Factor.B, "B")):
+            rows[factor].append(
+                torch.cat(
+                    [
+                        after[f"base_model.model.{s.name}.lora_{letter}.default.weight"].flatten()
+                        for s in layout.sites
+                    ]
+                )
+            )
+        if layout.head:
+            rows[Factor.HEAD].append(
+                torch.cat([after[f"base_model.model.{name}"].flatten() for name, _ in layout.head])
+            )
+    return np.array(losses), {f: torch.stack(value).detach() for f, value in rows.items()}
