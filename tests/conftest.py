@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from plait.backbone import MeanPooledClassifier
+from plait.backbone import Backbone, MeanPooledClassifier
+from plait.config import Config
+from plait.events import Started
+from plait.job import Job
+from plait.methods import build_method
+from plait.tasks import Rows, Task
 from plait.tokens import Tokens
+from plait.topology import build_schedule
 
 TINY = {
     "hidden_size": 32,
@@ -39,9 +47,43 @@ def tiny_model(architecture: str, num_labels: int = 3):
     return AutoModelForSequenceClassification.from_config(config)
 
 
+def tiny_job(config: Config) -> Job:
+    """A prepared run on a small random BERT and random texts, whatever task the config names."""
+    tokens = random_tokens()
+    rows = Rows(texts=(("",),) * len(tokens), labels=tokens.labels, keys=None)
+    task = Task("random", rows, rows, rows, ("a", "b", "c"), "accuracy")
+    method = build_method(config)
+    config = dataclasses.replace(config, topology=method.topology or config.topology)
+    return Job(
+        config=config,
+        task=task,
+        method=method,
+        schedule=build_schedule(config),
+        backbone=Backbone(tiny_model("bert"), None, config),
+        train=tokens,
+        held_out=tokens.take(np.arange(20)),
+        shares=np.array_split(np.arange(len(tokens)), config.clients),
+        started=Started(
+            task="random",
+            metric="accuracy",
+            label_names=("a", "b", "c"),
+            label_counts=[[20, 20, 20]],
+            majority=1 / 3,
+            parameters={},
+            rho=0.5,
+            device="cpu",
+            seconds=0.0,
+        ),
+    )
+
+
 @pytest.fixture
 def ragged_tokens() -> Tokens:
     """Sixty texts of 3 to 20 tokens, three classes."""
+    return random_tokens()
+
+
+def random_tokens() -> Tokens:
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 21, 60)
     total = int(lengths.sum())

@@ -7,14 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
-from twin import peft_client, twin_local_phase, twin_logits
 
+from conftest import tiny_model
 from plait.backbone import TARGET_MODULES, Backbone
 from plait.config import Config
 from plait.local import evaluate, local_phase
 from plait.lora import initial_stack
 from plait.methods import Factor
+from twin import peft_client, twin_local_phase, twin_logits
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
 PACKED = ("bert", "roberta", "electra", "mean-pooled")
@@ -65,7 +65,8 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
 
 
 @pytest.mark.parametrize(
-    "targets", ["query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"]
+    "targets",
+    ["query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"],
 )
 def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
     config = Config(clients=3, local_steps=3, batch_size=4, rank=2, target_modules=targets)
@@ -97,9 +98,7 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
     results = []
     for packed in (True, False):
         _, backbone, stack, shares, _ = setup(architecture, config, ragged_tokens, packed)
-        losses = local_phase(
-            backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config
-        )
+        losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config)
         results.append((losses, stack.factors[Factor.B]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
@@ -126,9 +125,7 @@ def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
     alone.factors = {f: value[2:3].clone() for f, value in stack.factors.items()}
     alone.first = {f: value[2:3].clone() for f, value in stack.first.items()}
     alone.second = {f: value[2:3].clone() for f, value in stack.second.items()}
-    together = local_phase(
-        backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config
-    )
+    together = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config)
     losses = local_phase(backbone, alone, Factor.AB, 0, ragged_tokens, shares, [2], config)
     np.testing.assert_allclose(losses[0], together[2], rtol=0, atol=1e-6)
     torch.testing.assert_close(

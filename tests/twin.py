@@ -55,15 +55,15 @@ def twin_logits(peft_model, tokens, rows):
     return peft_model(input_ids=ids, attention_mask=mask, **kinds).logits
 
 
-def twin_local_phase(
-    model, layout, stack, train, round_, tokens, shares, config: Config, targets
-):
+def twin_local_phase(model, layout, stack, train, round_, tokens, shares, config: Config, targets):
     """Losses (N, K) and Factor -> (N, P) after the local phase, each client on its own."""
     losses, rows = [], {factor: [] for factor in layout.factors}
     for client, share in enumerate(shares):
         peft_model = peft_client(model, layout, stack, client, config, targets)
         names = [f"lora_{f.name}" for f in (Factor.A, Factor.B) if f in train]
-        heads = [f"base_model.model.{name}" for name, _ in layout.head] if Factor.HEAD in train else []
+        heads = (
+            [f"base_model.model.{name}" for name, _ in layout.head] if Factor.HEAD in train else []
+        )
         groups = {True: [], False: []}
         for name, parameter in peft_model.named_parameters():
             is_head = name in heads

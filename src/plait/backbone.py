@@ -8,6 +8,8 @@ Legend: R texts of a batch, n clients, C labels, d the model's width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.func import functional_call
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from plait.config import Config, Head
 from plait.hooked import HookedEncoder
@@ -31,7 +34,7 @@ from plait.tokens import Batch
 HEAD_NAMES = ("classifier", "score")
 """What PEFT takes for the classifier of a sequence classification model."""
 
-TARGET_MODULES: dict[str, list[str]] = {
+TARGET_MODULES: dict[str, Sequence[str]] = {
     "distilbert": ["q_lin", "v_lin"],
     "albert": ["query", "value"],
 } | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -67,7 +70,7 @@ class MeanPooledClassifier(nn.Module):
 
 def scale_to_width(x: Tensor) -> Tensor:
     """(R, d) -> (R, d) with rows of length sqrt(d); a sum and a mean come out alike."""
-    return nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+    return nn.functional.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
 
 
 class _MeanHead(nn.Module):
@@ -150,7 +153,9 @@ class Backbone:
         model = model.to(self.device, self.dtype).eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)
         base, prefix = (
-            (model.base, "base.") if mean_pooled else (model.base_model, f"{model.base_model_prefix}.")
+            (model.base, "base.")
+            if mean_pooled
+            else (model.base_model, f"{model.base_model_prefix}.")
         )
         sites = find_sites(model, base.config.model_type, config)
         head = {
@@ -216,6 +221,7 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
     Raises:
         ValueError: The architecture has no default, or nothing matches.
     """
+    targets: Sequence[str]
     if config.target_modules:
         targets = [name.strip() for name in config.target_modules.split(",")]
     elif model_type in TARGET_MODULES:
@@ -225,16 +231,29 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
             f"No default target modules for a {model_type} model; name its linear layers with "
             "--target-modules, such as q_proj,v_proj."
         )
+    layers = int(model.config.num_hidden_layers)
+    lowest = layers - (config.top_layers or layers)
     sites = [
         Site(name, module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and name.split(".")[0] not in HEAD_NAMES
         and any(name == target or name.endswith(f".{target}") for target in targets)
+        and layer_index(name) >= lowest
     ]
     if not sites:
         raise ValueError(f"No linear layer of the {model_type} model is named {targets}.")
     return tuple(sites)
+
+
+def layer_index(name: str) -> int:
+    """The number of the encoder layer that a module path lies in, 0 where there is none.
+
+    Example:
+        >>> layer_index("bert.encoder.layer.3.attention.self.query")
+        3
+    """
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -274,18 +293,39 @@ def load_model(config: Config, num_labels: int) -> tuple[Any, Any]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.set_state(torch_stream(config.seed, "head").get_state())
+        torch.manual_seed(torch_stream(config.seed, "head").initial_seed())
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, dtype=torch.float32, output_loading_info=True
+            mean_pooled = config.pooling == "mean" or (
+                config.pooling == "auto" and is_sentence_encoder(source)
+            )
+            model = (
+                MeanPooledClassifier(
+                    AutoModel.from_pretrained(source, dtype=torch.float32), num_labels
+                )
+                if mean_pooled
+                else AutoModelForSequenceClassification.from_pretrained(
+                    source, num_labels=num_labels, dtype=torch.float32
+                )
             )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The backbone {config.backbone!r} can't be loaded: {str(error).splitlines()[0]} "
                 "Give a local model folder, a name on the hub, or `minilm`."
             ) from error
-        untrained_pooler = any(".pooler." in name for name in loading["missing_keys"])
-        if config.pooling == "mean" or (config.pooling == "auto" and untrained_pooler):
-            model = MeanPooledClassifier(AutoModel.from_pretrained(source), num_labels)
     return model, tokenizer
+
+
+def is_sentence_encoder(source: str) -> bool:
+    """Whether a model folder or hub name says that it is a sentence encoder (modules.json).
+
+    Such a checkpoint was trained through the mean of its last hidden states; its pooler and first
+    token were not, whether or not the file holds weights for them.
+    """
+    found = cached_file(
+        source,
+        "modules.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None

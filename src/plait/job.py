@@ -18,7 +18,7 @@ from plait.partition import deal
 from plait.rng import stream
 from plait.tasks import METRICS, Rows, Task, load_task
 from plait.tokens import Tokens, tokenize
-from plait.topology import TOPOLOGIES, build_schedule, measure_rho
+from plait.topology import build_schedule, rho_of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,6 @@ def prepare(config: Config) -> Job:
     shares = deal(task.train, task.num_labels, config)
     backbone = load_backbone(config, task.num_labels)
     held_out = task.validation if config.eval_split == "validation" else task.test
-    static = TOPOLOGIES[config.topology].static
     return Job(
         config=config,
         task=task,
@@ -109,7 +108,7 @@ def prepare(config: Config) -> Job:
             label_counts=_label_counts(task, shares),
             majority=_majority(task, held_out),
             parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
-            rho=measure_rho(schedule, config.clients, static),
+            rho=rho_of(config),
             device=str(backbone.device),
             seconds=time.perf_counter() - begin,
         ),

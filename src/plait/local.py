@@ -9,6 +9,7 @@ Legend: n clients of a chunk, b texts of each in a step, P parameters of a facto
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def local_phase(
             batch = pack(tokens, texts).to(backbone.device)
             dropout = lora_dropout(batch, ids, position, config)
             client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
-            client_losses.sum().backward()  # type: ignore[no-untyped-call]
+            client_losses.sum().backward()
             losses[rows, step] = client_losses.detach().double().cpu().numpy()
             _clip([leaves[factor].grad for factor in active], config.clip_norm)
             for factor in active:
@@ -79,7 +80,7 @@ def chunks(num_clients: int, tokens_per_client: float, config: Config) -> Iterat
     """Client ranges of equal size, to within one, of about `config.chunk_tokens` tokens each."""
     pieces = int(np.ceil(num_clients * tokens_per_client / config.chunk_tokens))
     bounds = np.linspace(0, num_clients, min(max(pieces, 1), num_clients) + 1).astype(int)
-    return (range(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True))
+    return (range(*pair) for pair in pairwise(bounds))
 
 
 def batch_rows(share: np.ndarray, client: int, position: int, config: Config) -> np.ndarray:

@@ -18,7 +18,6 @@ from torch import Tensor
 from plait.methods import Factor
 from plait.rng import torch_stream
 
-
 Dropout = Callable[[str, Tensor], Tensor]
 """(site name, its input (..., d_in)) -> what to multiply the packed input (T, d_in) with."""
 

@@ -39,14 +39,14 @@ class FrozenLinear:
         """(T, d_in) -> (T, d_out)."""
         if self.prepacked:
             linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+            return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return, no-untyped-call]
         return functional.linear(x, self.weight, self.bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """(T, d_out) -> (T, d_in)."""
         if self.prepacked:
             linear = torch.ops.mkldnn._linear_pointwise
-            return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return]
+            return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return, no-untyped-call]
         return grad @ self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class _Frozen(torch.autograd.Function):
         return linear.forward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.linear.backward(grad), None
 
 
@@ -72,8 +72,8 @@ class _Rearrange(torch.autograd.Function):
         return _take(x, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        index, inverse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse = ctx.saved_tensors
         return _take(grad, inverse), None, None
 
 
@@ -153,7 +153,7 @@ class PackedEncoder:
             token_type_ids=batch.types[None],
             position_ids=(batch.positions + self.first_position)[None],
         )[0]
-        return h if self.project is None else self.project(h)  # type: ignore[no-any-return]
+        return h if self.project is None else self.project(h)  # type: ignore[no-any-return, no-untyped-call]
 
     def _layer(
         self, layer: _Layer, h: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
@@ -169,7 +169,7 @@ class PackedEncoder:
         down = self._adapted(
             layer.down, layer.down_name, layer.activation(up), batch, A, B, dropout
         )
-        return layer.norm_2(down + h)  # type: ignore[no-any-return]
+        return layer.norm_2(down + h)  # type: ignore[no-any-return, no-untyped-call]
 
     def _adapted(
         self, frozen: FrozenLinear, name: str, x: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
@@ -184,17 +184,17 @@ class PackedEncoder:
         if not any(name in A for name in names):
             return [None] * len(names)
 
-
         def by_client(x: Tensor) -> Tensor:
-            return spread(x, batch.by_client).unflatten(0, (batch.num_clients, -1))
+            rectangle: Tensor = spread(x, batch.by_client).unflatten(0, (batch.num_clients, -1))
+            return rectangle
 
-        shared = None if dropout else by_client(x)
+        plain = by_client(x)
         deltas: list[Tensor | None] = []
         for name in names:
             if name not in A:
                 deltas.append(None)
                 continue
-            inputs = by_client(x * dropout(name, x)) if dropout else shared
+            inputs = by_client(x * dropout(name, x)) if dropout else plain
             delta = branch(inputs, A[name], B[name], self.scale)
             deltas.append(gather(delta.flatten(0, 1), batch.by_client))
         return deltas
@@ -205,12 +205,10 @@ class PackedEncoder:
         parts = [spread(x, batch.by_text).split(sizes) for x in (q, k, v)]
         contexts = []
         for (_, mask), *group in zip(batch.groups, *parts, strict=True):
-            heads = [
-                x.view(*mask.shape, num_heads, -1).transpose(1, 2)  # (R_g, H, L_g, d / H)
-                for x in group
-            ]
+            # (R_g, H, L_g, d / H) each
+            q, k, v = (x.view(*mask.shape, num_heads, -1).transpose(1, 2) for x in group)
             context = functional.scaled_dot_product_attention(
-                *heads, attn_mask=None if mask.all() else mask[:, None, None, :]
+                q, k, v, attn_mask=mask[:, None, None, :]
             )
             contexts.append(context.transpose(1, 2).flatten(2).flatten(0, 1))
         return gather(torch.cat(contexts), batch.by_text)

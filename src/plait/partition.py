@@ -32,7 +32,7 @@ _LEAST = 10  # Flower's min_partition_size
 
 @dataclass(frozen=True)
 class Deal:
-    """What a partition is given: the rows, the number of classes, the config and `name:argument`."""
+    """What a partition is given; `argument` is what follows the colon in its name."""
 
     rows: Rows
     num_labels: int
@@ -245,7 +245,7 @@ def _dirichlet_whole(d: Deal, alpha: float) -> Hands:
     what Flower's DirichletPartitioner does, which also draws again until no client is tiny.
     """
     N, n = d.config.clients, len(d.rows)
-    # Ten rows, or a batch if that is less; where clients are many, half of what each has on average.
+    # Ten rows, or a batch if that is less; half of the average where clients are many.
     least = max(1, min(_LEAST, d.config.batch_size, n // (2 * N)))
     for rng in _generators(d):
         counts = np.zeros((N, d.num_labels), dtype=np.int64)
@@ -257,7 +257,8 @@ def _dirichlet_whole(d: Deal, alpha: float) -> Hands:
             return _take(d, counts)
     raise ValueError(
         f"In {_TRIES} draws of dirichlet:{d.argument} some client of {N} always had fewer than "
-        f"{least} of the {n} rows: use fewer clients, a larger alpha, or client_size."
+        f"{least} of the {n} rows: use fewer clients, a larger alpha, or equal sizes with "
+        f"--client-size {max(1, n // (2 * N))}."
     )
 
 

@@ -10,6 +10,7 @@ import csv
 import gzip
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,7 +257,9 @@ def _tsv(path: Path, dtype: dict[str, type]) -> pd.DataFrame:
 
 
 def _jsonl(path: Path, _dtype: dict[str, type]) -> pd.DataFrame:
-    return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    # Not pd.read_json, which takes some strings for dates.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
 
 
 def _parquet(path: Path, _dtype: dict[str, type]) -> pd.DataFrame:

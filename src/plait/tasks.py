@@ -227,6 +227,10 @@ def _label_names(labels: Sequence[Label]) -> tuple[str, ...]:
     if any(isinstance(label, float) and not label.is_integer() for label in labels):
         return ()
     names = {_name(label) for label in labels}
+    if len(names) == 1:
+        raise ValueError(
+            f"Every row of train_file has the label {names.pop()!r}: give two or more."
+        )
     try:
         return tuple(sorted(names, key=int))
     except ValueError:

