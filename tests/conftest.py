@@ -16,6 +16,9 @@ from plait.tasks import Rows, Task
 from plait.tokens import Tokens
 from plait.topology import build_schedule
 
+# Tiny models gain nothing from a second thread, and lose much where other work wants the cores.
+torch.set_num_threads(1)
+
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

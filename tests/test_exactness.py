@@ -28,7 +28,7 @@ def finished(**settings):
     return stack, rounds
 
 
-def assert_equal_products(one, other, tolerance):
+def assert_equal_factors(one, other, tolerance):
     for factor in one.factors:
         torch.testing.assert_close(
             one.factors[factor], other.factors[factor], rtol=0, atol=tolerance
@@ -38,7 +38,7 @@ def assert_equal_products(one, other, tolerance):
 def test_on_the_complete_graph_adf_is_rolora():
     adf, _ = finished(method="adf", switch_every=1, topology="complete")
     rolora, _ = finished(method="rolora", topology="complete")
-    assert_equal_products(adf, rolora, 1e-6)
+    assert_equal_factors(adf, rolora, 1e-6)
 
 
 def test_on_a_sparse_graph_adf_is_not_rolora():
@@ -51,14 +51,14 @@ def test_on_a_sparse_graph_adf_is_not_rolora():
 def test_adf_that_never_switches_is_ffa(topology):
     adf, rounds = finished(method="adf", switch_every=1000, topology=topology, p=0.5)
     ffa, _ = finished(method="ffa", topology=topology, p=0.5)
-    assert_equal_products(adf, ffa, 1e-6)
+    assert_equal_factors(adf, ffa, 1e-6)
     assert all(layer.cross_term < 1e-12 for event in rounds for layer in event.after)
 
 
 def test_fedavg_is_dec_lora_on_the_complete_graph():
     fedavg, _ = finished(method="fedavg", topology="ring")
     dec_lora, _ = finished(method="dec-lora", topology="complete")
-    assert_equal_products(fedavg, dec_lora, 0)
+    assert_equal_factors(fedavg, dec_lora, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -108,10 +108,10 @@ class Plan:
         return tuple(m for m in self.methods if self.lr_grid and m not in self.lrs)
 
     @property
-    def num_rounds(self) -> int:
-        """Rounds of all runs together."""
-        tuning = len(self.searched) * len(self.lr_grid)
-        return (tuning + len(self.labels) * len(self.seeds)) * self.config.rounds
+    def planned(self) -> dict[str, int]:
+        """Label -> its number of runs, those of the search first."""
+        tuning = {cell.label: 1 for m in self.searched for cell in tuning_cells(self, m)}
+        return tuning | dict.fromkeys(self.labels, len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def tuning_seed(seeds: Sequence[int]) -> int:
     return next(seed for seed in itertools.count(FIRST_TUNING_SEED) if seed not in seeds)
 
 
-def _tuning_cells(plan: Plan, method: str) -> list[Cell]:
+def tuning_cells(plan: Plan, method: str) -> list[Cell]:
+    """The runs that find a method's learning rate."""
     seed = tuning_seed(plan.seeds)
     base = dataclasses.replace(plan.config, method=method, seed=seed, eval_split="validation")
     return [
@@ -230,7 +231,7 @@ def _tuning_cells(plan: Plan, method: str) -> list[Cell]:
 
 
 def _search(plan: Plan, method: str) -> Iterator[tuple[Cell, Event]]:
-    for cell in _tuning_cells(plan, method):
+    for cell in tuning_cells(plan, method):
         began = False
         try:
             for event in run(cell.config, cell.folder, resume=plan.resume):
@@ -245,7 +246,7 @@ def _search(plan: Plan, method: str) -> Iterator[tuple[Cell, Event]]:
 
 def _best_rate(plan: Plan, method: str) -> float:
     """The rate with the best score on the validation split, of those that did not diverge."""
-    finished = [c for c in _tuning_cells(plan, method) if (c.folder / "summary.json").exists()]
+    finished = [c for c in tuning_cells(plan, method) if (c.folder / "summary.json").exists()]
     if not finished:
         raise ValueError(f"{method} diverged at every rate of --lr-grid; give lower ones.")
     summaries = {cell.config.lr: load_run(cell.folder)[2] for cell in finished}

@@ -142,6 +142,14 @@ class Config:
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
 
+    def evaluates_after(self, round_: int) -> bool:
+        """Whether the clients are evaluated after round `round_`, counted from 0."""
+        return (round_ + 1) % self.eval_every == 0 or round_ + 1 == self.rounds
+
+    def saves_after(self, round_: int) -> bool:
+        """Whether a checkpoint is due after round `round_`."""
+        return (round_ + 1) % self.save_every == 0
+
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         return dataclasses.asdict(self)

@@ -49,7 +49,7 @@ class LayerState:
 def consensus(X: Tensor) -> float:
     """Xi = mean_i ||X_i - mean(X)||_F^2 of X (N, ...)."""
     flat = X.flatten(1).double()
-    return (flat - flat.mean(dim=0)).square().sum(dim=1).mean().item()
+    return float((flat - flat.mean(dim=0)).square().sum(dim=1).mean())
 
 
 def product_norm(P: Tensor, Q: Tensor) -> float:

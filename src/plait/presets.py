@@ -1,9 +1,18 @@
-"""Named experiments: each is a function that returns a complete config (`--preset NAME`)."""
+"""Named experiments, and configs from files: what a command line starts from.
+
+A preset is a function that returns a complete config (`--preset NAME`); a file (`--config FILE`)
+changes some of its settings, and flags change what the file says.
+"""
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from plait.config import Config
 from plait.names import lookup
@@ -83,3 +92,49 @@ def build_preset(name: str) -> Config:
         150
     """
     return lookup(PRESETS, name, "preset").build()
+
+
+def start_from(preset: str | None, file: Path | None) -> Config:
+    """The config of a preset, changed by what a file says.
+
+    Args:
+        preset: A key of `PRESETS`; `Config()` for None.
+        file: TOML with keys of `Config`, or a run's `config.json`.
+
+    Raises:
+        ValueError: No such preset, or a file that is not what it should be.
+        OSError: The file can't be read.
+    """
+    config = build_preset(preset) if preset else Config()
+    if file is None:
+        return config
+    values = _read_settings(file)
+    hints = get_type_hints(Config)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            kind = str(hints[name]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
+            raise ValueError(f"{file}: {name} is {value!r}; it must be {kind}.")
+    try:
+        return Config.from_json(config.to_json() | values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    kind = "JSON" if file.suffix == ".json" else "TOML"
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except ValueError as error:  # of either decoder, and of text that isn't UTF-8
+        raise ValueError(f"{file} is not {kind}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'{file} holds no settings; write {{"rounds": 20}} and so on.')
+    return values
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType) or NoneType in get_args(hint):
+        return any(_fits(value, one) for one in get_args(hint))
+    return type(value) in ((int, float) if hint is float else (hint,))

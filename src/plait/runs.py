@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from plait.config import Config
 from plait.engines.simulate import simulate
-from plait.events import Event, RoundDone, from_line, summarize, to_line
+from plait.events import Evaluated, Event, RoundDone, from_line, summarize, to_line
 from plait.export import save_adapters
 from plait.job import prepare
 from plait.lora import Stack
@@ -68,9 +68,8 @@ def run(config: Config, out: Path | None = None, resume: bool = False) -> Iterat
         if folder:
             # Saved before it is announced: whoever stops listening here can resume from here.
             folder.record(event)
-            finished_round = event.round + 1 if isinstance(event, RoundDone) else 0
-            if finished_round and finished_round % config.save_every == 0:
-                folder.save(stack, finished_round)
+            if _completes_round(event, config) and config.saves_after(event.round):
+                folder.save(stack, event.round + 1)
         yield event
     if folder:
         save_adapters(job.backbone, stack, config, folder.path / "adapters")
@@ -169,8 +168,7 @@ class RunFolder:
     def restore(self, stack: Stack) -> list[Event]:
         """Bring `stack` to the last checkpoint; returns the events up to it.
 
-        What was recorded after the checkpoint is dropped: it will be said again. Evaluations
-        belong to the round before them.
+        What was recorded after the checkpoint is dropped: it will be said again.
         """
         if not self.checkpoint_file.exists():
             self.events_file.unlink(missing_ok=True)
@@ -190,6 +188,13 @@ class RunFolder:
         """Write the figures; the checkpoint has done its duty."""
         write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
         self.checkpoint_file.unlink(missing_ok=True)
+
+
+def _completes_round(event: Event, config: Config) -> TypeGuard[RoundDone | Evaluated]:
+    """Whether nothing more will be said of the event's round."""
+    if isinstance(event, RoundDone):
+        return not config.evaluates_after(event.round)
+    return isinstance(event, Evaluated) and event.round >= 0
 
 
 def write_atomically(path: Path, text: str) -> None:

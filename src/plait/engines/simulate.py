@@ -66,7 +66,7 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
             train_seconds=trained - begin,
             mix_seconds=mixed - trained,
         )
-        if (round_ + 1) % config.eval_every == 0 or round_ + 1 == config.rounds:
+        if config.evaluates_after(round_):
             yield evaluation(job, stack, round_)
 
 

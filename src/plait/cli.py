@@ -1,0 +1,339 @@
+"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.export`.
+
+Torch takes a second and a half to import, so commands import what computes when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from plait.config import Config
+from plait.names import lookup
+from plait.presets import PRESETS, start_from
+
+if TYPE_CHECKING:
+    from plait.compare import Plan
+    from plait.events import Event
+
+Command = TypeVar("Command")
+Number = TypeVar("Number")
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+GREETING = """plait: many clients fine-tune one language model with LoRA, and no server.
+
+Three things to try:
+  plait run --preset smoke           does it work here? (seconds)
+  plait compare --preset demo        ADF-LoRA against its rivals (minutes)
+  plait run --help                   every setting
+
+`plait --help` has all commands."""
+
+
+# -- what each command takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Run one experiment and write its folder."""
+
+    out: Path | None = None
+    """The run folder; `runs/<task>-<method>-<seed>` if not given."""
+    resume: Flag = False
+    """Go on with the run in the folder."""
+    preset: str | None = None
+    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
+    config: Path | None = None
+    """Start from a TOML file, or from a run's config.json. Other flags change it."""
+    settings: tyro.conf.OmitArgPrefixes[Config]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compare methods on paired seeds, each at a learning rate of its own."""
+
+    methods: str = "adf,dec-lora,ffa,rolora"
+    """The methods, comma-separated; the first is compared with each of the others."""
+    seeds: str = "0,1,2"
+    """The seeds, comma-separated: one run of each method for each."""
+    lrs: str = ""
+    """Learning rates by method, such as `adf=2e-3,ffa=1e-2`; --lr for the others."""
+    lr_grid: str = ""
+    """Search these rates for each method without one in --lrs, on the validation split."""
+    no_matched_control: Flag = False
+    """Leave out Dec-LoRA at half of ADF's learning rate, which moves as far as ADF does."""
+    out: Path | None = None
+    """The folder of the comparison; `runs/<task>-compare` if not given."""
+    resume: Flag = False
+    """Reuse the finished runs in the folder, and go on with the others."""
+    preset: str | None = None
+    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
+    config: Path | None = None
+    """Start from a TOML file, or from a run's config.json. Other flags change it."""
+    settings: tyro.conf.OmitArgPrefixes[Config]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a client's adapter, or the averaged one, as a PEFT folder."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    client: str = "mean"
+    """The client's number, or `mean` for the averaged model."""
+    out: Path
+    """The PEFT folder to write."""
+
+
+# -- the commands
+
+
+def _run(args: list[str]) -> None:
+    given = _parse(Run, "run", args, Run(settings=defaults(args)))
+    from plait.events import summarize
+    from plait.live import watch
+    from plait.runs import run
+
+    config = given.settings
+    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
+    events: list[Event] = []
+    said = ((config.method, event) for event in _kept(run(config, out, given.resume), events))
+    watch(said, config.rounds, {config.method: 1}, Console())
+    _print_summary(summarize(config, events), out)
+
+
+def _compare(args: list[str]) -> None:
+    given = _parse(Compare, "compare", args, Compare(settings=defaults(args)))
+    from plait.compare import compare, conclude
+    from plait.live import watch
+    from plait.report import notes, rich_table, write_report
+
+    plan = _plan(given, defaults(args))
+    console = Console()
+    said = ((cell.label, event) for cell, event in compare(plan))
+    watch(said, plan.config.rounds, plan.planned, console)
+    conclusion = conclude(plan)
+    console.print("", rich_table(conclusion), "", sep="\n")
+    for note in notes(conclusion):
+        console.print(note, highlight=False)
+    write_report(conclusion)
+    console.print(f"{plan.out}: summary.json, table.md, curves.png", highlight=False)
+
+
+def _export(args: list[str]) -> None:
+    given = _parse(Export, "export", args)
+    from plait.export import export
+
+    if given.client != "mean" and not given.client.isdecimal():
+        raise ValueError(f"--client is {given.client!r}; give a client's number, or mean.")
+    export(given.run, None if given.client == "mean" else int(given.client), given.out)
+    Console().print(f"{given.out}: load it with peft.PeftModel.from_pretrained", highlight=False)
+
+
+def _methods(_args: list[str]) -> None:
+    from plait.methods import METHODS
+
+    built = {name: build(Config(method=name)) for name, build in METHODS.items()}
+    _list(
+        ("method", "conserves the mean", "summary"),
+        [(name, "yes" if one.conserves == "factors" else "no", one.summary)
+         for name, one in built.items()],
+    )  # fmt: skip
+
+
+def _topologies(_args: list[str]) -> None:
+    from plait.topology import TOPOLOGIES
+
+    rows = []
+    for name, row in TOPOLOGIES.items():
+        holds = [mark for mark in ("static", "symmetric") if getattr(row, mark)]
+        mean = [] if row.doubly_stochastic else ["moves the mean"]
+        rows.append((name, ", ".join(holds + mean), row.summary))
+    _list(("topology", "W is", "summary"), rows)
+
+
+def _tasks(_args: list[str]) -> None:
+    from plait.tasks import TASKS
+
+    _list(("task", "summary"), [(name, row.summary) for name, row in TASKS.items()])
+
+
+def _presets(_args: list[str]) -> None:
+    _list(("preset", "summary"), [(name, row.summary) for name, row in PRESETS.items()])
+
+
+def _partitions(_args: list[str]) -> None:
+    from plait.partition import PARTITIONS
+
+    rows = [
+        (f"{name}:{row.example}" if row.example else name, row.summary)
+        for name, row in PARTITIONS.items()
+    ]
+    _list(("label skew", "summary"), [*rows, ("FILE", "a JSON file, a label mixture per client")])
+
+
+@dataclass(frozen=True)
+class CommandRow:
+    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line."""
+
+    call: Callable[[list[str]], None]
+    summary: str
+
+
+COMMANDS: dict[str, CommandRow] = {
+    "run": CommandRow(_run, "run one experiment and write its folder"),
+    "compare": CommandRow(_compare, "compare methods on paired seeds: table, curves, verdict"),
+    "export": CommandRow(_export, "write a client's adapter as a PEFT folder"),
+    "methods": CommandRow(_methods, "list the methods"),
+    "topologies": CommandRow(_topologies, "list who can meet whom"),
+    "tasks": CommandRow(_tasks, "list the data sets"),
+    "partitions": CommandRow(_partitions, "list the ways to deal rows to clients"),
+    "presets": CommandRow(_presets, "list the named experiments"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for an error, 2 for usage, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args:
+            _greet()
+        elif args[0] in ("-h", "--help"):
+            _help()
+        elif args[0] == "--version":
+            print(f"plait {version('plait')}")
+        elif args[0] not in COMMANDS:
+            return _usage(args[0])
+        else:
+            COMMANDS[args[0]].call(args[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `plait tasks | head`: nobody listens any more, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command with --resume goes on.", 130)
+    return 0
+
+
+def _usage(name: str) -> int:
+    try:
+        lookup(COMMANDS, name, "command")
+    except ValueError as error:
+        return _complain(f"{error} `plait --help` has all.", 2)
+    raise AssertionError(name)
+
+
+def _complain(message: str, code: int) -> int:
+    print("plait: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# -- from what was typed to what is called
+
+
+def defaults(args: Sequence[str]) -> Config:
+    """The config that a command line starts from: its preset, then its file.
+
+    Example:
+        >>> defaults(["--preset", "paper"]).rounds
+        150
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config", type=Path)
+    given, _ = parser.parse_known_args(args)
+    return start_from(given.preset, given.config)
+
+
+def _parse(
+    kind: type[Command], name: str, args: Sequence[str], default: Command | None = None
+) -> Command:
+    start = tyro.MISSING_NONPROP if default is None else default
+    return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
+
+
+def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
+    for event in events:
+        keep.append(event)
+        yield event
+
+
+def _plan(given: Compare, start: Config) -> Plan:
+    from plait.compare import Plan
+
+    config = given.settings
+    for field, plural in (("method", "methods"), ("seed", "seeds")):
+        if getattr(config, field) != getattr(start, field):
+            raise ValueError(f"--{field} is for `plait run`; `plait compare` takes --{plural}.")
+    return Plan(
+        config=config,
+        methods=tuple(_split(given.methods)),
+        seeds=tuple(_numbers("--seeds", given.seeds, int)),
+        lrs=_rates(given.lrs),
+        lr_grid=tuple(_numbers("--lr-grid", given.lr_grid, float)),
+        matched_control=not given.no_matched_control,
+        out=given.out or Path("runs") / f"{config.task}-compare",
+        resume=given.resume,
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in _split(text))
+    except ValueError as error:
+        raise ValueError(f"{flag} is {text!r}; give numbers, separated by commas.") from error
+
+
+def _rates(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in _split(text)]
+    return {name.strip(): _numbers("--lrs", rate, float)[0] for name, _, rate in pairs}
+
+
+# -- what is printed
+
+
+def _list(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for index, name in enumerate(head):
+        first_or_last = index in (0, len(head) - 1)
+        table.add_column(name, justify="left" if first_or_last else "center", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table, highlight=False)
+
+
+def _help() -> None:
+    print("usage: plait COMMAND [OPTIONS]\n\nDecentralized federated fine-tuning with LoRA.\n")
+    _list(("command", ""), [(name, row.summary) for name, row in COMMANDS.items()])
+    print("\n`plait COMMAND --help` has the options; `plait --version` the version.")
+
+
+def _greet() -> None:
+    print(GREETING)
+
+
+def _print_summary(summary: dict[str, Any], out: Path) -> None:
+    print(
+        f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
+        f" (worst client {summary['accuracy_client_min']:.3f}),"
+        f" averaged model {summary['accuracy_averaged_model']:.3f},"
+        f" majority class {summary['majority']:.3f};"
+        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
+        f"{out}: summary.json, events.jsonl, adapters/"
+    )
