@@ -131,3 +131,23 @@ def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
     torch.testing.assert_close(
         alone.factors[Factor.A][0], stack.factors[Factor.A][2], rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_adapting_the_top_layers_only(cached, ragged_tokens):
+    config = Config(clients=3, local_steps=3, batch_size=4, rank=2, top_layers=1)
+    model, backbone, stack, shares, _ = setup("bert", config, ragged_tokens)
+    assert {site.name.split(".")[3] for site in backbone.layout.sites} == {"1"}
+    targets = [site.name for site in backbone.layout.sites]
+    expected_losses, expected = twin_local_phase(
+        model, backbone.layout, stack, Factor.AB, 0, ragged_tokens, shares, config, targets
+    )
+    tokens = backbone.with_hidden(ragged_tokens, 1.0 if cached else 0.0)
+    assert (tokens.hidden is not None) == cached
+    losses = local_phase(backbone, stack, Factor.AB, 0, tokens, shares, range(3), config)
+    np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stack.factors[Factor.A], expected[Factor.A], rtol=0, atol=1e-5)
+    part = tokens.take(np.array([7, 3, 30]))
+    logits = evaluate(backbone, stack.factors, part, config)
+    whole = evaluate(backbone, stack.factors, ragged_tokens, config)
+    torch.testing.assert_close(logits, whole[:, [7, 3, 30]], rtol=0, atol=1e-5)

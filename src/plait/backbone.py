@@ -8,11 +8,13 @@ Legend: R texts of a batch, n clients, C labels, d the model's width.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -24,12 +26,12 @@ from transformers.utils.hub import cached_file
 
 from plait.config import Config, Head
 from plait.hooked import HookedEncoder
-from plait.lora import Dropout, Layout, Site
+from plait.lora import Dropout, Layout, Site, layer_index
 from plait.methods import Factor
 from plait.packed import PACKED_MODEL_TYPES, PackedEncoder
 from plait.rng import torch_stream
 from plait.sources import package_folder
-from plait.tokens import Batch
+from plait.tokens import Batch, Tokens, pack
 
 HEAD_NAMES = ("classifier", "score")
 """What PEFT takes for the classifier of a sequence classification model."""
@@ -173,7 +175,7 @@ class Backbone:
         )
         scale = self.layout.scale
         self.encoder: PackedEncoder | HookedEncoder = (
-            PackedEncoder(base, prefix, scale)
+            PackedEncoder(base, prefix, sites, scale)
             if packed and base.config.model_type in PACKED_MODEL_TYPES
             else HookedEncoder(model, base, sites, scale)
         )
@@ -214,6 +216,26 @@ class Backbone:
             )  # fmt: skip
         return logits.float()  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def with_hidden(self, tokens: Tokens, limit_gib: float) -> Tokens:
+        """The same tokens with what lies below the first adapted layer computed once and for all.
+
+        Only where that saves layers, and at most `limit_gib` GiB of it; else it is computed again
+        in every step.
+        """
+        encoder = self.encoder
+        if isinstance(encoder, HookedEncoder) or encoder.first_adapted == 0:
+            return tokens
+        width = encoder.layers[0].norm_1.weight.numel()
+        if len(tokens.ids) * width * self.dtype.itemsize > limit_gib * 2**30:
+            return tokens
+        hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
+        order = np.argsort(tokens.lengths, kind="stable")
+        for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
+            batch = pack(tokens, texts[None])
+            hidden[batch.source] = encoder.below(batch.to(self.device)).cpu()
+        return dataclasses.replace(tokens, hidden=hidden)
+
 
 def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
     """The linear layers that are adapted, in the model's order.
@@ -244,16 +266,6 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
     if not sites:
         raise ValueError(f"No linear layer of the {model_type} model is named {targets}.")
     return tuple(sites)
-
-
-def layer_index(name: str) -> int:
-    """The number of the encoder layer that a module path lies in, 0 where there is none.
-
-    Example:
-        >>> layer_index("bert.encoder.layer.3.attention.self.query")
-        3
-    """
-    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -45,22 +45,28 @@ Three things to try:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Start:
+    """Where the settings of a command come from."""
+
+    settings: tyro.conf.OmitArgPrefixes[Config]
+    preset: str | None = None
+    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
+    config: Path | None = None
+    """Start from a TOML file, or from a run's config.json. Other flags change it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Start):
     """Run one experiment and write its folder."""
 
     out: Path | None = None
     """The run folder; `runs/<task>-<method>-<seed>` if not given."""
     resume: Flag = False
     """Go on with the run in the folder."""
-    preset: str | None = None
-    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
-    config: Path | None = None
-    """Start from a TOML file, or from a run's config.json. Other flags change it."""
-    settings: tyro.conf.OmitArgPrefixes[Config]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(Start):
     """Compare methods on paired seeds, each at a learning rate of its own."""
 
     methods: str = "adf,dec-lora,ffa,rolora"
@@ -77,11 +83,6 @@ class Compare:
     """The folder of the comparison; `runs/<task>-compare` if not given."""
     resume: Flag = False
     """Reuse the finished runs in the folder, and go on with the others."""
-    preset: str | None = None
-    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
-    config: Path | None = None
-    """Start from a TOML file, or from a run's config.json. Other flags change it."""
-    settings: tyro.conf.OmitArgPrefixes[Config]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +118,16 @@ def _compare(args: list[str]) -> None:
     given = _parse(Compare, "compare", args, Compare(settings=defaults(args)))
     from plait.compare import compare, conclude
     from plait.live import watch
-    from plait.report import notes, rich_table, write_report
+    from plait.report import notes, rich_tables, write_report
 
     plan = _plan(given, defaults(args))
     console = Console()
     said = ((cell.label, event) for cell, event in compare(plan))
     watch(said, plan.config.rounds, plan.planned, console)
     conclusion = conclude(plan)
-    console.print("", rich_table(conclusion), "", sep="\n")
+    for table in rich_tables(conclusion):
+        console.print("", table)
+    console.print()
     for note in notes(conclusion):
         console.print(note, highlight=False)
     write_report(conclusion)
@@ -220,8 +223,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # `plait tasks | head`: nobody listens any more, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _complain(f"{error.strerror or error}{where}", 1)
+    except ValueError as error:
         return _complain(str(error), 1)
+    except SystemExit as finished:  # tyro has shown the help, or what is wrong with the options
+        return int(finished.code or 0)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command with --resume goes on.", 130)
     return 0
@@ -302,7 +310,10 @@ def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Numbe
 
 def _rates(text: str) -> dict[str, float]:
     pairs = [part.partition("=") for part in _split(text)]
-    return {name.strip(): _numbers("--lrs", rate, float)[0] for name, _, rate in pairs}
+    try:
+        return {name.strip(): float(rate) for name, _, rate in pairs}
+    except ValueError as error:
+        raise ValueError(f"--lrs is {text!r}; write it like adf=2e-3,ffa=1e-2.") from error
 
 
 # -- what is printed

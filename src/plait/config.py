@@ -119,6 +119,9 @@ class Config:
     """Type of the frozen weights; the factors are always float32."""
     device: Device = "auto"
     """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
+    cache_gib: float = 2.0
+    """Memory for what the layers below the first adapted one (`--top-layers`) make of the texts;
+    computed anew in every step when it takes more."""
     chunk_tokens: int = 2048
     """About so many tokens are computed at once: bounds memory and fits the cache."""
 

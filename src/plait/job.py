@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -88,31 +89,49 @@ def prepare(config: Config) -> Job:
     if method.topology:
         config = dataclasses.replace(config, topology=method.topology)
     schedule = build_schedule(config)
-    task = load_task(config)
+    task, backbone, train, held_out = _materials(
+        Config(**{name: getattr(config, name) for name in MATERIAL})
+    )
     shares = deal(task.train, task.num_labels, config)
-    backbone = load_backbone(config, task.num_labels)
-    held_out = task.validation if config.eval_split == "validation" else task.test
     return Job(
         config=config,
         task=task,
         method=method,
         schedule=schedule,
         backbone=backbone,
-        train=_tokenized(task.train, backbone, config),
-        held_out=_tokenized(held_out, backbone, config),
+        train=train,
+        held_out=held_out,
         shares=shares,
         started=Started(
             task=task.name,
             metric=task.metric,
             label_names=task.label_names,
             label_counts=_label_counts(task, shares),
-            majority=_majority(task, held_out),
+            majority=_majority(task, held_out.labels),
             parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
             rho=rho_of(config),
             device=str(backbone.device),
             seconds=time.perf_counter() - begin,
         ),
     )
+
+
+MATERIAL = (
+    "task", "glue_dir", "train_file", "dev_file", "text_columns", "label_column", "key_column",
+    "max_length", "backbone", "pooling", "head", "rank", "alpha", "target_modules", "top_layers",
+    "eval_split", "dtype", "device", "cache_gib", "seed",
+)  # fmt: skip
+"""The settings that data and model depend on: runs that agree on them share both."""
+
+
+@lru_cache(maxsize=1)
+def _materials(config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
+    """Task, model, training and evaluated split; kept for the next run with the same ones."""
+    task = load_task(config)
+    backbone = load_backbone(config, task.num_labels)
+    held_out = task.validation if config.eval_split == "validation" else task.test
+    train, evaluated = (_tokenized(rows, backbone, config) for rows in (task.train, held_out))
+    return task, backbone, train, evaluated
 
 
 def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
@@ -123,7 +142,8 @@ def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
 
 
 def _tokenized(rows: Rows, backbone: Backbone, config: Config) -> Tokens:
-    return tokenize(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+    tokens = tokenize(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+    return backbone.with_hidden(tokens, config.cache_gib)
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
@@ -133,7 +153,7 @@ def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
     return [np.bincount(task.train.labels[share], minlength=size).tolist() for share in shares]
 
 
-def _majority(task: Task, rows: Rows) -> float:
+def _majority(task: Task, labels: np.ndarray) -> float:
     if task.metric != "accuracy":
         return 0.0
-    return float(np.bincount(rows.labels).max() / len(rows))
+    return float(np.bincount(labels).max() / len(labels))

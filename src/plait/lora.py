@@ -31,6 +31,16 @@ class Site:
     d_out: int
 
 
+def layer_index(name: str) -> int:
+    """The number of the encoder layer that a module path lies in, 0 where there is none.
+
+    Example:
+        >>> layer_index("bert.encoder.layer.3.attention.self.query")
+        3
+    """
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where everything lies in a row.

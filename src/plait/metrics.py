@@ -12,6 +12,7 @@ Legend: N clients, r rank, k columns of a stacked product. All sums in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ def product_norm(P: Tensor, Q: Tensor) -> float:
     if P.shape[1] >= min(P.shape[0], Q.shape[1]):
         return float((P @ Q).norm())
     squared = float(((P.T @ P) * (Q @ Q.T)).sum())
-    return max(squared, 0.0) ** 0.5
+    return math.sqrt(max(squared, 0.0))
 
 
 def cross_term(A: Tensor, B: Tensor) -> float:

@@ -10,13 +10,14 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plait.lora import Dropout, branch
+from plait.lora import Dropout, Site, branch, layer_index
 from plait.tokens import Batch, Places
 
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -39,14 +40,14 @@ class FrozenLinear:
         """(T, d_in) -> (T, d_out)."""
         if self.prepacked:
             linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return, no-untyped-call]
+            return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
         return functional.linear(x, self.weight, self.bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """(T, d_out) -> (T, d_in)."""
         if self.prepacked:
             linear = torch.ops.mkldnn._linear_pointwise
-            return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return, no-untyped-call]
+            return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return]
         return grad @ self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -117,8 +118,9 @@ class _Layer:
 class PackedEncoder:
     """Embeddings and encoder layers of a BERT-like model over packed tokens."""
 
-    def __init__(self, base: Any, prefix: str, scale: float) -> None:
+    def __init__(self, base: Any, prefix: str, sites: tuple[Site, ...], scale: float) -> None:
         """Lay out the weights of `base`, whose path in the whole model is `prefix`."""
+        self.first_adapted = min(layer_index(site.name) for site in sites)
         self.embeddings = base.embeddings
         self.project = getattr(base, "embeddings_project", None)
         self.scale = scale
@@ -141,9 +143,16 @@ class PackedEncoder:
             B: Site name -> (n, d_out, r).
             dropout: The LoRA branches' dropout.
         """
-        h = self.embed(batch)
-        for layer in self.layers:
+        h = self.below(batch) if batch.hidden is None else batch.hidden
+        for layer in self.layers[self.first_adapted :]:
             h = self._layer(layer, h, batch, A, B, dropout)
+        return h
+
+    def below(self, batch: Batch) -> Tensor:
+        """(T, d), the input of the first adapted layer: the same for every client and step."""
+        h = self.embed(batch)
+        for layer in self.layers[: self.first_adapted]:
+            h = self._layer(layer, h, batch, {}, {}, None)
         return h
 
     def embed(self, batch: Batch) -> Tensor:
@@ -153,7 +162,7 @@ class PackedEncoder:
             token_type_ids=batch.types[None],
             position_ids=(batch.positions + self.first_position)[None],
         )[0]
-        return h if self.project is None else self.project(h)  # type: ignore[no-any-return, no-untyped-call]
+        return h if self.project is None else self.project(h)  # type: ignore[no-any-return]
 
     def _layer(
         self, layer: _Layer, h: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
@@ -169,7 +178,7 @@ class PackedEncoder:
         down = self._adapted(
             layer.down, layer.down_name, layer.activation(up), batch, A, B, dropout
         )
-        return layer.norm_2(down + h)  # type: ignore[no-any-return, no-untyped-call]
+        return layer.norm_2(down + h)  # type: ignore[no-any-return]
 
     def _adapted(
         self, frozen: FrozenLinear, name: str, x: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
@@ -217,5 +226,5 @@ class PackedEncoder:
         if q.dtype is torch.float32 or q.device.type != "cpu":
             return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         # The CPU's fused attention is several times slower in bfloat16 than these three steps.
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        scores = (q / math.sqrt(q.shape[-1])) @ k.mT
         return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v

@@ -27,7 +27,22 @@ class PresetRow:
 
 
 def _demo() -> Config:
-    return Config(task="demo", label_skew="dirichlet:0.5", topology="pairs", p=0.1)
+    # As much of the published protocol as two cores do in minutes: its topology, on a smaller model
+    # of which the upper half is adapted, with short phases since there are few rounds.
+    return Config(
+        task="demo",
+        label_skew="dirichlet:0.5",
+        topology="pairs",
+        p=0.1,
+        rounds=12,
+        switch_every=2,
+        local_steps=5,
+        batch_size=8,
+        top_layers=3,
+        dtype="bfloat16",
+        eval_every=3,
+        eval_rows=100,
+    )
 
 
 def _smoke() -> Config:

@@ -6,14 +6,15 @@ Everything here is drawn from recorded events and summaries alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from plait.compare import Conclusion, Outcome, figures, significance, verdict
+from plait.compare import Conclusion, figures, significance, verdict
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.paired import Difference, Estimate
 from plait.runs import write_atomically
@@ -21,8 +22,11 @@ from plait.runs import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Array = np.ndarray[Any, np.dtype[Any]]
 Cells = Mapping[str, Sequence[Sequence[Event]]]
 """Label -> the events of each of its runs."""
+
+STAR, EDGE = " *", "†"
 
 FLOOR = 1e-9
 """Distances below this are rounding: a factor that all clients hold in common."""
@@ -39,48 +43,42 @@ def write_report(conclusion: Conclusion) -> None:
 # -- the table
 
 
-def columns(conclusion: Conclusion) -> list[str]:
-    """The table's head."""
-    return [
-        "method", conclusion.metric, "95% interval", "worst client", "averaged model", "loss",
-        "cross term", "MB sent", "seconds", "lr", f"{conclusion.plan.methods[0]} minus this",
-    ]  # fmt: skip
+def table(conclusion: Conclusion) -> dict[str, list[str]]:
+    """Label -> its line of the table; the head is the line of the empty label."""
+    reference = conclusion.plan.methods[0]
+    against = {one.rival: one for one in conclusion.differences}
+    head = ["method", conclusion.metric, "worst", "averaged", "lr", f"{reference} - this"]
+    lines = {"": [*head, "loss", "cross term", "MB sent", "seconds"]}
+    for outcome in conclusion.outcomes:
+        label, lr, shown = outcome.entry.label, outcome.entry.lr, figures(outcome)
+        lines[label] = [
+            label,
+            _with_reach(outcome.score, "0.3f"),
+            f"{shown['accuracy_client_min']:.3f}",
+            f"{shown['accuracy_averaged_model']:.3f}",
+            f"{lr:g}{EDGE if outcome.at_grid_edge else ''}",
+            _against(against[label]) if label in against else "",
+            f"{shown['loss_client_mean']:.3f}",
+            f"{shown['cross_term']:.2g}",
+            f"{shown['sent_bytes'] / 1e6:.1f}",
+            f"{shown['wall_seconds']:.0f}",
+        ]
+    return lines
 
 
-def cells(conclusion: Conclusion, outcome: Outcome) -> list[str]:
-    """A line of the table."""
-    shown = figures(outcome)
-    against = {one.rival: one for one in conclusion.differences}.get(outcome.entry.label)
-    return [
-        outcome.entry.label,
-        f"{outcome.score.mean:.3f}",
-        _interval(outcome.score),
-        f"{shown['accuracy_client_min']:.3f}",
-        f"{shown['accuracy_averaged_model']:.3f}",
-        f"{shown['loss_client_mean']:.3f}",
-        f"{shown['cross_term']:.2g}",
-        f"{shown['sent_bytes'] / 1e6:.1f}",
-        f"{shown['wall_seconds']:.0f}",
-        f"{outcome.entry.lr:g}" + ("*" if outcome.at_grid_edge else ""),
-        _against(against) if against else "",
-    ]
-
-
-def _interval(one: Estimate, sign: str = "") -> str:
-    if one.low is None or one.high is None:
-        return "one seed"
-    return f"{one.low:{sign}.3f} .. {one.high:{sign}.3f}"
+def _with_reach(one: Estimate, form: str) -> str:
+    reach = "" if one.high is None else f" ± {one.high - one.mean:.3f}"
+    return f"{one.mean:{form}}{reach}"
 
 
 def _against(one: Difference) -> str:
-    interval = "" if one.estimate.low is None else f" ({_interval(one.estimate, '+')})"
-    return f"{one.estimate.mean:+.3f}{interval}{' *' if one.significant else ''}"
+    return _with_reach(one.estimate, "+.3f") + (STAR if one.significant else "")
 
 
 def notes(conclusion: Conclusion) -> list[str]:
     """What has to be known to read the table; the verdict comes first."""
     plan, outcomes = conclusion.plan, conclusion.outcomes
-    started = next(event for event in outcomes[0].events[0] if isinstance(event, Started))
+    started = _started({"": outcomes[0].events})
     seeds = ", ".join(map(str, plan.seeds))
     found = [
         verdict(conclusion),
@@ -88,32 +86,39 @@ def notes(conclusion: Conclusion) -> list[str]:
         f"{plan.config.rounds} rounds; seeds {seeds}, paired; majority class "
         f"{started.majority:.3f}.",
     ]
+    if len(plan.seeds) > 1:
+        found.append("±: 95% t interval over seeds; of differences, over pairs with the same seed.")
     if any(one.significant for one in conclusion.differences):
-        found.append("* beside a difference: significant at .05 after Holm's correction.")
+        found.append(f"{STAR.strip()}: significant at .05 after Holm's correction.")
     if any(one.at_grid_edge for one in outcomes):
-        found.append("* beside a rate: at the edge of --lr-grid, a wider one may be better.")
+        found.append(f"{EDGE}: at the edge of --lr-grid; a rate beyond it may be better.")
+    if len(outcomes) < len(plan.labels):
+        found.append("dec-lora's rate is half of adf's: it is its own matched control.")
     return found
 
 
-def rich_table(conclusion: Conclusion) -> Table:
-    """The table for a terminal."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for index, name in enumerate(columns(conclusion)):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for outcome in conclusion.outcomes:
-        table.add_row(*cells(conclusion, outcome))
-    return table
+def rich_tables(conclusion: Conclusion) -> list[Table]:
+    """The table for a terminal: the scores, and under them the rest, each 80 columns wide."""
+    head, *lines = table(conclusion).values()
+    return [_rich(head, lines, part) for part in (slice(1, 6), slice(6, None))]
+
+
+def _rich(head: list[str], lines: list[list[str]], part: slice) -> Table:
+    shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown.add_column(head[0], no_wrap=True)
+    for name in head[part]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        shown.add_row(line[0], *line[part])
+    return shown
 
 
 def markdown(conclusion: Conclusion) -> str:
     """The table and its notes as Markdown."""
-    head = columns(conclusion)
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-    rows += [cells(conclusion, outcome) for outcome in conclusion.outcomes]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return (
-        table + "\n\n" + "\n\n".join(note.replace("*", r"\*") for note in notes(conclusion)) + "\n"
-    )
+    head, *lines = table(conclusion).values()
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n\n".join([text, *notes(conclusion)]) + "\n"
 
 
 def to_json(conclusion: Conclusion) -> dict[str, Any]:
@@ -185,78 +190,79 @@ def curves(runs: Cells, path: Path) -> None:
     except ImportError as error:
         raise ValueError("The picture needs matplotlib: pip install 'plait[report]'.") from error
 
-    figure = Figure(figsize=(11, 5), layout="constrained", dpi=150)
-    grid = figure.add_gridspec(2, 2, width_ratios=[1.35, 1])
-    scores = figure.add_subplot(grid[:, 0])
-    apart = figure.add_subplot(grid[0, 1])
-    cross = figure.add_subplot(grid[1, 1], sharex=apart)
-    _draw_scores(scores, runs)
-    _draw_distances(apart, runs, _disagreement, "disagreement  $\\Xi_A + \\Xi_B$")
-    _draw_distances(cross, runs, _cross_term, "cross term  $\\|C\\|_F$")
-    apart.tick_params(labelbottom=False)
-    cross.set_xlabel("rounds done")
+    figure = Figure(figsize=(11, 5.5), layout="constrained", dpi=150)
+    panels = figure.subplot_mosaic([["scores", "apart"], ["scores", "cross"]], width_ratios=[3, 2])
+    _draw_scores(panels["scores"], runs)
+    _draw_distances(panels["apart"], runs, _disagreement, "squared norm, all layers")
+    panels["apart"].set_title(r"Disagreement after mixing, $\Xi_A + \Xi_B$", loc="left")
+    _draw_distances(panels["cross"], runs, _cross_term, "norm, all layers")
+    panels["cross"].set_title(r"Cross term after mixing, $\|C\|_F$", loc="left")
+    for panel in panels.values():
+        _dress(panel)
+    handles, labels = panels["scores"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png")
     partial.replace(path)
 
 
 def _draw_scores(axes: Axes, runs: Cells) -> None:
-    started = next(e for e in next(iter(runs.values()))[0] if isinstance(e, Started))
-    for (label, events), (color, dashes) in zip(runs.items(), _styles(len(runs)), strict=True):
+    started = _started(runs)
+    for (label, events), (color, dashes) in zip(runs.items(), cycle(STYLES), strict=False):
         rounds, scores = _series(events, Evaluated, _mean_score)
-        rounds = rounds + 1
+        low, high = scores.min(axis=0), scores.max(axis=0)
+        axes.fill_between(rounds, low, high, color=color, alpha=0.08, linewidth=0)
         axes.plot(rounds, scores.mean(axis=0), dashes, color=color, label=label, linewidth=2)
-        axes.fill_between(
-            rounds, scores.min(axis=0), scores.max(axis=0), color=color, alpha=0.15, linewidth=0
-        )
     if started.majority:
-        axes.axhline(started.majority, color="#666666", linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "majority class", (1, started.majority), (0, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", color="#666666", fontsize=9,
-        )  # fmt: skip
+        axes.axhline(
+            started.majority,
+            color="#666666",
+            linewidth=1.2,
+            linestyle=(0, (1, 2)),
+            label="majority class",
+        )
     seeds = len(next(iter(runs.values())))
-    band = f" (line: mean of {seeds} seeds, band: their range)" if seeds > 1 else ""
-    axes.set_title(f"Mean {started.metric} of the clients' own models{band}", fontsize=10)
-    axes.set_xlabel("rounds done")
+    band = f"  (mean of {seeds} seeds, band: their range)" if seeds > 1 else ""
+    axes.set_title(f"Clients' own models{band}", loc="left")
     axes.set_ylabel(f"{started.metric}, mean over clients")
-    axes.legend(loc="lower right", frameon=False)
-    _plain(axes)
 
 
-def _draw_distances(axes: Axes, runs: Cells, value: Any, name: str) -> None:
+def _draw_distances(axes: Axes, runs: Cells, value: Callable[[Any], float], unit: str) -> None:
     zero = []
-    for (label, events), (color, dashes) in zip(runs.items(), _styles(len(runs)), strict=True):
+    for (label, events), (color, dashes) in zip(runs.items(), cycle(STYLES), strict=False):
         rounds, values = _series(events, RoundDone, value)
         mean = values.mean(axis=0)
-        if (mean < FLOOR).all():
-            zero.append(label)
-            continue
-        axes.plot(
-            rounds + 1, np.where(mean < FLOOR, np.nan, mean), dashes, color=color, linewidth=1.5
-        )
+        # A log scale has no zero: rounds in which nobody differs leave a gap.
+        shown = np.where(mean < FLOOR, np.nan, mean)
+        axes.plot(rounds, shown, dashes, color=color, linewidth=1.6, marker=".", markersize=4)
+        zero += [label] if np.isnan(shown).all() else []
     axes.set_yscale("log")
-    note = f", exactly 0: {', '.join(zero)}" if zero else ""
-    axes.set_title(f"{name} after mixing{note}", fontsize=10)
-    _plain(axes)
+    axes.set_ylabel(unit)
+    if zero:
+        axes.annotate(
+            f"0 throughout: {', '.join(zero)}", (0.99, 0.03), xycoords="axes fraction", ha="right"
+        )
 
 
-def _styles(count: int) -> list[tuple[str, str]]:
-    return [STYLES[index % len(STYLES)] for index in range(count)]
-
-
-def _plain(axes: Axes) -> None:
+def _dress(axes: Axes) -> None:
+    axes.set_xlabel("rounds done")
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
 
 
+def _started(runs: Cells) -> Started:
+    return next(event for event in next(iter(runs.values()))[0] if isinstance(event, Started))
+
+
 def _series(
-    runs: Sequence[Sequence[Event]], kind: type[Event], value: Any
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The rounds (R,) and a figure (seeds, R) of all events of a kind."""
+    runs: Sequence[Sequence[Event]], kind: type[Event], value: Callable[[Any], float]
+) -> tuple[Array, Array]:
+    """Rounds done (R,) and a figure (seeds, R) of all events of a kind."""
     chosen = [[event for event in events if isinstance(event, kind)] for events in runs]
-    rounds = np.array([event.round for event in chosen[0]])  # type: ignore[union-attr]
-    return rounds, np.array([[value(event) for event in events] for events in chosen])
+    rounds = [event.round + 1 for event in chosen[0] if not isinstance(event, Started)]
+    return np.array(rounds), np.array([[value(event) for event in events] for events in chosen])
 
 
 def _mean_score(event: Evaluated) -> float:

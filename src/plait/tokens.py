@@ -27,12 +27,15 @@ class Tokens:
         types: (all tokens,) int32, 0 for the first text of a pair and 1 for the second.
         offsets: (texts + 1,) int64; text i is ids[offsets[i]:offsets[i + 1]].
         labels: (texts,) int64 classes, or float32 scores.
+        hidden: (all tokens, d), the input of the first adapted layer, where it was computed
+            beforehand.
     """
 
     ids: np.ndarray
     types: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of texts."""
@@ -53,6 +56,7 @@ class Tokens:
             types=self.types[source],
             offsets=np.concatenate([[0], ends]),
             labels=self.labels[texts],
+            hidden=None if self.hidden is None else self.hidden[torch.from_numpy(source)],
         )
 
 
@@ -92,6 +96,7 @@ class Batch:
 
     Attributes:
         num_clients: n.
+        source: (T,) int64, each token's place in the split's flat arrays.
         ids: (T,) int64.
         types: (T,) int64.
         positions: (T,) int64, each token's place in its own text.
@@ -100,11 +105,13 @@ class Batch:
         labels: (R,) int64 or float32.
         by_client: Places of the tokens in an (n, t) rectangle, t the most tokens of a client.
         by_text: Places of the tokens in the rectangles of `groups`, one after another.
+        hidden: (T, d), the input of the first adapted layer, where it is known.
         groups: For each group of texts of similar length: the texts (R_g,), and which places of
             its (R_g, L_g) rectangle hold a token.
     """
 
     num_clients: int
+    source: Tensor
     ids: Tensor
     types: Tensor
     positions: Tensor
@@ -113,6 +120,7 @@ class Batch:
     labels: Tensor
     by_client: Places
     by_text: Places
+    hidden: Tensor | None
     groups: tuple[tuple[Tensor, Tensor], ...]
 
     def to(self, device: torch.device) -> Batch:
@@ -124,6 +132,7 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor | Places)
         }
+        moved.setdefault("hidden", None)
         groups = tuple((texts.to(device), mask.to(device)) for texts, mask in self.groups)
         return Batch(num_clients=self.num_clients, groups=groups, **moved)
 
@@ -142,6 +151,7 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
     rectangles = [_rectangle(starts[texts], lengths[texts]) for texts in texts_by_group]
     return Batch(
         num_clients=num_clients,
+        source=torch.from_numpy(source),
         ids=torch.from_numpy(tokens.ids[source].astype(np.int64)),
         types=torch.from_numpy(tokens.types[source].astype(np.int64)),
         positions=torch.from_numpy(positions),
@@ -150,6 +160,7 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
         labels=torch.from_numpy(tokens.labels[flat]),
         by_client=by_client,
         by_text=_places(rectangles, len(source)),
+        hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],
         groups=tuple(
             (torch.from_numpy(texts), torch.from_numpy(rectangle >= 0))
             for texts, rectangle in zip(texts_by_group, rectangles, strict=True)

@@ -90,8 +90,15 @@ def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
     last = round_ + 1 == job.config.rounds
     rows = some_rows(job.held_out, None if last else job.config.eval_rows)
     tokens = job.held_out.take(rows)
-    with_mean = {f: torch.cat([value, mean(value)]) for f, value in stack.factors.items()}
-    logits = evaluate(job.backbone, with_mean, tokens, job.config)
+    # Clients that are all the same, as before the first round, need to be computed only once.
+    alike = all(bool((value == value[:1]).all()) for value in stack.factors.values())
+    models = {
+        factor: value[:1] if alike else torch.cat([value, mean(value)])
+        for factor, value in stack.factors.items()
+    }
+    logits = evaluate(job.backbone, models, tokens, job.config)
+    if alike:
+        logits = logits.expand(job.config.clients + 1, -1, -1)
     losses = [float(loss) for loss in _losses(logits, tokens.labels)]
     scores = [job.score(client, tokens.labels) for client in logits.numpy()]
     return Evaluated(
