@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from plait.backbone import Backbone, MeanPooledClassifier
+from plait.backbone import Backbone
 from plait.config import Config
 from plait.events import Started
+from plait.heads import MeanPooledClassifier
 from plait.job import Job
+from plait.loading import Loaded
 from plait.methods import build_method
 from plait.tasks import Rows, Task
 from plait.tokens import Tokens
@@ -62,7 +64,7 @@ def tiny_job(config: Config) -> Job:
         task=task,
         method=method,
         schedule=build_schedule(config),
-        backbone=Backbone(tiny_model("bert"), None, config),
+        backbone=Backbone(Loaded(tiny_model("bert"), None, ()), config),
         train=tokens,
         held_out=tokens.take(np.arange(20)),
         shares=np.array_split(np.arange(len(tokens)), config.clients),

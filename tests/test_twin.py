@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_model
 from plait.backbone import TARGET_MODULES, Backbone
 from plait.config import Config
+from plait.loading import Loaded
 from plait.local import evaluate, local_phase
 from plait.lora import initial_stack
 from plait.methods import Factor
@@ -23,7 +24,7 @@ PHASES = (Factor.A, Factor.B, Factor.AB)
 
 def setup(architecture, config, tokens, packed=True):
     model = tiny_model(architecture)
-    backbone = Backbone(copy.deepcopy(model), None, config, packed)
+    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, packed)
     stack = initial_stack(
         backbone.layout, backbone.head_start, config.clients, 0, torch.device("cpu")
     )

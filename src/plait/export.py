@@ -1,22 +1,26 @@
 """Adapters as PEFT folders: `PeftModel.from_pretrained(base, folder)` loads what plait trained.
 
-A trained head travels along as PEFT does it, in `modules_to_save`. The base is the backbone that
-the config names; for a mean-pooled one it is `plait.load_base(config, num_labels)`.
+Whatever the checkpoint had no weights for, a classifier above all, travels along in
+`modules_to_save`, trained or not. The base is then the backbone as anyone loads it; a sentence
+encoder's mean-pooled classifier is no class of transformers, and `plait.load_base` makes it.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plait.backbone import Backbone
+from plait.backbone import Backbone, in_head
 from plait.config import Config
-from plait.lora import Layout, Stack
+from plait.events import Started, from_line
+from plait.loading import load_model
+from plait.lora import Stack
 from plait.methods import Factor
 from plait.mixing import mean
 
@@ -25,30 +29,29 @@ def save_adapters(backbone: Backbone, stack: Stack, config: Config, out: Path) -
     """Write `client-0` ... and `mean` under `out`, each a PEFT folder."""
     for client in range(len(stack.factors[Factor.A])):
         row = {factor: value[client] for factor, value in stack.factors.items()}
-        save_adapter(backbone.layout, row, config, out / f"client-{client}")
+        save_adapter(backbone, row, config, out / f"client-{client}")
     averaged = {factor: mean(value)[0] for factor, value in stack.factors.items()}
-    save_adapter(backbone.layout, averaged, config, out / "mean")
+    save_adapter(backbone, averaged, config, out / "mean")
 
 
-def save_adapter(layout: Layout, row: dict[Factor, Tensor], config: Config, out: Path) -> None:
+def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, out: Path) -> None:
     """Write one client's state as a PEFT folder.
 
     Args:
-        layout: Where the parts lie in a row.
+        backbone: The frozen model that the factors adapt.
         row: Factor -> (P,).
         config: The run's config.
         out: The folder; what is there is replaced.
     """
-    tensors = {}
-    for factor, suffix in ((Factor.A, "lora_A"), (Factor.B, "lora_B")):
-        for name, value in layout.views(factor, row[factor][None]).items():
-            tensors[f"base_model.model.{name}.{suffix}.weight"] = value[0]
+    layout = backbone.layout
+    tensors = dict(backbone.kept)
+    for factor, suffix in ((Factor.A, ".lora_A.weight"), (Factor.B, ".lora_B.weight")):
+        views = layout.views(factor, row[factor][None])
+        tensors |= {name + suffix: value[0] for name, value in views.items()}
     if layout.head:
-        for name, value in layout.views(Factor.HEAD, row[Factor.HEAD][None]).items():
-            tensors[f"base_model.model.{name}"] = value[0]
-    heads = sorted({name.split(".")[0] for name, _ in layout.head})
+        views = layout.views(Factor.HEAD, row[Factor.HEAD][None])
+        tensors |= {name: value[0] for name, value in views.items()}
     peft_config = LoraConfig(
-        task_type=None,
         base_model_name_or_path=config.backbone,
         inference_mode=True,
         r=config.rank,
@@ -56,18 +59,22 @@ def save_adapter(layout: Layout, row: dict[Factor, Tensor], config: Config, out:
         lora_dropout=config.lora_dropout,
         # Whole paths: a bare `query` would also match layers that were not adapted.
         target_modules=[site.name for site in layout.sites],
-        modules_to_save=heads or None,
+        modules_to_save=sorted({_module(name) for name in backbone.kept}),
     )
     out.mkdir(parents=True, exist_ok=True)
     save_file(
-        {
-            name: value.detach().cpu().to(torch.float32).contiguous()
-            for name, value in tensors.items()
-        },
+        {f"base_model.model.{name}": value.detach().float().cpu().contiguous()
+         for name, value in tensors.items()},
         out / "adapter_model.safetensors",
         metadata={"format": "pt"},
-    )
+    )  # fmt: skip
     peft_config.save_pretrained(str(out))
+
+
+def _module(parameter: str) -> str:
+    """The module that PEFT is told to save for a parameter: a head whole, others themselves."""
+    head = parameter.split(".")[0]
+    return head if in_head(parameter) else parameter.rpartition(".")[0]
 
 
 def export(run: Path, client: int | None, out: Path) -> None:
@@ -89,3 +96,23 @@ def export(run: Path, client: int | None, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} already exists; take another --out.")
     shutil.copytree(source, out)
+
+
+def load_base(run: Path) -> Any:
+    """The model of a run without any adapter: what `PeftModel.from_pretrained` takes as its base.
+
+    Raises:
+        ValueError: The folder holds no run, or its backbone can't be loaded.
+
+    Example:
+        >>> base = load_base(Path("runs/demo"))  # doctest: +SKIP
+        >>> model = PeftModel.from_pretrained(base, "runs/demo/adapters/mean")  # doctest: +SKIP
+    """
+    try:
+        config = Config.from_json(json.loads((run / "config.json").read_text()))
+        with (run / "events.jsonl").open() as file:
+            started = from_line(file.readline())
+    except OSError as error:
+        raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error
+    assert isinstance(started, Started)
+    return load_model(config, len(started.label_names) or 1).model.eval()

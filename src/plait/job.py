@@ -10,9 +10,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from plait.backbone import Backbone, load_backbone
+from plait.backbone import Backbone
 from plait.config import Config
 from plait.events import Started
+from plait.loading import load_model
 from plait.lora import Stack, initial_stack
 from plait.methods import Factor, Method, build_method
 from plait.partition import deal
@@ -128,7 +129,7 @@ MATERIAL = (
 def _materials(config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
     """Task, model, training and evaluated split; kept for the next run with the same ones."""
     task = load_task(config)
-    backbone = load_backbone(config, task.num_labels)
+    backbone = Backbone(load_model(config, task.num_labels), config)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (_tokenized(rows, backbone, config) for rows in (task.train, held_out))
     return task, backbone, train, evaluated

@@ -38,7 +38,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """The mean of `values` (n,), its t interval, and the t-test against zero.
 
     Example:
-        >>> estimate([1.0, 2.0, 3.0])
+        >>> estimate([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
         Estimate(mean=2.0, low=-0.484..., high=4.484..., p=0.074...)
     """
     from scipy.stats import t as student  # half a second to import
