@@ -1,11 +1,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from plait.backbone import Backbone
 from plait.config import Config
@@ -98,3 +108,32 @@ def random_tokens() -> Tokens:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         labels=rng.integers(0, 3, 60),
     )
+
+
+WORDS = [
+    "the", "a", "film", "question", "is", "was", "good", "bad", "what", "who", "when", "great",
+]  # fmt: skip
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words to ids, for the tiny models."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+        cls_token="[CLS]", sep_token="[SEP]",
+    )  # fmt: skip
+
+
+def save_encoder(architecture: str, folder: Path) -> Path:
+    """A tiny checkpoint of an encoder alone, as pretraining leaves it, with a tokenizer."""
+    model = tiny_model(architecture)
+    base = model.base if architecture == "mean-pooled" else model.base_model
+    base.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    if architecture == "mean-pooled":
+        (folder / "modules.json").write_text("[]")
+    return folder

@@ -171,7 +171,8 @@ def compare(plan: Plan) -> Iterator[tuple[Cell, Event]]:
         build_method(dataclasses.replace(plan.config, method=method))
     for method in plan.searched:
         yield from _search(plan, method)
-    for entry, seed in itertools.product(entries(plan), plan.seeds):
+    # All methods of a seed, then the next: they share its data and its model.
+    for seed, entry in itertools.product(plan.seeds, entries(plan)):
         cell = reported_cell(plan, entry, seed)
         try:
             for event in run(cell.config, cell.folder, resume=plan.resume):

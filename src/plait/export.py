@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
 from plait.backbone import Backbone, in_head
 from plait.config import Config
 from plait.events import Started, from_line
+from plait.files import save_tensors
 from plait.loading import load_model
 from plait.lora import Stack
 from plait.methods import Factor
@@ -62,11 +62,11 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
         modules_to_save=sorted({_module(name) for name in backbone.kept}),
     )
     out.mkdir(parents=True, exist_ok=True)
-    save_file(
+    save_tensors(
         {f"base_model.model.{name}": value.detach().float().cpu().contiguous()
          for name, value in tensors.items()},
         out / "adapter_model.safetensors",
-        metadata={"format": "pt"},
+        {"format": "pt"},
     )  # fmt: skip
     peft_config.save_pretrained(str(out))
 

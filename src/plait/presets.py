@@ -27,20 +27,20 @@ class PresetRow:
 
 
 def _demo() -> Config:
-    # As much of the published protocol as two cores do in minutes: its topology, on a smaller model
-    # of which the upper half is adapted, with short phases since there are few rounds.
+    # As much of the published protocol as two cores do in minutes: its topology and phases, on a
+    # smaller model of which the upper half is adapted, for fewer and shorter rounds.
     return Config(
         task="demo",
         label_skew="dirichlet:0.5",
         topology="pairs",
         p=0.1,
-        rounds=12,
-        switch_every=2,
-        local_steps=5,
+        rounds=20,
+        switch_every=5,
+        local_steps=3,
         batch_size=8,
         top_layers=3,
         dtype="bfloat16",
-        eval_every=3,
+        eval_every=4,
         eval_rows=100,
     )
 

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from plait.compare import Conclusion, figures, significance, verdict
 from plait.events import Evaluated, Event, RoundDone, Started
+from plait.files import write_atomically
 from plait.paired import Difference, Estimate
-from plait.runs import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

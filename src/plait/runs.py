@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from plait.config import Config
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, Event, RoundDone, from_line, summarize, to_line
 from plait.export import save_adapters
+from plait.files import save_tensors, write_atomically
 from plait.job import prepare
 from plait.lora import Stack
 from plait.methods import Factor
@@ -59,6 +58,9 @@ def run(config: Config, out: Path | None = None, resume: bool = False) -> Iterat
         return
     job = prepare(config)
     stack = job.initial_stack()
+    if folder:
+        # Only now: a config that can't run leaves nothing behind.
+        folder.create(config)
     done = folder.restore(stack) if folder else []
     yield from done
     first_round = sum(isinstance(event, RoundDone) for event in done)
@@ -123,7 +125,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
-        """Take a folder for a run, or take it up again.
+        """Take a folder for a run, or take it up again; nothing is written yet.
 
         Raises:
             ValueError: It is in use, or was made by another config.
@@ -144,9 +146,14 @@ class RunFolder:
             return folder
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} is not an empty folder; take another --out.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.json", json.dumps(config.to_json(), indent=2) + "\n")
         return folder
+
+    def create(self, config: Config) -> None:
+        """Make the folder, unless it is there already."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.json").exists():
+            text = json.dumps(config.to_json(), indent=2) + "\n"
+            write_atomically(self.path / "config.json", text)
 
     def record(self, event: Event) -> None:
         """Add a line to the events."""
@@ -161,9 +168,8 @@ class RunFolder:
             for factor, value in values.items()
         }
         steps = {f"steps.{factor.name}": str(count) for factor, count in stack.steps.items()}
-        partial = self.checkpoint_file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"rounds_done": str(rounds_done), **steps})
-        _replace(partial, self.checkpoint_file)
+        metadata = {"rounds_done": str(rounds_done), **steps}
+        save_tensors(tensors, self.checkpoint_file, metadata)
 
     def restore(self, stack: Stack) -> list[Event]:
         """Bring `stack` to the last checkpoint; returns the events up to it.
@@ -195,19 +201,6 @@ def _completes_round(event: Event, config: Config) -> TypeGuard[RoundDone | Eval
     if isinstance(event, RoundDone):
         return not config.evaluates_after(event.round)
     return isinstance(event, Evaluated) and event.round >= 0
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    _replace(partial, path)
-
-
-def _replace(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _tensors(stack: Stack) -> dict[str, dict[Factor, torch.Tensor]]:

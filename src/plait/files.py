@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all: written beside their place, flushed, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        OSError: It can't be written; nothing is left of it.
+    """
+    _atomically(path, lambda partial: partial.write_text(text))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: It can't be written; nothing is left of it.
+    """
+
+    def save(partial: Path) -> None:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:  # a full disk, mostly
+            raise OSError(f"{path} can't be written: {error}") from error
+
+    _atomically(path, save)
+
+
+def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
