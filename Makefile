@@ -8,7 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
-DEMO_METHODS := adf,dec-lora,ffa,rolora,local
 DEMO_DIR := runs/demo
 
 .PHONY: help setup demo test check format clean
@@ -29,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 
 demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in runs/demo
 	@rm -rf $(DEMO_DIR)
-	@$(BIN)/plait compare --preset demo --methods $(DEMO_METHODS) --seeds 0,1,2 --out $(DEMO_DIR)
+	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
 
 test: $(STAMP) ## Run the tests, with coverage
 	@$(BIN)/python -m pytest --cov

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from plait.config import Config
 from plait.names import lookup
-from plait.presets import PRESETS, start_from
+from plait.presets import PRESETS, PresetRow, start_from
 
 if TYPE_CHECKING:
     from plait.compare import Plan
@@ -69,11 +69,11 @@ class Run(Start):
 class Compare(Start):
     """Compare methods on paired seeds, each at a learning rate of its own."""
 
-    methods: str = "adf,dec-lora,ffa,rolora"
+    methods: str
     """The methods, comma-separated; the first is compared with each of the others."""
     seeds: str = "0,1,2"
     """The seeds, comma-separated: one run of each method for each."""
-    lrs: str = ""
+    lrs: str
     """Learning rates by method, such as `adf=2e-3,ffa=1e-2`; --lr for the others."""
     lr_grid: str = ""
     """Search these rates for each method without one in --lrs, on the validation split."""
@@ -115,11 +115,17 @@ def _run(args: list[str]) -> None:
 
 
 def _compare(args: list[str]) -> None:
-    given = _parse(Compare, "compare", args, Compare(settings=defaults(args)))
+    preset = PRESETS.get(_start_of(args).preset, PresetRow(Config, ""))
+    start = Compare(settings=defaults(args), methods=preset.methods, lrs=preset.lrs)
+    given = _parse(Compare, "compare", args, start)
     from plait.compare import compare, conclude
     from plait.live import watch
     from plait.report import notes, rich_tables, write_report
 
+    if given.lrs == preset.lrs:  # a preset has rates for all of its methods
+        compared = _split(given.methods)
+        rates = [rate for rate in _split(given.lrs) if rate.partition("=")[0] in compared]
+        given = replace(given, lrs=",".join(rates))
     plan = _plan(given, defaults(args))
     console = Console()
     said = ((cell.label, event) for cell, event in compare(plan))
@@ -258,11 +264,17 @@ def defaults(args: Sequence[str]) -> Config:
         >>> defaults(["--preset", "paper"]).rounds
         150
     """
+    given = _start_of(args)
+    return start_from(given.preset, given.config)
+
+
+def _start_of(args: Sequence[str]) -> argparse.Namespace:
+    """`--preset` and `--config` of a command line, before anything else is read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--config", type=Path)
     given, _ = parser.parse_known_args(args)
-    return start_from(given.preset, given.config)
+    return given
 
 
 def _parse(

@@ -49,25 +49,52 @@ class HookedEncoder:
         texts_per_client = len(batch.lengths) // batch.num_clients
         ids = torch.cat([batch.ids, batch.ids.new_tensor([self.pad_id])])
         types = torch.cat([batch.types, batch.types.new_tensor([0])])
-        places = batch.by_text.index.split([mask.numel() for _, mask in batch.groups])
-        outputs = []
-        for (texts, mask), index in zip(batch.groups, places, strict=True):
+        hidden = []
+        places = []
+        for texts in similar_lengths(batch.lengths):
+            index, mask = _rectangle(batch, texts)
             client = texts // texts_per_client
             self._of_text = {name: (A[name][client], B[name][client]) for name in A}
-            self._keep = dropout and _arranged(dropout, index, mask)
-            kinds = {"token_type_ids": types[index].view_as(mask)} if self.has_types else {}
-            hidden = self.base(
-                input_ids=ids[index].view_as(mask), attention_mask=mask.long(), **kinds
-            ).last_hidden_state
-            outputs.append(hidden.flatten(0, 1))
-        return torch.cat(outputs).index_select(0, batch.by_text.inverse)
+            self._keep = dropout and _arranged(dropout, index)
+            kinds = {"token_type_ids": types[index]} if self.has_types else {}
+            out = self.base(input_ids=ids[index], attention_mask=mask.long(), **kinds)
+            hidden.append(out.last_hidden_state[mask])
+            places.append(index[mask])
+        return torch.cat(hidden)[torch.cat(places).argsort()]
 
 
-def _arranged(dropout: Dropout, index: Tensor, mask: Tensor) -> Dropout:
+def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> list[Tensor]:
+    """Texts in groups, by length: a group closes when padding would exceed a share `waste` of it.
+
+    Groups have at least `least` texts, since a rectangle of few texts costs more in calls than
+    it saves in padding.
+    """
+    groups: list[list[int]] = []
+    room = used = 0
+    for text in lengths.argsort(descending=True, stable=True).tolist():
+        size = int(lengths[text])
+        longest = int(lengths[groups[-1][0]]) if groups else 0
+        full = bool(groups) and len(groups[-1]) >= least
+        if not groups or (full and used + size < (1 - waste) * (room + longest)):
+            groups.append([])
+            room, used, longest = 0, 0, size
+        groups[-1].append(text)
+        room, used = room + longest, used + size
+    return [torch.tensor(group, device=lengths.device) for group in groups]
+
+
+def _rectangle(batch: Batch, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """(R_g, L_g) places of the texts' tokens, T where there is none, and where there is one."""
+    lengths = batch.lengths[texts][:, None]
+    columns = torch.arange(int(lengths.max()), device=texts.device)
+    mask = columns < lengths
+    return torch.where(mask, batch.starts[texts][:, None] + columns, len(batch.ids)), mask
+
+
+def _arranged(dropout: Dropout, index: Tensor) -> Dropout:
     """The packed dropout mask (T, d) in a group's rectangle (R_g, L_g, d)."""
 
     def keep(name: str, x: Tensor) -> Tensor:
-        packed = functional.pad(dropout(name, x), (0, 0, 0, 1))
-        return packed[index].view(*mask.shape, -1)
+        return functional.pad(dropout(name, x), (0, 0, 0, 1))[index]
 
     return keep

@@ -11,13 +11,14 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plait.lora import Dropout, Site, branch, layer_index
+from plait.lora import Dropout, Site, layer_index
 from plait.tokens import Batch, Places
 
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -50,50 +51,101 @@ class FrozenLinear:
             return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return]
         return grad @ self.weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(T, d_in) -> (T, d_out), differentiable in x."""
-        return _Frozen.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a LoRA branch adds to a frozen layer's output, and its dropout mask (T, d_in)."""
+
+    columns: slice
+    keep: Tensor | None
 
 
-class _Frozen(torch.autograd.Function):
+class _Adapted(torch.autograd.Function):
+    """A frozen layer with LoRA branches of n clients, and the gradient written out.
+
+    y[:, columns] += s (x A^T) B^T for each branch, token by token with its own client's factors.
+    Kept for the backward pass: x, which is kept anyway, and x A^T, which is r wide. The gradient
+    of a factor that doesn't train, and of inputs below the first adapted layer, is never formed.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
-        ctx.linear = linear
-        return linear.forward(x)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        linear: FrozenLinear,
+        batch: Batch,
+        scale: float,
+        branches: list[Branch],
+        *factors: Tensor,
+    ) -> Tensor:
+        y = linear.forward(x)
+        lows = []
+        for branch, A, B in zip(branches, factors[::2], factors[1::2], strict=True):
+            low = torch.bmm(_by_client(x, branch, batch), A.to(x.dtype).mT).mul_(scale)
+            delta = torch.bmm(low, B.to(x.dtype).mT)
+            y[:, branch.columns] += batch.by_client.gather(delta.flatten(0, 1))
+            lows.append(low)
+        ctx.linear, ctx.batch, ctx.scale, ctx.branches = linear, batch, scale, branches
+        ctx.save_for_backward(x if factors else None, *factors, *lows)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.branches)
+        factors, lows = saved[: 2 * count], saved[2 * count :]
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        grad_x = ctx.linear.backward(grad) if needs_x else None
+        grads: list[Tensor | None] = []
+        for k, (branch, low) in enumerate(zip(ctx.branches, lows, strict=True)):
+            A, B = factors[2 * k], factors[2 * k + 1]
+            grad_delta = ctx.batch.by_client.spread(grad[:, branch.columns])
+            grad_delta = grad_delta.unflatten(0, (ctx.batch.num_clients, -1))
+            grad_A = grad_B = None
+            if needs[2 * k + 1]:
+                grad_B = torch.bmm(grad_delta.mT, low).to(B.dtype)
+            if needs[2 * k] or grad_x is not None:
+                grad_low = torch.bmm(grad_delta, B.to(grad.dtype)).mul_(ctx.scale)
+            if needs[2 * k]:
+                grad_A = torch.bmm(grad_low.mT, _by_client(x, branch, ctx.batch)).to(A.dtype)
+            if grad_x is not None:
+                back = torch.bmm(grad_low, A.to(grad.dtype)).flatten(0, 1)
+                back = ctx.batch.by_client.gather(back)
+                grad_x += back if branch.keep is None else back * branch.keep
+            grads += [grad_A, grad_B]
+        return grad_x, None, None, None, None, *grads
+
+
+def _by_client(x: Tensor, branch: Branch, batch: Batch) -> Tensor:
+    """(T, d_in) -> (n, t, d_in), the branch's input."""
+    kept = x if branch.keep is None else x * branch.keep
+    return batch.by_client.spread(kept).view(batch.num_clients, -1, x.shape[1])
+
+
+class _Spread(torch.autograd.Function):
+    """`Places.spread`, with a gather for its gradient: autograd's own would scatter row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return places.spread(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.linear.backward(grad), None
+        return ctx.places.gather(grad), None
 
 
-class _Rearrange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        return _take(x, index)
+class _Gather(torch.autograd.Function):
+    """The reverse of `_Spread`."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        _, inverse = ctx.saved_tensors
-        return _take(grad, inverse), None, None
+    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        return places.gather(x)
 
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x by index; one past the end is a row of zeros."""
-    return functional.pad(x, (0, 0, 0, 1)).index_select(0, index)
-
-
-def spread(x: Tensor, places: Places) -> Tensor:
-    """(T, d) -> (slots, d): tokens into the rectangles, zeros elsewhere.
-
-    A gather in both directions: autograd's own backward of indexing would scatter, row by row.
-    """
-    return _Rearrange.apply(x, places.index, places.inverse)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def gather(x: Tensor, places: Places) -> Tensor:
-    """(slots, d) -> (T, d): the reverse of `spread`."""
-    return _Rearrange.apply(x, places.inverse, places.index)  # type: ignore[no-any-return, no-untyped-call]
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.places.spread(grad), None
 
 
 class _Layer:
@@ -165,66 +217,37 @@ class PackedEncoder:
         return h if self.project is None else self.project(h)  # type: ignore[no-any-return]
 
     def _layer(
-        self, layer: _Layer, h: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
+        self, layer: _Layer, h: Tensor, batch: Batch, A: Any, B: Any, dropout: Dropout | None
     ) -> Tensor:
-        parts = list(layer.qkv(h).chunk(3, dim=1))
-        deltas = self._branches(layer.qkv_names, h, batch, A, B, dropout)
-        q, k, v = (part if delta is None else part + delta
-                   for part, delta in zip(parts, deltas, strict=True))  # fmt: skip
-        context = self._attention(q, k, v, batch, layer.num_heads)
-        merged = self._adapted(layer.merge, layer.merge_name, context, batch, A, B, dropout)
-        h = layer.norm_1(merged + h)
-        up = self._adapted(layer.up, layer.up_name, h, batch, A, B, dropout)
-        down = self._adapted(
-            layer.down, layer.down_name, layer.activation(up), batch, A, B, dropout
-        )
-        return layer.norm_2(down + h)  # type: ignore[no-any-return]
+        def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
+            """The frozen layers of these names side by side, with the branches that there are."""
+            width = len(frozen.weight) // len(names)
+            sites = [(k, name) for k, name in enumerate(names) if name in A]
+            branches = [
+                Branch(slice(k * width, (k + 1) * width), dropout(name, x) if dropout else None)
+                for k, name in sites
+            ]
+            factors = [factor for _, name in sites for factor in (A[name], B[name])]
+            return _Adapted.apply(x, frozen, batch, self.scale, branches, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _adapted(
-        self, frozen: FrozenLinear, name: str, x: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
-    ) -> Tensor:
-        (delta,) = self._branches([name], x, batch, A, B, dropout)
-        return frozen(x) if delta is None else frozen(x) + delta
+        qkv = adapted(layer.qkv, layer.qkv_names, h)
+        context = _attention(qkv, batch, layer.num_heads)
+        h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context) + h)
+        up = layer.activation(adapted(layer.up, [layer.up_name], h))
+        return layer.norm_2(adapted(layer.down, [layer.down_name], up) + h)  # type: ignore[no-any-return]
 
-    def _branches(
-        self, names: list[str], x: Tensor, batch: Batch, A: Any, B: Any, dropout: Any
-    ) -> list[Tensor | None]:
-        """The LoRA branches of x (T, d_in) at the named sites, None where there is none."""
-        if not any(name in A for name in names):
-            return [None] * len(names)
 
-        def by_client(x: Tensor) -> Tensor:
-            rectangle: Tensor = spread(x, batch.by_client).unflatten(0, (batch.num_clients, -1))
-            return rectangle
-
-        plain = by_client(x)
-        deltas: list[Tensor | None] = []
-        for name in names:
-            if name not in A:
-                deltas.append(None)
-                continue
-            inputs = by_client(x * dropout(name, x)) if dropout else plain
-            delta = branch(inputs, A[name], B[name], self.scale)
-            deltas.append(gather(delta.flatten(0, 1), batch.by_client))
-        return deltas
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, num_heads: int) -> Tensor:
-        """Attention within each text, (T, d) x 3 -> (T, d)."""
-        sizes = [mask.numel() for _, mask in batch.groups]
-        parts = [spread(x, batch.by_text).split(sizes) for x in (q, k, v)]
-        contexts = []
-        for (_, mask), *group in zip(batch.groups, *parts, strict=True):
-            # (R_g, H, L_g, d / H) each
-            q, k, v = (x.view(*mask.shape, num_heads, -1).transpose(1, 2) for x in group)
-            context = self._attend(q, k, v, mask[:, None, None, :])
-            contexts.append(context.transpose(1, 2).flatten(2).flatten(0, 1))
-        return gather(torch.cat(contexts), batch.by_text)
-
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Softmax attention of (R_g, H, L_g, d / H) under a mask of the keys."""
-        if q.dtype is torch.float32 or q.device.type != "cpu":
-            return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def _attention(qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:
+    """Attention within each text, (T, 3 d) -> (T, d)."""
+    count, size, _ = batch.same_text.shape
+    slots = _Spread.apply(qkv, batch.windows)  # type: ignore[no-untyped-call]
+    q, k, v = slots.view(count, size, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # (w, H, S, d / H)
+    mask = batch.same_text[:, None]
+    if q.dtype is torch.float32 or q.device.type != "cpu":
+        context = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
         # The CPU's fused attention is several times slower in bfloat16 than these three steps.
         scores = (q / math.sqrt(q.shape[-1])) @ k.mT
-        return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+        context = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+    slots = context.transpose(1, 2).flatten(2).flatten(0, 1)
+    return _Gather.apply(slots, batch.windows)  # type: ignore[no-any-return, no-untyped-call]

@@ -20,10 +20,19 @@ from plait.names import lookup
 
 @dataclass(frozen=True)
 class PresetRow:
-    """A line of `PRESETS`: how to build the config, and what it is in one line."""
+    """A line of `PRESETS`.
+
+    Attributes:
+        build: Makes the config.
+        summary: What it is, in one line.
+        methods: What `plait compare` compares.
+        lrs: Learning rates by method for `plait compare`; the config's own where none is given.
+    """
 
     build: Callable[[], Config]
     summary: str
+    methods: str = "adf,dec-lora,ffa,rolora"
+    lrs: str = ""
 
 
 def _demo() -> Config:
@@ -90,7 +99,14 @@ def _paper() -> Config:
 
 
 PRESETS: dict[str, PresetRow] = {
-    "demo": PresetRow(_demo, "The paper's experiment in small: embedded model and text, minutes"),
+    "demo": PresetRow(
+        _demo,
+        "The paper's experiment in small: embedded model and text, minutes",
+        methods="adf,dec-lora,ffa,rolora,local",
+        # Found by `plait compare --preset demo --lrs "" --lr-grid 2e-3,5e-3,1e-2`: on validation
+        # rows, with a seed that is not reported.
+        lrs="adf=5e-3,dec-lora=2e-3,ffa=1e-2,rolora=5e-3,local=2e-3",
+    ),
     "smoke": PresetRow(_smoke, "Three clients, two rounds of one step: does it run at all?"),
     "paper": PresetRow(_paper, "ADF-LoRA's published protocol: RoBERTa-large, SST-2, 150 rounds"),
 }

@@ -80,14 +80,38 @@ def tokenize(
 
 @dataclass(frozen=True)
 class Places:
-    """Where rows go: `out[k] = x[index[k]]`, and back by `inverse`; past the end is a zero row."""
+    """Where tokens go in rectangles that have more room than there are tokens.
+
+    Attributes:
+        index: (slots,) int64, the token in each slot; 0 where there is none.
+        inverse: (T,) int64, the slot of each token.
+        empty: The slots without a token.
+    """
 
     index: Tensor
     inverse: Tensor
+    empty: Tensor
+
+    @classmethod
+    def of(cls, slots: np.ndarray, size: int) -> Places:
+        """Tokens at `slots` (T,) of `size`."""
+        index = np.zeros(size, dtype=np.int64)
+        index[slots] = np.arange(len(slots))
+        filled = np.zeros(size, dtype=bool)
+        filled[slots] = True
+        return cls(*map(torch.from_numpy, (index, slots, np.flatnonzero(~filled))))
 
     def to(self, device: torch.device) -> Places:
         """The same places on a device."""
-        return Places(self.index.to(device), self.inverse.to(device))
+        return Places(self.index.to(device), self.inverse.to(device), self.empty.to(device))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(T, d) -> (slots, d): tokens into their slots, zeros elsewhere."""
+        return x.index_select(0, self.index).index_fill_(0, self.empty, 0)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(slots, d) -> (T, d): the reverse of `spread`."""
+        return x.index_select(0, self.inverse)
 
 
 @dataclass(frozen=True)
@@ -104,10 +128,9 @@ class Batch:
         lengths: (R,) int64.
         labels: (R,) int64 or float32.
         by_client: Places of the tokens in an (n, t) rectangle, t the most tokens of a client.
-        by_text: Places of the tokens in the rectangles of `groups`, one after another.
+        windows: Places of the tokens in (w, S) windows that each hold a few whole texts.
+        same_text: (w, S, S) bool, whether two slots of a window belong to one text.
         hidden: (T, d), the input of the first adapted layer, where it is known.
-        groups: For each group of texts of similar length: the texts (R_g,), and which places of
-            its (R_g, L_g) rectangle hold a token.
     """
 
     num_clients: int
@@ -119,38 +142,31 @@ class Batch:
     lengths: Tensor
     labels: Tensor
     by_client: Places
-    by_text: Places
+    windows: Places
+    same_text: Tensor
     hidden: Tensor | None
-    groups: tuple[tuple[Tensor, Tensor], ...]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
-            name: value.to(device)
+            name: value.to(device) if isinstance(value, Tensor | Places) else value
             for name, value in vars(self).items()
-            if isinstance(value, Tensor | Places)
         }
-        moved.setdefault("hidden", None)
-        groups = tuple((texts.to(device), mask.to(device)) for texts, mask in self.groups)
-        return Batch(num_clients=self.num_clients, groups=groups, **moved)
+        return Batch(**moved)
 
 
 def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
     """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients."""
-    num_clients, _ = rows.shape
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
-    per_client = lengths.reshape(rows.shape).sum(axis=1)
-    by_client = _places([(_rectangle(np.cumsum(per_client) - per_client, per_client))], len(source))
-    texts_by_group = _similar_lengths(lengths)
-    rectangles = [_rectangle(starts[texts], lengths[texts]) for texts in texts_by_group]
+    windows, same_text = _windows(lengths, starts)
     return Batch(
-        num_clients=num_clients,
+        num_clients=len(rows),
         source=torch.from_numpy(source),
         ids=torch.from_numpy(tokens.ids[source].astype(np.int64)),
         types=torch.from_numpy(tokens.types[source].astype(np.int64)),
@@ -158,48 +174,38 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
         starts=torch.from_numpy(starts),
         lengths=torch.from_numpy(lengths),
         labels=torch.from_numpy(tokens.labels[flat]),
-        by_client=by_client,
-        by_text=_places(rectangles, len(source)),
+        by_client=_by_client(lengths.reshape(rows.shape).sum(axis=1)),
+        windows=windows,
+        same_text=torch.from_numpy(same_text),
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],
-        groups=tuple(
-            (torch.from_numpy(texts), torch.from_numpy(rectangle >= 0))
-            for texts, rectangle in zip(texts_by_group, rectangles, strict=True)
-        ),
     )
 
 
-def _rectangle(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(k, longest): row i counts up from starts[i] for lengths[i] places, then holds -1."""
-    columns = np.arange(lengths.max())
-    return np.where(columns < lengths[:, None], starts[:, None] + columns, -1)
+def _by_client(counts: np.ndarray) -> Places:
+    """Places in an (n, t) rectangle of clients with `counts` (n,) tokens."""
+    client = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return Places.of(client * counts.max() + place, len(counts) * int(counts.max()))
 
 
-def _places(rectangles: list[np.ndarray], num_tokens: int) -> Places:
-    slots = np.concatenate([rectangle.ravel() for rectangle in rectangles])
-    inverse = np.empty(num_tokens, dtype=np.int64)
-    filled = np.flatnonzero(slots >= 0)
-    inverse[slots[filled]] = filled
-    index = np.where(slots >= 0, slots, num_tokens)
-    return Places(torch.from_numpy(index), torch.from_numpy(inverse))
+def _windows(lengths: np.ndarray, starts: np.ndarray, least: int = 64) -> tuple[Places, np.ndarray]:
+    """Whole texts, one after another, in windows of `least` slots or the longest text's length.
 
-
-def _similar_lengths(lengths: np.ndarray, waste: float = 0.1, least: int = 16) -> list[np.ndarray]:
-    """Texts in groups, by length: a group closes when padding would exceed a share `waste` of it.
-
-    Groups have at least `least` texts, since a rectangle of few texts costs more in calls than
-    it saves in padding.
+    Attention over a window of several short texts costs a few wasted products, and far fewer
+    calls than a rectangle for each length.
     """
-    order = np.argsort(-lengths, kind="stable")
-    groups: list[list[int]] = []
-    room = used = 0
-    for text in order:
-        size = int(lengths[text])
-        longest = int(lengths[groups[-1][0]]) if groups else 0
-        if not groups or (
-            len(groups[-1]) >= least and used + size < (1 - waste) * (room + longest)
-        ):
-            groups.append([])
-            room, used, longest = 0, 0, size
-        groups[-1].append(int(text))
-        room, used = room + longest, used + size
-    return [np.array(group) for group in groups]
+    size = max(least, int(lengths.max()))
+    window = np.empty(len(lengths), dtype=np.int64)
+    first = np.empty(len(lengths), dtype=np.int64)
+    number, begin = -1, -size - 1
+    for text, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if number < 0 or start + length - begin > size:
+            number, begin = number + 1, start
+        window[text], first[text] = number, begin
+    slots = np.arange(lengths.sum()) + np.repeat(window * size - first, lengths)
+    text_of_slot = np.full((number + 1) * size, -1)
+    text_of_slot[slots] = np.repeat(np.arange(len(lengths)), lengths)
+    texts = text_of_slot.reshape(-1, size)
+    # Empty slots attend to each other, which keeps their unused softmax finite.
+    same_text = texts[:, :, None] == texts[:, None, :]
+    return Places.of(slots, text_of_slot.size), same_text
