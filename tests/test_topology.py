@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from plait.config import Config, Weights
 from plait.topology import (
     TOPOLOGIES,
-    WEIGHTS,
     build_schedule,
     measure_rho,
     neighbours,
@@ -25,6 +24,7 @@ from plait.topology import (
     rho_of_round,
     topology_row,
 )
+from plait.weights import WEIGHTS
 
 SIZES = {
     "torus": st.sampled_from([4, 6, 8, 9, 12, 20]),

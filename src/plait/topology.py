@@ -22,90 +22,19 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigvalsh
-from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import eigsh
 
 from plait.config import Config
+from plait.contacts import from_edges, read_contacts
 from plait.names import lookup
 from plait.rng import stream
+from plait.weights import WEIGHTS, Adjacency, Matrix
 
-Matrix = npt.NDArray[np.float64]
-Adjacency = npt.NDArray[np.bool_]
 Schedule = Callable[[int], Matrix]
 Graphs = Callable[[int], Adjacency]
-Weigh = Callable[[Adjacency, np.random.Generator], Matrix]
 
 REDRAWS = 100
 """Random graphs that `erdos_renyi` tries before it gives up on a connected one."""
-
-
-# -- weights: adjacency (N, N) -> W (N, N)
-
-
-def _complete_rows(W: Matrix) -> Matrix:
-    """W (N, N) with an empty diagonal -> the same with what is left of each row on it."""
-    np.fill_diagonal(W, 1.0 - W.sum(axis=1))
-    return W
-
-
-def _metropolis(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
-    """w_ij = 1 / (1 + max(d_i, d_j)) on an edge (Metropolis-Hastings)."""
-    degree = adjacency.sum(axis=1)
-    i, j = np.nonzero(adjacency)
-    W = np.zeros(adjacency.shape)
-    W[i, j] = 1.0 / (1.0 + np.maximum(degree[i], degree[j]))
-    return _complete_rows(W)
-
-
-def _laplacian(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
-    """I - 2 L / (3 lambda_max(L)), the matrix of Dec-LoRA (arXiv 2501.15361)."""
-    if not adjacency.any():
-        return np.eye(len(adjacency))
-    share = 2.0 / (3.0 * _largest_laplacian_eigenvalue(adjacency))
-    return _complete_rows(np.where(adjacency, share, 0.0))
-
-
-def _largest_laplacian_eigenvalue(adjacency: Adjacency) -> float:
-    N = len(adjacency)
-    L = np.diag(adjacency.sum(axis=1, dtype=np.float64)) - adjacency
-    if N <= 200:
-        return float(eigvalsh(L)[-1])
-    # A start of our own: ARPACK's is random, and peers have to agree on W.
-    start = np.random.default_rng(0).standard_normal(N)
-    return float(eigsh(csr_array(L), 1, which="LA", v0=start, return_eigenvectors=False)[0])
-
-
-def _sequential(adjacency: Adjacency, rng: np.random.Generator) -> Matrix:
-    """The round's meetings one after another in a random order, each a pairwise average."""
-    edges = np.argwhere(np.triu(adjacency))
-    W = np.eye(len(adjacency))
-    for i, j in rng.permutation(edges).tolist():
-        W[i] = W[j] = (W[i] + W[j]) / 2
-    return W
-
-
-@dataclass(frozen=True)
-class WeightsRow:
-    """A rule that turns a graph into W, and what it does to a graph that never changes."""
-
-    weigh: Weigh
-    summary: str
-    static: bool = True
-    """The same graph gives the same W in every round."""
-    symmetric: bool = True
-
-
-WEIGHTS: dict[str, WeightsRow] = {
-    "metropolis": WeightsRow(_metropolis, "1 / (1 + the larger degree), the rest on oneself"),
-    "laplacian": WeightsRow(_laplacian, "I - 2 L / (3 lambda_max(L)), as in Dec-LoRA"),
-    "sequential": WeightsRow(
-        _sequential,
-        "pairwise averages one after another, in a random order",
-        static=False,
-        symmetric=False,
-    ),
-}
 
 
 # -- graphs: config -> (round -> adjacency)
@@ -176,9 +105,9 @@ def _file(config: Config) -> Graphs:
     # A trace starts over at its end: a run without contacts from there on is local training.
     if config.edges_file is None:
         raise ValueError("Topology file needs edges_file, the path of an edge list or a trace.")
-    rows = _read_contacts(Path(config.edges_file), config.clients)
+    rows = read_contacts(Path(config.edges_file), config.clients)
     if rows.shape[1] == 2:
-        adjacency = _require_connected(_from_edges(rows, config.clients), config.edges_file)
+        adjacency = _require_connected(from_edges(rows, config.clients), config.edges_file)
         return lambda t: adjacency
     if rows[:, 0].min() >= config.rounds:
         raise ValueError(
@@ -186,46 +115,7 @@ def _file(config: Config) -> Graphs:
             f" {config.rounds} rounds, so nobody would ever meet. Number the rounds from 0."
         )
     period = int(rows[:, 0].max()) + 1
-    return lambda t: _from_edges(rows[rows[:, 0] == t % period, 1:], config.clients)
-
-
-def _read_contacts(path: Path, N: int) -> npt.NDArray[np.int64]:
-    """(M, 2) edges `i j` or (M, 3) contacts `round i j`; `#` starts a comment."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read edges_file {path}: {error}") from error
-    fields = [line.split("#")[0].replace(",", " ").split() for line in lines]
-    numbered = [(number, row) for number, row in enumerate(fields, start=1) if row]
-    if not numbered:
-        raise ValueError(f"{path} has no edges; write `i j` or `round i j` on each line.")
-    width = len(numbered[0][1])
-    return np.array([_contact(row, width, N, f"{path}, line {n}") for n, row in numbered])
-
-
-def _contact(fields: list[str], width: int, N: int, place: str) -> list[int]:
-    """One line as integers, or a `ValueError` that says where it is and what is wrong with it."""
-    if width not in (2, 3) or len(fields) != width or not all(map(str.isdecimal, fields)):
-        raise ValueError(
-            f"{place}: {' '.join(fields)!r} is neither `i j` (an edge list) nor `round i j` "
-            "(a contact trace) in whole numbers from 0; all lines must be of one kind."
-        )
-    row = [int(field) for field in fields]
-    if max(row[-2:]) >= N:
-        raise ValueError(
-            f"{place}: there is no client {max(row[-2:])}; the {N} clients are numbered from 0 to "
-            f"{N - 1}. Raise clients or correct the line."
-        )
-    if row[-2] == row[-1]:
-        raise ValueError(f"{place}: client {row[-1]} meets itself; remove the line.")
-    return row
-
-
-def _from_edges(edges: npt.NDArray[np.int64], N: int) -> Adjacency:
-    """Edges (M, 2) -> adjacency (N, N)."""
-    adjacency = np.zeros((N, N), dtype=np.bool_)
-    adjacency[edges[:, 0], edges[:, 1]] = adjacency[edges[:, 1], edges[:, 0]] = True
-    return adjacency
+    return lambda t: from_edges(rows[rows[:, 0] == t % period, 1:], config.clients)
 
 
 def _cut_off(adjacency: Adjacency) -> list[int]:
