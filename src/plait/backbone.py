@@ -112,7 +112,7 @@ class Backbone:
         """
         A = self.layout.views(Factor.A, factors[Factor.A])
         B = self.layout.views(Factor.B, factors[Factor.B])
-        hidden = self.encoder(batch, A, B, dropout)
+        hidden = self.encoder(batch, A, B, dropout, self.head.first_tokens)
         features = self.head.pool(hidden, batch).unflatten(0, (batch.num_clients, -1))
         if not self.layout.head:
             logits = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])

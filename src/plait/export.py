@@ -98,19 +98,19 @@ def export(run: Path, client: int | None, out: Path) -> None:
     shutil.copytree(source, out)
 
 
-def load_base(run: Path) -> Any:
+def load_base(run: Path | str) -> Any:
     """The model of a run without any adapter: what `PeftModel.from_pretrained` takes as its base.
 
     Raises:
         ValueError: The folder holds no run, or its backbone can't be loaded.
 
     Example:
-        >>> base = load_base(Path("runs/demo"))  # doctest: +SKIP
+        >>> base = load_base("runs/demo")  # doctest: +SKIP
         >>> model = PeftModel.from_pretrained(base, "runs/demo/adapters/mean")  # doctest: +SKIP
     """
     try:
-        config = Config.from_json(json.loads((run / "config.json").read_text()))
-        with (run / "events.jsonl").open() as file:
+        config = Config.from_json(json.loads((Path(run) / "config.json").read_text()))
+        with (Path(run) / "events.jsonl").open() as file:
             started = from_line(file.readline())
     except OSError as error:
         raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error

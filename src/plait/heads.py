@@ -48,6 +48,8 @@ def scale_to_width(x: Tensor) -> Tensor:
 class MeanHead(nn.Module):
     """Last hidden state (T, d) -> logits (R, C) by `MeanPooledClassifier`'s rule."""
 
+    first_tokens = False
+
     def __init__(self, model: MeanPooledClassifier) -> None:
         super().__init__()
         self.classifier = model.classifier
@@ -71,6 +73,8 @@ class OwnHead(nn.Module):
     so pooler, activation and head are the architecture's own, whatever they are.
     """
 
+    first_tokens = True
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.pooler = getattr(model.base_model, "pooler", None)
@@ -79,9 +83,9 @@ class OwnHead(nn.Module):
         self.model = model
 
     @staticmethod
-    def pool(hidden: Tensor, batch: Batch) -> Tensor:
-        """(T, d) -> features (R, d)."""
-        return hidden.index_select(0, batch.starts)
+    def pool(hidden: Tensor, _batch: Batch) -> Tensor:
+        """(R, d), the first tokens, are the features."""
+        return hidden
 
     def forward(self, features: Tensor) -> Tensor:
         """(R, d) -> (R, C)."""

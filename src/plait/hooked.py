@@ -43,9 +43,14 @@ class HookedEncoder:
         return add_branch
 
     def __call__(
-        self, batch: Batch, A: dict[str, Tensor], B: dict[str, Tensor], dropout: Dropout | None
+        self,
+        batch: Batch,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
+        dropout: Dropout | None,
+        first_tokens: bool,
     ) -> Tensor:
-        """The last hidden state (T, d), as `PackedEncoder.__call__`."""
+        """The last hidden state (T, d) or (R, d), as `PackedEncoder.__call__`."""
         texts_per_client = len(batch.lengths) // batch.num_clients
         ids = torch.cat([batch.ids, batch.ids.new_tensor([self.pad_id])])
         types = torch.cat([batch.types, batch.types.new_tensor([0])])
@@ -60,7 +65,8 @@ class HookedEncoder:
             out = self.base(input_ids=ids[index], attention_mask=mask.long(), **kinds)
             hidden.append(out.last_hidden_state[mask])
             places.append(index[mask])
-        return torch.cat(hidden)[torch.cat(places).argsort()]
+        packed = torch.cat(hidden)[torch.cat(places).argsort()]
+        return packed[batch.starts] if first_tokens else packed
 
 
 def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> list[Tensor]:

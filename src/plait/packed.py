@@ -185,20 +185,26 @@ class PackedEncoder:
         self.first_position = base.config.pad_token_id + 1 if roberta else 0
 
     def __call__(
-        self, batch: Batch, A: dict[str, Tensor], B: dict[str, Tensor], dropout: Dropout | None
+        self,
+        batch: Batch,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
+        dropout: Dropout | None,
+        first_tokens: bool,
     ) -> Tensor:
-        """The last hidden state (T, d) of the batch's clients.
+        """The last hidden state (T, d) of the batch's clients, or (R, d) of their first tokens.
 
         Args:
             batch: The packed texts of n clients.
             A: Site name -> (n, r, d_in).
             B: Site name -> (n, d_out, r).
             dropout: The LoRA branches' dropout.
+            first_tokens: Only these are wanted, so the last layer computes little else.
         """
         h = self.below(batch) if batch.hidden is None else batch.hidden
-        for layer in self.layers[self.first_adapted :]:
+        for layer in self.layers[self.first_adapted : -1]:
             h = self._layer(layer, h, batch, A, B, dropout)
-        return h
+        return self._layer(self.layers[-1], h, batch, A, B, dropout, first_tokens)
 
     def below(self, batch: Batch) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
@@ -217,7 +223,14 @@ class PackedEncoder:
         return h if self.project is None else self.project(h)  # type: ignore[no-any-return]
 
     def _layer(
-        self, layer: _Layer, h: Tensor, batch: Batch, A: Any, B: Any, dropout: Dropout | None
+        self,
+        layer: _Layer,
+        h: Tensor,
+        batch: Batch,
+        A: Any,
+        B: Any,
+        dropout: Dropout | None,
+        first_tokens: bool = False,
     ) -> Tensor:
         def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
@@ -232,9 +245,14 @@ class PackedEncoder:
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
         context = _attention(qkv, batch, layer.num_heads)
+        # Past attention tokens don't meet again. A branch there needs to know whose they are.
+        last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
+        if first_tokens and not last_branches:
+            context, h = context[batch.starts], h[batch.starts]
         h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context) + h)
         up = layer.activation(adapted(layer.up, [layer.up_name], h))
-        return layer.norm_2(adapted(layer.down, [layer.down_name], up) + h)  # type: ignore[no-any-return]
+        h = layer.norm_2(adapted(layer.down, [layer.down_name], up) + h)
+        return h[batch.starts] if first_tokens and last_branches else h
 
 
 def _attention(qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:

@@ -32,7 +32,7 @@ from plait.methods import Factor
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def run(config: Config, out: Path | None = None, resume: bool = False) -> Iterator[Event]:
+def run(config: Config, out: Path | str | None = None, resume: bool = False) -> Iterator[Event]:
     """Run an experiment; with `out`, write the run folder as it goes.
 
     Args:
@@ -52,7 +52,7 @@ def run(config: Config, out: Path | None = None, resume: bool = False) -> Iterat
         >>> for event in run(Config(task="trec", rounds=2)):  # doctest: +SKIP
         ...     print(event)
     """
-    folder = None if out is None else RunFolder.open(out, config, resume)
+    folder = None if out is None else RunFolder.open(Path(out), config, resume)
     if folder and folder.summary_file.exists():
         yield from load_events(folder.path)
         return
