@@ -14,7 +14,7 @@ from plait.engines.simulate import simulate
 from plait.events import RoundDone
 from plait.methods import METHODS, Factor, build_method
 from plait.metrics import consensus, cross_term, mixing_errors
-from plait.mixing import mean, neighbour_weights
+from plait.mixing import average, mean, neighbour_weights
 from plait.topology import build_schedule
 
 FAST = {"clients": 4, "rounds": 6, "local_steps": 2, "batch_size": 4, "rank": 2, "lr": 1e-2}
@@ -138,6 +138,20 @@ def test_hypercube_with_long_phases_brings_the_frozen_factor_together():
     # A trained in rounds 3-5 and was mixed in each; three more rounds average it exactly.
     assert sum(layer.consensus_A for layer in rounds[5].before) > 1e-9
     assert sum(layer.consensus_A for layer in rounds[8].after) < 1e-12
+
+
+@pytest.mark.parametrize("clients", [33, 34, 60])
+def test_many_neighbours_at_once_are_averaged_as_one_by_one(clients):
+    X = torch.randn(clients, 20, generator=torch.Generator().manual_seed(0))
+    W = build_schedule(Config(topology="complete", clients=clients))(0)
+    W[0, 1] = W[1, 0] = 0  # a message that never came leaves its weight with its receiver
+    W[0, 2:] = 0
+    weights = neighbour_weights(W)
+    kept = torch.from_numpy(1 - weights.sum(axis=1))[:, None]
+    expected = kept * X.double() + torch.from_numpy(weights) @ X.double()
+    mixed = average(X, X, weights)
+    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(mixed[0], X[0])
 
 
 # -- the metrics against their definitions

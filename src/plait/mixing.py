@@ -18,6 +18,10 @@ Mix = Callable[[Tensor, Tensor, np.ndarray], Tensor]
 *others* only: what a client keeps of itself is the rest, 1 - sum(W[i])."""
 
 
+MANY = 32
+"""Neighbours from which on a matrix product is the faster way to average."""
+
+
 def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
     """Gossip averaging, x_i + sum_j w_ij (x_j - x_i).
 
@@ -25,7 +29,8 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
     rows keep summing to one. Renormalising over what arrived would break double stochasticity.
 
     The terms are added one neighbour after another in ascending order, so the result is bitwise
-    the same however many rows are mixed at once: a simulation of N and a peer of one agree.
+    the same however many rows are mixed at once: a simulation of N and a peer of one agree. Only
+    a client with more than `MANY` neighbours takes them in one product, equal to rounding.
 
     Args:
         mine: (m, P) the state of the clients to be mixed.
@@ -36,8 +41,13 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
         (m, P) a new tensor.
     """
     mixed = mine.clone()
-    for i, j in zip(*np.nonzero(W), strict=True):
+    many = np.count_nonzero(W, axis=1) > MANY
+    for i, j in zip(*np.nonzero(W * ~many[:, None]), strict=True):
         mixed[i].add_(theirs[j] - mine[i], alpha=float(W[i, j]))
+    if many.any():
+        weights = torch.from_numpy(W[many]).to(mine)
+        kept = 1 - weights.sum(dim=1, keepdim=True)
+        mixed[torch.from_numpy(many)] = kept * mine[torch.from_numpy(many)] + weights @ theirs
     return mixed
 
 
