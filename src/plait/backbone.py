@@ -148,7 +148,8 @@ class Backbone:
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
             batch = pack(tokens, texts[None])
-            hidden[batch.source] = encoder.below(batch.to(self.device)).cpu()
+            below = encoder.below(batch.to(self.device)).cpu()
+            hidden[batch.source[: batch.num_tokens]] = below[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
 
 

@@ -57,8 +57,9 @@ class MeanHead(nn.Module):
     @staticmethod
     def pool(hidden: Tensor, batch: Batch) -> Tensor:
         """(T, d) -> features (R, d)."""
-        text = torch.repeat_interleave(batch.lengths)
-        total = hidden.new_zeros(len(batch.lengths), hidden.shape[1]).index_add(0, text, hidden)
+        text = torch.repeat_interleave(batch.lengths, output_size=batch.num_tokens)
+        total = hidden.new_zeros(len(batch.lengths), hidden.shape[1])
+        total = total.index_add(0, text, hidden[: batch.num_tokens])
         return scale_to_width(total)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ def lora_dropout(
             )
             for client, count in zip(clients, counts, strict=True)
         ]
-        return (torch.cat(draws) >= rate).to(x.device, x.dtype) / (1 - rate)
+        mask = (torch.cat(draws) >= rate).to(x.device, x.dtype) / (1 - rate)
+        return functional.pad(mask, (0, 0, 0, len(batch.ids) - len(mask)))
 
     return keep
 

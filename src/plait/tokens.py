@@ -84,7 +84,7 @@ class Places:
 
     Attributes:
         index: (slots,) int64, the token in each slot; 0 where there is none.
-        inverse: (T,) int64, the slot of each token.
+        inverse: (T,) int64, the slot of each token; 0 for filler.
         empty: The slots without a token.
     """
 
@@ -93,13 +93,14 @@ class Places:
     empty: Tensor
 
     @classmethod
-    def of(cls, slots: np.ndarray, size: int) -> Places:
-        """Tokens at `slots` (T,) of `size`."""
+    def of(cls, slots: np.ndarray, size: int, filler: int) -> Places:
+        """Tokens at `slots` (T - filler,) of `size`; the filler is spread nowhere."""
         index = np.zeros(size, dtype=np.int64)
         index[slots] = np.arange(len(slots))
         filled = np.zeros(size, dtype=bool)
         filled[slots] = True
-        return cls(*map(torch.from_numpy, (index, slots, np.flatnonzero(~filled))))
+        inverse = np.concatenate([slots, np.zeros(filler, dtype=np.int64)])
+        return cls(*map(torch.from_numpy, (index, inverse, np.flatnonzero(~filled))))
 
     def to(self, device: torch.device) -> Places:
         """The same places on a device."""
@@ -118,8 +119,12 @@ class Places:
 class Batch:
     """The texts of one step for n clients, packed.
 
+    The last few of the T tokens are filler, under one in sixty: they belong to no text, and make
+    T one of few numbers, since the machine prepares its products anew for each.
+
     Attributes:
         num_clients: n.
+        num_tokens: T less the filler.
         source: (T,) int64, each token's place in the split's flat arrays.
         ids: (T,) int64.
         types: (T,) int64.
@@ -134,6 +139,7 @@ class Batch:
     """
 
     num_clients: int
+    num_tokens: int
     source: Tensor
     ids: Tensor
     types: Tensor
@@ -162,11 +168,15 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
-    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    num_tokens = int(lengths.sum())
+    filler = -num_tokens % _grain(num_tokens)
+    positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
-    windows, same_text = _windows(lengths, starts)
+    positions, source = (np.pad(array, (0, filler)) for array in (positions, source))
+    windows, same_text = _windows(lengths, starts, filler)
     return Batch(
         num_clients=len(rows),
+        num_tokens=num_tokens,
         source=torch.from_numpy(source),
         ids=torch.from_numpy(tokens.ids[source].astype(np.int64)),
         types=torch.from_numpy(tokens.types[source].astype(np.int64)),
@@ -174,21 +184,29 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
         starts=torch.from_numpy(starts),
         lengths=torch.from_numpy(lengths),
         labels=torch.from_numpy(tokens.labels[flat]),
-        by_client=_by_client(lengths.reshape(rows.shape).sum(axis=1)),
+        by_client=_by_client(lengths.reshape(rows.shape).sum(axis=1), filler),
         windows=windows,
         same_text=torch.from_numpy(same_text),
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],
     )
 
 
-def _by_client(counts: np.ndarray) -> Places:
+def _grain(num_tokens: int) -> int:
+    """What T is a multiple of: a power of two, at most a 64th of it."""
+    return 1 << max(0, (num_tokens // 64).bit_length() - 1)
+
+
+def _by_client(counts: np.ndarray, filler: int) -> Places:
     """Places in an (n, t) rectangle of clients with `counts` (n,) tokens."""
     client = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return Places.of(client * counts.max() + place, len(counts) * int(counts.max()))
+    size = len(counts) * int(counts.max())
+    return Places.of(client * counts.max() + place, size, filler)
 
 
-def _windows(lengths: np.ndarray, starts: np.ndarray, least: int = 64) -> tuple[Places, np.ndarray]:
+def _windows(
+    lengths: np.ndarray, starts: np.ndarray, filler: int, least: int = 64
+) -> tuple[Places, np.ndarray]:
     """Whole texts, one after another, in windows of `least` slots or the longest text's length.
 
     Attention over a window of several short texts costs a few wasted products, and far fewer
@@ -208,4 +226,4 @@ def _windows(lengths: np.ndarray, starts: np.ndarray, least: int = 64) -> tuple[
     texts = text_of_slot.reshape(-1, size)
     # Empty slots attend to each other, which keeps their unused softmax finite.
     same_text = texts[:, :, None] == texts[:, None, :]
-    return Places.of(slots, text_of_slot.size), same_text
+    return Places.of(slots, text_of_slot.size, filler), same_text
