@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 from rich.console import Console
 
-from plait import cli_lists
+from plait import cli_doctor, cli_lists
 from plait.config import Config
 from plait.names import lookup
 from plait.presets import start_from
@@ -38,7 +38,7 @@ Three things to try:
   plait compare --preset demo        ADF-LoRA against its rivals (minutes)
   plait run --help                   every setting
 
-`plait --help` has all commands."""
+`plait --help` has all commands; `plait doctor` says what is missing here."""
 
 
 # -- what each command takes
@@ -152,23 +152,38 @@ def _export(args: list[str]) -> None:
     Console().print(f"{given.out}: load it with peft.PeftModel.from_pretrained", highlight=False)
 
 
+def _completion(args: list[str]) -> None:
+    from plait.cli_completion import Words, completion, options_of
+
+    summaries = {name: row.summary for name, row in COMMANDS.items()}
+    completion(args, Words(summaries, {n: options_of(row.takes) for n, row in COMMANDS.items()}))
+
+
 @dataclass(frozen=True)
 class CommandRow:
-    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line."""
+    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line.
+
+    `takes` is the dataclass of its options, for shell completion.
+    """
 
     call: Callable[[list[str]], None]
     summary: str
+    takes: type | None = None
 
 
 COMMANDS: dict[str, CommandRow] = {
-    "run": CommandRow(_run, "run one experiment and write its folder"),
-    "compare": CommandRow(_compare, "compare methods on paired seeds: table, curves, verdict"),
-    "export": CommandRow(_export, "write a client's adapter as a PEFT folder"),
+    "run": CommandRow(_run, "run one experiment and write its folder", Run),
+    "compare": CommandRow(
+        _compare, "compare methods on paired seeds: table, curves, verdict", Compare
+    ),
+    "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
     "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
     "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
     "partitions": CommandRow(cli_lists.partitions, "list the ways to deal rows to clients"),
     "presets": CommandRow(cli_lists.presets, "list the named experiments"),
+    "doctor": CommandRow(cli_doctor.doctor, "check what this machine has", cli_doctor.Doctor),
+    "completion": CommandRow(_completion, "print a shell's completion: bash, zsh or fish"),
 }
 
 
