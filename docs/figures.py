@@ -1,4 +1,4 @@
-"""The figures of the explanation, computed by plait itself: `python docs/figures.py` draws them all.
+"""The figures of the explanation, computed by plait: `python docs/figures.py` draws all.
 
 Nothing here is typed in from elsewhere: mixing matrices, norms and runs are those of the package.
 Legend: N clients, P parameters of a factor, Xi the mean squared distance from the mean client.

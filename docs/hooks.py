@@ -19,6 +19,7 @@ from latex2mathml.converter import convert
 
 from plait import cli
 from plait.config import Config
+from plait.engines.simulate import names
 from plait.loggers import LOGGERS
 from plait.methods import METHODS
 from plait.partition import PARTITIONS
@@ -47,8 +48,7 @@ def on_page_content(content: str, **_others: Any) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |"
-                     for line in lines) + "\n"  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 # -- settings, from the dataclasses of the command line
@@ -94,7 +94,8 @@ def settings() -> str:
 def _kind(hint: Any) -> str:
     if inspect.isclass(hint):
         return hint.__name__
-    return re.sub(r"typing\.(Literal|Optional)", "", str(hint)).strip("[]").replace("'", "")
+    kind = re.sub(r"typing\.(Literal|Optional)", "", str(hint)).strip("[]").replace("'", "")
+    return kind.replace(" | None", " or None")
 
 
 def options(kind: type) -> str:
@@ -117,7 +118,7 @@ def methods() -> str:
     for name, build in METHODS.items():
         method = build(Config(method=name, switch_every=2))
         trains, travels = (
-            " ".join((schedule(t).name or "-").replace("|", "") for t in range(5))
+            " ".join(names(schedule(t)).replace("|", "") for t in range(5))
             for schedule in (method.train, method.share)
         )
         rows.append([f"`{name}`", method.summary, f"`{trains} ...`", f"`{travels} ...`"])

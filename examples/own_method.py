@@ -8,7 +8,7 @@ import plait
 from plait.methods import AB, METHODS, A, Method, always
 
 METHODS["fedsa"] = lambda _config: Method(
-    summary="FedSA-LoRA: both factors train, only A is mixed; B stays at its client",
+    summary="FedSA-LoRA: both train, only A is mixed; B stays at its client",
     train=always(AB),
     share=always(A),
 )
