@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 DEMO_DIR := runs/demo
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check docs format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,11 +40,15 @@ check: $(STAMP) ## Everything that CI checks: format, lint, types, tests
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pytest --cov
 
+docs: $(STAMP) ## Build the documentation into site/, figures included; warnings are errors
+	@$(BIN)/python docs/figures.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(STAMP) ## Format, and fix what the linter can
 	@$(BIN)/ruff check --quiet --fix --exit-zero .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check .
 
 clean: ## Remove caches and build outputs; .venv and runs stay
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov dist build site .venv-ci
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov dist build site docs/figures .venv-ci
 	@find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

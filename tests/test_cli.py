@@ -241,6 +241,14 @@ def test_a_run_writes_its_folder_and_says_where(capsys, finished, data):
     assert "round 1/1" in said
 
 
+def test_a_finished_run_is_logged_whole(capsys, finished, data):
+    assert main(["run", *data, f"--out={finished}", "--resume", "--log=tensorboard"]) == 0
+    assert list((finished / "tensorboard").iterdir())
+    assert "Unknown logger 'tb'" in complaint(
+        capsys, ["run", *data, f"--out={finished}", "--resume", "--log=tensorboard,tb"]
+    )
+
+
 def test_a_used_folder_is_refused(capsys, finished, data):
     assert "--resume" in complaint(capsys, ["run", *data, f"--out={finished}"])
 

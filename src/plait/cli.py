@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from plait import cli_doctor, cli_lists
 from plait.config import Config
 from plait.names import lookup
 from plait.presets import PRESETS, PresetRow, start_from
 
 if TYPE_CHECKING:
-    from plait.compare import Plan
+    from plait.comparison import Plan
     from plait.events import Event
 
 Command = TypeVar("Command")
 Number = TypeVar("Number")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
+Names = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 GREETING = """plait: many clients fine-tune one language model with LoRA, and no server.
 
@@ -38,7 +38,7 @@ Three things to try:
   plait compare --preset demo        ADF-LoRA against its rivals (minutes)
   plait run --help                   every setting
 
-`plait --help` has all commands."""
+`plait --help` has all commands; `plait doctor` says what is missing here."""
 
 
 # -- what each command takes
@@ -63,6 +63,8 @@ class Run(Start):
     """The run folder; `runs/<task>-<method>-<seed>` if not given."""
     resume: Flag = False
     """Go on with the run in the folder."""
+    log: Names = ()
+    """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class Compare(Start):
     """The folder of the comparison; `runs/<task>-compare` if not given."""
     resume: Flag = False
     """Reuse the finished runs in the folder, and go on with the others."""
+    log: Names = ()
+    """Write each run to a logger too: tensorboard, wandb, mlflow or trackio."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +108,14 @@ def _run(args: list[str]) -> None:
     given = _parse(Run, "run", args, Run(settings=defaults(args)))
     from plait.events import summarize
     from plait.live import watch
+    from plait.loggers import logged
     from plait.runs import run
 
     config = given.settings
     out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     events: list[Event] = []
-    said = ((config.method, event) for event in _kept(run(config, out, given.resume), events))
+    told = logged(run(config, out, given.resume), _loggers(given.log), config, out)
+    said = ((config.method, event) for event in _kept(told, events))
     watch(said, config.rounds, {config.method: 1}, Console())
     _print_summary(summarize(config, events), out)
 
@@ -118,8 +124,9 @@ def _compare(args: list[str]) -> None:
     preset = PRESETS.get(_start_of(args).preset, PresetRow(Config, ""))
     start = Compare(settings=defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = _parse(Compare, "compare", args, start)
-    from plait.compare import compare, conclude
+    from plait.comparison import compare, conclude
     from plait.live import watch
+    from plait.loggers import logged_cells
     from plait.report import notes, rich_tables, write_report
 
     if given.lrs == preset.lrs:  # a preset has rates for all of its methods
@@ -128,7 +135,8 @@ def _compare(args: list[str]) -> None:
         given = replace(given, lrs=",".join(rates))
     plan = _plan(given, defaults(args))
     console = Console()
-    said = ((cell.label, event) for cell, event in compare(plan))
+    told = logged_cells(compare(plan), _loggers(given.log))
+    said = ((cell.label, event) for cell, event in told)
     watch(said, plan.config.rounds, plan.planned, console)
     conclusion = conclude(plan)
     for table in rich_tables(conclusion):
@@ -150,65 +158,38 @@ def _export(args: list[str]) -> None:
     Console().print(f"{given.out}: load it with peft.PeftModel.from_pretrained", highlight=False)
 
 
-def _methods(_args: list[str]) -> None:
-    from plait.methods import METHODS
+def _completion(args: list[str]) -> None:
+    from plait.cli_completion import Words, completion, options_of
 
-    built = {name: build(Config(method=name)) for name, build in METHODS.items()}
-    _list(
-        ("method", "conserves the mean", "summary"),
-        [(name, "yes" if one.conserves == "factors" else "no", one.summary)
-         for name, one in built.items()],
-    )  # fmt: skip
-
-
-def _topologies(_args: list[str]) -> None:
-    from plait.topology import TOPOLOGIES
-
-    rows = []
-    for name, row in TOPOLOGIES.items():
-        holds = [mark for mark in ("static", "symmetric") if getattr(row, mark)]
-        mean = [] if row.doubly_stochastic else ["moves the mean"]
-        rows.append((name, ", ".join(holds + mean), row.summary))
-    _list(("topology", "W is", "summary"), rows)
-
-
-def _tasks(_args: list[str]) -> None:
-    from plait.tasks import TASKS
-
-    _list(("task", "summary"), [(name, row.summary) for name, row in TASKS.items()])
-
-
-def _presets(_args: list[str]) -> None:
-    _list(("preset", "summary"), [(name, row.summary) for name, row in PRESETS.items()])
-
-
-def _partitions(_args: list[str]) -> None:
-    from plait.partition import PARTITIONS
-
-    rows = [
-        (f"{name}:{row.example}" if row.example else name, row.summary)
-        for name, row in PARTITIONS.items()
-    ]
-    _list(("label skew", "summary"), [*rows, ("FILE", "a JSON file, a label mixture per client")])
+    summaries = {name: row.summary for name, row in COMMANDS.items()}
+    completion(args, Words(summaries, {n: options_of(row.takes) for n, row in COMMANDS.items()}))
 
 
 @dataclass(frozen=True)
 class CommandRow:
-    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line."""
+    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line.
+
+    `takes` is the dataclass of its options, for shell completion.
+    """
 
     call: Callable[[list[str]], None]
     summary: str
+    takes: type | None = None
 
 
 COMMANDS: dict[str, CommandRow] = {
-    "run": CommandRow(_run, "run one experiment and write its folder"),
-    "compare": CommandRow(_compare, "compare methods on paired seeds: table, curves, verdict"),
-    "export": CommandRow(_export, "write a client's adapter as a PEFT folder"),
-    "methods": CommandRow(_methods, "list the methods"),
-    "topologies": CommandRow(_topologies, "list who can meet whom"),
-    "tasks": CommandRow(_tasks, "list the data sets"),
-    "partitions": CommandRow(_partitions, "list the ways to deal rows to clients"),
-    "presets": CommandRow(_presets, "list the named experiments"),
+    "run": CommandRow(_run, "run one experiment and write its folder", Run),
+    "compare": CommandRow(
+        _compare, "compare methods on paired seeds: table, curves, verdict", Compare
+    ),
+    "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
+    "methods": CommandRow(cli_lists.methods, "list the methods"),
+    "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
+    "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
+    "partitions": CommandRow(cli_lists.partitions, "list the ways to deal rows to clients"),
+    "presets": CommandRow(cli_lists.presets, "list the named experiments"),
+    "doctor": CommandRow(cli_doctor.doctor, "check what this machine has", cli_doctor.Doctor),
+    "completion": CommandRow(_completion, "print a shell's completion: bash, zsh or fish"),
 }
 
 
@@ -291,7 +272,7 @@ def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
 
 
 def _plan(given: Compare, start: Config) -> Plan:
-    from plait.compare import Plan
+    from plait.comparison import Plan
 
     config = given.settings
     for field, plural in (("method", "methods"), ("seed", "seeds")):
@@ -313,6 +294,10 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _loggers(given: Iterable[str]) -> list[str]:
+    return [name for text in given for name in _split(text)]
+
+
 def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
         return tuple(kind(part) for part in _split(text))
@@ -331,19 +316,9 @@ def _rates(text: str) -> dict[str, float]:
 # -- what is printed
 
 
-def _list(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for index, name in enumerate(head):
-        first_or_last = index in (0, len(head) - 1)
-        table.add_column(name, justify="left" if first_or_last else "center", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table, highlight=False)
-
-
 def _help() -> None:
     print("usage: plait COMMAND [OPTIONS]\n\nDecentralized federated fine-tuning with LoRA.\n")
-    _list(("command", ""), [(name, row.summary) for name, row in COMMANDS.items()])
+    cli_lists.print_table(("command", ""), [(name, row.summary) for name, row in COMMANDS.items()])
     print("\n`plait COMMAND --help` has the options; `plait --version` the version.")
 
 

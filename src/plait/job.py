@@ -103,17 +103,29 @@ def prepare(config: Config) -> Job:
         train=train,
         held_out=held_out,
         shares=shares,
-        started=Started(
-            task=task.name,
-            metric=task.metric,
-            label_names=task.label_names,
-            label_counts=_label_counts(task, shares),
-            majority=_majority(task, held_out.labels),
-            parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
-            rho=rho_of(config),
-            device=str(backbone.device),
-            seconds=time.perf_counter() - begin,
-        ),
+        started=first_event(config, task, backbone, held_out, shares, begin),
+    )
+
+
+def first_event(
+    config: Config,
+    task: Task,
+    backbone: Backbone,
+    held_out: Tokens,
+    shares: list[np.ndarray],
+    begin: float,
+) -> Started:
+    """What a run says of itself once everything is prepared, which began at `perf_counter` time."""
+    return Started(
+        task=task.name,
+        metric=task.metric,
+        label_names=task.label_names,
+        label_counts=_label_counts(task, shares),
+        majority=_majority(task, held_out.labels),
+        parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
+        rho=rho_of(config),
+        device=str(backbone.device),
+        seconds=time.perf_counter() - begin,
     )
 
 

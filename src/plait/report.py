@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from plait.compare import Conclusion, figures, significance, verdict
+from plait.comparison import Conclusion, figures, significance, verdict
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.files import write_atomically
 from plait.paired import Difference, Estimate

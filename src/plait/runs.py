@@ -25,7 +25,7 @@ from plait.engines.simulate import simulate
 from plait.events import Evaluated, Event, RoundDone, from_line, summarize, to_line
 from plait.export import save_adapters
 from plait.files import save_tensors, write_atomically
-from plait.job import prepare
+from plait.job import Job, prepare
 from plait.lora import Stack
 from plait.methods import Factor
 
@@ -57,7 +57,25 @@ def run(config: Config, out: Path | str | None = None, resume: bool = False) -> 
         yield from load_events(folder.path)
         return
     job = prepare(config)
-    stack = job.initial_stack()
+    yield from carry_out(job, job.initial_stack(), config, folder)
+
+
+def carry_out(job: Job, stack: Stack, config: Config, folder: RunFolder | None) -> Iterator[Event]:
+    """Run a prepared job; its result is left in `stack` and, if there is one, in the folder.
+
+    Args:
+        job: What to run.
+        stack: The clients' start, changed in place.
+        config: What the folder says was run.
+        folder: As `RunFolder.open` returns it.
+
+    Yields:
+        As `run`.
+
+    Raises:
+        ValueError: Training diverged.
+        OSError: The folder can't be written.
+    """
     if folder:
         # Only now: a config that can't run leaves nothing behind.
         folder.create(config)

@@ -114,7 +114,7 @@ def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
 
 def names(factors: Factor) -> str:
     """`B`, `A|B`, or `-` for none."""
-    return factors.name or "-"
+    return (factors.name if factors else None) or "-"
 
 
 def _losses(logits: Tensor, labels: np.ndarray) -> Tensor:

@@ -77,8 +77,8 @@ class Plan:
     """
 
     config: Config
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
+    methods: tuple[str, ...] = ("adf", "dec-lora", "ffa", "rolora")
+    seeds: tuple[int, ...] = (0, 1, 2)
     out: Path
     lrs: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lr_grid: tuple[float, ...] = ()
@@ -156,7 +156,7 @@ class Conclusion:
 
 
 def compare(plan: Plan) -> Iterator[tuple[Cell, Event]]:
-    """Run everything in the plan.
+    """Run everything in the plan; `conclude` then has the result.
 
     Yields:
         Each event with the run that it comes from.

@@ -1,0 +1,174 @@
+"""What MkDocs does beside Markdown: tables out of the package, and formulas as MathML.
+
+`<!-- table: methods -->` on a line of its own becomes the table of that name, read off the package
+when the site is built; formulas become MathML, which browsers draw without a script.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import html
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_type_hints
+
+from latex2mathml.converter import convert
+
+from plait import cli
+from plait.config import Config
+from plait.engines.simulate import names
+from plait.loggers import LOGGERS
+from plait.methods import METHODS
+from plait.partition import PARTITIONS
+from plait.presets import PRESETS
+from plait.tasks import METRICS, TASKS
+from plait.topology import TOPOLOGIES, WEIGHTS, rho_of
+
+
+def on_page_markdown(markdown: str, **_others: Any) -> str:
+    """Put the tables in."""
+    return re.sub(r"<!-- table: ([\w ]+) -->", lambda found: TABLES[found[1]](), markdown)
+
+
+def on_page_content(content: str, **_others: Any) -> str:
+    """Turn the formulas into MathML."""
+    return re.sub(
+        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
+        lambda found: convert(
+            html.unescape(found[2]).strip(), display="inline" if found[1] == "span" else "block"
+        ),
+        content,
+        flags=re.DOTALL,
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# -- settings, from the dataclasses of the command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field of a dataclass: the section it stands in, its name and what is said of it."""
+
+    section: str
+    name: str
+    text: str
+
+
+def settings_of(kind: type) -> Iterator[Setting]:
+    """The fields of a dataclass with the strings and `# --` comments of its source."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    marks = [(i, line) for i, line in enumerate(source.splitlines(), 1) if "# -- " in line]
+    (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    for field, said in zip(body, [*body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(said, ast.Expr):
+            section = [line.split("# -- ")[1] for i, line in marks if i < field.lineno][-1:]
+            text = " ".join(str(ast.literal_eval(said.value)).split())
+            yield Setting("".join(section), ast.unparse(field.target), text)
+
+
+def settings() -> str:
+    """All settings by section, with their defaults."""
+    hints, default = get_type_hints(Config), Config()
+    found = list(settings_of(Config))
+    parts = []
+    for section in dict.fromkeys(one.section for one in found):
+        rows = [
+            [f"`--{one.name.replace('_', '-')}`", f"`{getattr(default, one.name)}`",
+             f"`{_kind(hints[one.name])}`", one.text]
+            for one in found if one.section == section
+        ]  # fmt: skip
+        title = section[0].upper() + section[1:]
+        parts.append(f"## {title}\n\n{table(['setting', 'default', 'type', ''], rows)}")
+    return "\n".join(parts)
+
+
+def _kind(hint: Any) -> str:
+    if inspect.isclass(hint):
+        return hint.__name__
+    kind = re.sub(r"typing\.(Literal|Optional)", "", str(hint)).strip("[]").replace("'", "")
+    return kind.replace(" | None", " or None")
+
+
+def options(kind: type) -> str:
+    """The options of a command beside the settings."""
+    rows = [[f"`{_option(kind, one.name)}`", one.text] for one in settings_of(kind)]
+    return table(["option", ""], rows)
+
+
+def _option(kind: type, name: str) -> str:
+    positional = "Positional" in str(get_type_hints(kind, include_extras=True)[name])
+    return name.upper() if positional else "--" + name.replace("_", "-")
+
+
+# -- the package's own tables
+
+
+def methods() -> str:
+    """The methods: what trains and what travels in the first rounds, with T = 2."""
+    rows = []
+    for name, build in METHODS.items():
+        method = build(Config(method=name, switch_every=2))
+        trains, travels = (
+            " ".join(names(schedule(t)).replace("|", "") for t in range(5))
+            for schedule in (method.train, method.share)
+        )
+        rows.append([f"`{name}`", method.summary, f"`{trains} ...`", f"`{travels} ...`"])
+    return table(["method", "", "trains, T = 2", "travels"], rows)
+
+
+def topologies() -> str:
+    """The topologies, with rho where ten clients, or eight, can have them."""
+    rows = []
+    for name, row in TOPOLOGIES.items():
+        N = 8 if name == "hypercube" else 10
+        weights = "metropolis"
+        p = 0.5 if name == "erdos_renyi" else 0.1
+        config = Config(topology=name, clients=N, weights=weights, p=p)
+        rho = "" if name == "file" else f"{rho_of(config):.3f} (N = {N}, p = {p})"
+        if name not in ("pairs", "erdos_renyi"):
+            rho = rho.replace(f", p = {p}", "")
+        rows.append([f"`{name}`", row.summary, rho])
+    return table(["topology", "", "rho"], rows)
+
+
+def _summaries(head: str, rows: dict[str, Any]) -> str:
+    return table([head, ""], [[f"`{name}`", row.summary] for name, row in rows.items()])
+
+
+def partitions() -> str:
+    """The partitions, with an argument where they take one."""
+    shown = {f"{n}:{row.example}" if row.example else n: row for n, row in PARTITIONS.items()}
+    return _summaries("label skew", shown)
+
+
+def commands() -> str:
+    """The commands."""
+    return _summaries("command", {f"plait {n}": row for n, row in cli.COMMANDS.items()})
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "loggers": lambda: _summaries("logger", LOGGERS),
+    "methods": methods,
+    "metrics": lambda: table(["metric", ""], [[f"`{name}`", (inspect.getdoc(metric) or "")]
+                                              for name, metric in METRICS.items()]),
+    "partitions": partitions,
+    "presets": lambda: _summaries("preset", PRESETS),
+    "settings": settings,
+    "tasks": lambda: _summaries("task", TASKS),
+    "topologies": topologies,
+    "weights": lambda: _summaries("weights", WEIGHTS),
+} | {
+    f"options {name}": lambda kind=row.takes: options(kind)
+    for name, row in cli.COMMANDS.items()
+    if row.takes
+}  # fmt: skip
