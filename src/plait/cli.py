@@ -24,8 +24,8 @@ from plait.names import lookup
 from plait.presets import PRESETS, PresetRow, start_from
 
 if TYPE_CHECKING:
-    from plait.compare import Plan
     from plait.events import Event
+    from plait.plan import Plan
 
 Command = TypeVar("Command")
 Number = TypeVar("Number")
@@ -291,7 +291,7 @@ def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
 
 
 def _plan(given: Compare, start: Config) -> Plan:
-    from plait.compare import Plan
+    from plait.plan import Plan
 
     config = given.settings
     for field, plural in (("method", "methods"), ("seed", "seeds")):

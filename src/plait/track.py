@@ -1,0 +1,144 @@
+"""A run as it is read back, finished or still going: a fold over the events in its folder.
+
+`Track.read` takes up the lines that came since it was last called, so the same object serves a
+report, which reads once, and the dashboard, which reads twice a second. What would not fit in
+memory for a thousand clients is not kept: of each round's edges only those among the first
+`MOST_DRAWN` clients stay, and how many there were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plait.config import Config
+from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, summarize
+
+MOST_DRAWN = 100
+"""Clients in the drawing of who met whom; more can't be told apart on a screen."""
+
+Pairs = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+@dataclass(frozen=True)
+class Meetings:
+    """Who met whom in a round.
+
+    Attributes:
+        pairs: (E, 2) clients i < j, among the first `MOST_DRAWN`.
+        count: Pairs among all clients.
+    """
+
+    pairs: Pairs
+    count: int
+
+
+@dataclass
+class Track:
+    """A run folder and what has been read of it.
+
+    Attributes:
+        path: The folder.
+        config: Its config.
+        events: What the run said, the edges of its rounds left out.
+        meetings: For each round, in the place of its edges.
+    """
+
+    path: Path
+    config: Config
+    events: list[Event] = field(default_factory=list)
+    meetings: list[Meetings] = field(default_factory=list)
+    _read_bytes: int = 0
+    _file_id: int = 0
+
+    @classmethod
+    def open(cls, path: Path) -> Track:
+        """Take up a run folder; nothing of its events is read yet."""
+        return cls(path, Config.from_json(json.loads((path / "config.json").read_text())))
+
+    def see(self, event: Event) -> None:
+        """Take note of one event."""
+        if isinstance(event, RoundDone):
+            self.meetings.append(meetings(event.edges))
+            event = dataclasses.replace(event, edges=[])
+        self.events.append(event)
+
+    def read(self) -> bool:
+        """Take up what was written since the last call; returns whether there was anything."""
+        file = self.path / "events.jsonl"
+        if not file.exists():
+            return False
+        status = file.stat()
+        # A resumed run drops what came after its checkpoint: another file, or a shorter one.
+        if self._read_bytes and (
+            status.st_ino != self._file_id or status.st_size < self._read_bytes
+        ):
+            self.events.clear()
+            self.meetings.clear()
+            self._read_bytes = 0
+        self._file_id = status.st_ino
+        if status.st_size == self._read_bytes:
+            return False
+        before = len(self.events)
+        with file.open("rb") as lines:
+            lines.seek(self._read_bytes)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self._read_bytes += len(line)
+                self._take(line.decode())
+        return len(self.events) > before
+
+    def _take(self, line: str) -> None:
+        # Kinds that a later plait adds say nothing that is shown here.
+        if json.loads(line[: line.index(",")] + "}")["event"] in KINDS:
+            self.see(from_line(line))
+
+    @property
+    def started(self) -> Started | None:
+        """What it said first."""
+        return next((event for event in self.events if isinstance(event, Started)), None)
+
+    @property
+    def rounds(self) -> list[RoundDone]:
+        """The rounds that are done."""
+        return [event for event in self.events if isinstance(event, RoundDone)]
+
+    @property
+    def evaluations(self) -> list[Evaluated]:
+        """The evaluations that are done."""
+        return [event for event in self.events if isinstance(event, Evaluated)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its figures are written."""
+        return (self.path / "summary.json").exists()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Its figures: the written ones, or those so far; None before the first round's."""
+        if self.finished:
+            figures: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+            return figures
+        enough = self.rounds and self.evaluations and self.rounds[-1].after
+        return summarize(self.config, self.events) if enough else None
+
+
+def meetings(edges: list[tuple[int, int, float]]) -> Meetings:
+    """The pairs of a round's edges, whichever way they point.
+
+    Example:
+        >>> meetings([(0, 1, 0.5), (1, 0, 0.5), (3, 2, 0.5)]).pairs.tolist()
+        [[0, 1], [2, 3]]
+    """
+    if not edges:
+        return Meetings(np.zeros((0, 2), np.uint16), 0)
+    ends = np.sort(np.array([(i, j) for i, j, _ in edges], dtype=np.int64), axis=1)
+    pairs = np.unique(ends, axis=0)
+    drawn = pairs[(pairs < MOST_DRAWN).all(axis=1)]
+    return Meetings(drawn.astype(np.uint16), len(pairs))
