@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from plait.events import RoundDone
 from plait.paired import Difference, Estimate
 from plait.series import (
+    FILLS,
+    FLOOR,
     MEASURES,
     STYLES,
     Array,
@@ -47,7 +50,7 @@ def over_rounds_chart(groups: Mapping[str, Said], measure: Measure, unit: str = 
         traces += _banded(label, rounds, values, color, dash)
     layout = {
         "xaxis": _axis("rounds done"),
-        "yaxis": _axis(unit or measure.unit, log=measure.log),
+        "yaxis": _axis(unit or measure.unit, log=measure.log and len(zero) < len(groups)),
         "annotations": [_remark(f"0 throughout: {', '.join(zero)}")] if zero else [],
     }
     return _chart(traces, layout, f"{measure.title} over the rounds")
@@ -169,7 +172,7 @@ def consensus_chart(track: Track) -> Chart:
     alternates = 1 < len(stretches) <= MOST_POINTS
     layout = {
         "xaxis": _axis("rounds done"),
-        "yaxis": _axis("after mixing, all layers", log=True),
+        "yaxis": _axis("after mixing, all layers", log=any(_positive(one) for one in traces)),
         "shapes": [_shade(*stretch) for stretch in stretches if stretch[2].startswith("A")]
         if alternates else [],
         "annotations": [_remark("shaded: A trains; not shaded: B trains")] if alternates else [],
@@ -197,8 +200,8 @@ def partition_chart(track: Track) -> Chart:
             "y": counts[:shown, label].tolist(),
             "marker": {"color": color, "pattern": {"shape": shape, "fgopacity": 0.5}},
         }
-        for label, (name, (color, _), shape) in enumerate(
-            zip(names, cycle(STYLES), cycle(("", "", "", "/", "", ".", "", "x")), strict=False)
+        for label, (name, color, shape) in enumerate(
+            zip(names, cycle(FILLS), cycle(("", "", "", "", "", "", "/", ".", "x")), strict=False)
         )
     ]
     cut = [_remark(f"the first {shown} of {len(counts)} clients")] if shown < len(counts) else []
@@ -238,9 +241,15 @@ def topology(track: Track) -> Chart:
         "drawn": [unique[code] for code in codes],
         "count": [track.meetings[i].count for i in chosen],
         "trains": [rounds[i].active for i in chosen],
-        "apart": [_numbers(np.sqrt(rounds[i].apart[:clients])) for i in chosen],
+        "apart": [_numbers(_distances(rounds[i])[:clients]) for i in chosen],
         "scores": [_numbers(scores.get(r, [])[:clients]) for r in latest],
     }
+
+
+def _distances(done: RoundDone) -> Array:
+    """(N,) each client's distance from the mean; what is rounding is 0."""
+    squared = np.array(done.apart)
+    return np.sqrt(np.where(squared < FLOOR, 0.0, squared))
 
 
 # -- parts
@@ -278,6 +287,10 @@ def _axis(title: str, log: bool = False) -> Chart:
 def _remark(text: str) -> Chart:
     return {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": 1, "y": 1.02,
             "xanchor": "right", "yanchor": "bottom", "font": {"size": 12}}  # fmt: skip
+
+
+def _positive(trace: Chart) -> bool:
+    return any(value is not None for value in trace["y"])
 
 
 def _thinned(count: int) -> list[int]:

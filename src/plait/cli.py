@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from plait import cli_report
 from plait.config import Config
 from plait.names import lookup
 from plait.presets import PRESETS, PresetRow, start_from
@@ -204,6 +205,9 @@ COMMANDS: dict[str, CommandRow] = {
     "run": CommandRow(_run, "run one experiment and write its folder"),
     "compare": CommandRow(_compare, "compare methods on paired seeds: table, curves, verdict"),
     "export": CommandRow(_export, "write a client's adapter as a PEFT folder"),
+    "report": CommandRow(cli_report.report, "write one HTML file about runs; it opens offline"),
+    "figures": CommandRow(cli_report.figures, "write figures for paper: PDF, SVG or PNG"),
+    "dashboard": CommandRow(cli_report.dashboard, "follow runs in the browser while they go"),
     "methods": CommandRow(_methods, "list the methods"),
     "topologies": CommandRow(_topologies, "list who can meet whom"),
     "tasks": CommandRow(_tasks, "list the data sets"),

@@ -33,6 +33,9 @@ STYLES = (
     ("#888888", "dashdot"),
 )
 
+FILLS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+"""The colours of areas, where black would weigh too much."""
+
 FLOOR = 1e-9
 """Distances below this are rounding: a factor that all clients hold in common."""
 

@@ -18,6 +18,7 @@ from plait.compare import Conclusion, Outcome, conclude
 from plait.config import Config
 from plait.paired import Difference, differences
 from plait.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
+from plait.series import Said
 from plait.track import Track
 
 DEEPEST = 4
@@ -42,6 +43,11 @@ class Study:
     def tracks(self) -> list[tuple[str, Track]]:
         """Every run with its label."""
         return [(label, track) for label, tracks in self.groups.items() for track in tracks]
+
+    @property
+    def said(self) -> dict[str, Said]:
+        """Label -> the events of each of its runs."""
+        return {label: [run.events for run in runs] for label, runs in self.groups.items()}
 
     @property
     def config(self) -> Config:
@@ -108,6 +114,19 @@ def find_studies(paths: Sequence[Path], known: dict[Path, Track] | None = None) 
     if not studies:
         where = ", ".join(map(str, paths))
         raise ValueError(f"There is no run in {where}; `plait run --out` makes one.")
+    return studies
+
+
+def read_studies(paths: Sequence[Path]) -> list[Study]:
+    """The studies in folders, with all that their runs have said so far.
+
+    Raises:
+        ValueError: There is no run in any of the folders.
+    """
+    studies = find_studies(paths)
+    for study in studies:
+        for _, track in study.tracks:
+            track.read()
     return studies
 
 

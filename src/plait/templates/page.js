@@ -160,7 +160,7 @@ function drawTopology() {
 }
 
 function sentence(t, at) {
-  let words = `Round ${t.rounds[at]}: ${t.trains[at].replace("|", " and ")} trains, `
+  let words = `Round ${t.rounds[at]}: ${t.trains[at].replace("|", " and ")} train${t.trains[at].includes("|") ? "" : "s"}, `
     + `${t.count[at]} ${t.count[at] === 1 ? "pair" : "pairs"} met`;
   const far = t.apart[at];
   if (far.length && Math.max(...far) > 1e-4) {
@@ -201,7 +201,7 @@ function drawGraph(t, at, by, words) {
     marker: {
       size, color: shade, cmin: low, cmax: high > low ? high : low + 1,
       colorscale: "Cividis", line: {width: 1.5, color: colour("--card")},
-      colorbar: {thickness: 12, len: .8, outlinewidth: 0,
+      colorbar: {thickness: 12, tickformat: ".2~g", len: .8, outlinewidth: 0,
                  title: {text: by === "apart" ? "distance" : "score", side: "top"}},
     },
   };
