@@ -144,12 +144,13 @@ def fan_chart(track: Track, metric: str) -> Chart:
     low, ten, half, ninety, high = (
         np.array([np.percentile(one.scores, level) for one in found]) for level in levels
     )
-    color = STYLES[0][0]
+    color, worst = STYLES[0][0], int(np.argmin(found[-1].scores))
     traces = [
         _area("all clients", rounds, low, high, color + "1A"),
         _area("middle 80% of clients", rounds, ten, ninety, color + "40"),
         _line("median client", rounds, half, {"color": color, "width": 2}),
-        _line("worst client", rounds, low, {"color": STYLES[1][0], "width": 1.5, "dash": "dot"}),
+        _line(f"worst client (now {worst})", rounds, low,
+              {"color": STYLES[1][0], "width": 1.5, "dash": "dot"}),
         _line("averaged model", rounds, [one.averaged_score for one in found],
               {"color": STYLES[4][0], "width": 1.5, "dash": "dash"}),
     ]  # fmt: skip
@@ -281,7 +282,7 @@ def _area(name: str, x: Any, low: Array, high: Array, fill: str) -> Chart:
 
 def _axis(title: str, log: bool = False) -> Chart:
     axis: Chart = {"title": {"text": title}}
-    return axis | ({"type": "log", "exponentformat": "power", "dtick": "D1"} if log else {})
+    return axis | ({"type": "log", "exponentformat": "power"} if log else {})
 
 
 def _remark(text: str) -> Chart:

@@ -14,8 +14,6 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from plait import charts
 from plait.charts import Chart
 from plait.compare import Conclusion, Outcome, verdict
@@ -102,8 +100,20 @@ def payload(study: Study) -> Payload:
         "finished": study.finished,
         "pieces": {name: _piece(name, context) for name in pieces},
         "charts": _charts(said, metric, outcomes, study, conclusion),
-        "runs": [_run(label, track, metric) for label, track in study.tracks if track.evaluations],
+        "runs": [_run(key, track, metric) for key, track in _keys(study).items()],
     }
+
+
+def _keys(study: Study) -> dict[str, Track]:
+    """The runs that have been evaluated, each under a name of its own."""
+    keys: dict[str, Track] = {}
+    for label, track in study.tracks:
+        key = name = f"{label}, seed {track.config.seed}"
+        while key in keys:
+            key = f"{name} ({track.path.name})" if key == name else f"{key}'"
+        if track.evaluations:
+            keys[key] = track
+    return keys
 
 
 # -- the words and the tables
@@ -111,7 +121,7 @@ def payload(study: Study) -> Payload:
 
 def _facts(study: Study, begun: Started | None) -> list[tuple[str, str]]:
     config = study.config
-    seeds = sorted({track.config.seed for _, track in study.tracks})
+    seeds = study.plan.seeds if study.plan else study.seeds
     found = [
         ("task", begun.task if begun else config.task),
         ("clients", str(config.clients)),
@@ -199,18 +209,15 @@ def _charts(
     return found
 
 
-def _run(label: str, track: Track, metric: str) -> Payload:
+def _run(key: str, track: Track, metric: str) -> Payload:
     return {
-        "label": label,
-        "seed": track.config.seed,
-        "folder": track.path.name,
+        "key": key,
         "charts": {
             "fan": charts.fan_chart(track, metric),
             "consensus": charts.consensus_chart(track),
             "partition": charts.partition_chart(track),
         },
         "topology": charts.topology(track),
-        "worst": int(np.argmin(track.evaluations[-1].scores)),
     }
 
 

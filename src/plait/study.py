@@ -45,6 +45,11 @@ class Study:
         return [(label, track) for label, tracks in self.groups.items() for track in tracks]
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs."""
+        return tuple(sorted({track.config.seed for _, track in self.tracks}))
+
+    @property
     def said(self) -> dict[str, Said]:
         """Label -> the events of each of its runs."""
         return {label: [run.events for run in runs] for label, runs in self.groups.items()}

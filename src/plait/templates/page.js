@@ -46,7 +46,7 @@ function layoutOf(chart) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     hoverlabel: {font: {family: "system-ui, sans-serif"}},
-    legend: {orientation: "h", x: 0, y: -0.22, yanchor: "top"},
+    legend: {orientation: "h", x: 0, y: narrow.matches ? -0.36 : -0.24, yanchor: "top"},
     xaxis: {...axis, ...title(chart.layout.xaxis || {})},
     yaxis: {...axis, ...title(chart.layout.yaxis || {})},
   };
@@ -118,7 +118,7 @@ function tableOf(head, rows) {
 // -- one run: who met whom
 
 function runNow() {
-  return shown.runs.find((one) => one.folder === runName) || shown.runs[0];
+  return shown.runs.find((one) => one.key === runName) || shown.runs[0];
 }
 
 const unpacked = new WeakMap();
@@ -164,7 +164,8 @@ function sentence(t, at) {
     + `${t.count[at]} ${t.count[at] === 1 ? "pair" : "pairs"} met`;
   const far = t.apart[at];
   if (far.length && Math.max(...far) > 1e-4) {
-    words += `; farthest from the mean: client ${far.indexOf(Math.max(...far))}`;
+    words += `; farthest from the mean${t.clients < t.all_clients ? " of those drawn" : ""}: `
+      + `client ${far.indexOf(Math.max(...far))}`;
   }
   return words + ".";
 }
@@ -218,11 +219,16 @@ function drawGraph(t, at, by, words) {
   Plotly.react(graph, [lines, nodes], layout, {...CONFIG, displayModeBar: false});
 }
 
+function rounded(value) {
+  return value == null ? "" : value.toPrecision(3);
+}
+
 function roundTable(t, at) {
   const met = Array.from({length: t.clients}, () => []);
   for (const [i, j] of pairsOf(t, at)) { met[i].push(j); met[j].push(i); }
   return tableOf(["client", "met", "distance from the mean", "score"],
-    met.map((those, i) => [i, those.join(", ") || "nobody", t.apart[at][i], t.scores[at][i]]));
+    met.map((those, i) => [i, those.join(", ") || "nobody", rounded(t.apart[at][i]),
+                           rounded(t.scores[at][i])]));
 }
 
 function moveTo(next) {
@@ -283,12 +289,12 @@ function show(payload) {
     }
   }
   const select = byId("run");
-  const names = payload.runs.map((one) => `${one.label}, seed ${one.seed}`);
+  const names = payload.runs.map((one) => one.key);
   if (select.dataset.names !== names.join("\n")) {
-    select.replaceChildren(...payload.runs.map((one, i) => new Option(names[i], one.folder)));
+    select.replaceChildren(...payload.runs.map((one) => new Option(one.key, one.key)));
     select.dataset.names = names.join("\n");
-    if (!payload.runs.some((one) => one.folder === runName)) runName = null;
-    select.value = runName ?? (payload.runs[0] || {}).folder;
+    if (!payload.runs.some((one) => one.key === runName)) runName = null;
+    select.value = runName ?? (payload.runs[0] || {}).key;
   }
   document.title = `${payload.title} · plait`;
   drawAll();
