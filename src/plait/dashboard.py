@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-POLL_S = 0.5
+POLL_S = 0.25
 PING_S = 15.0
 COOKIE = "plait_token"
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -52,11 +52,13 @@ class Follower:
         paths: Where to look.
         studies: Title -> what was found.
         version: Title -> how often it has changed.
+        ends: Whether the server is about to stop; its streams then end.
     """
 
     paths: Sequence[Path]
     studies: dict[str, Study] = field(default_factory=dict)
     version: dict[str, int] = field(default_factory=dict)
+    ends: Callable[[], bool] = bool
     _tracks: dict[Path, Track] = field(default_factory=dict)
     _seen: dict[str, tuple[object, ...]] = field(default_factory=dict)
     _made: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -112,22 +114,22 @@ def serve(paths: Sequence[Path], host: str = "127.0.0.1", port: int = 8765) -> N
     except ImportError as error:
         raise ValueError("The dashboard needs uvicorn: pip install 'plait[report]'.") from error
     token = "" if host in LOOPBACK else secrets.token_urlsafe(24)
-    config = uvicorn.Config(
-        application(paths, token), host=host, port=port, log_level="warning",
-        timeout_graceful_shutdown=1,
-    )  # fmt: skip
+    follower = Follower(paths)
+    config = uvicorn.Config(application(follower, token), host=host, port=port, log_level="warning")
+    server = uvicorn.Server(config)
+    follower.ends = lambda: server.should_exit
     sock = config.bind_socket()
-    bound = sock.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{bound}/{f'?token={token}' if token else ''}", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
+    query = f"?token={token}" if token else ""
+    print(f"http://{shown}:{sock.getsockname()[1]}/{query}", flush=True)
+    server.run(sockets=[sock])
 
 
-def application(paths: Sequence[Path], token: str = "") -> Starlette:
+def application(follower: Follower, token: str = "") -> Starlette:
     """The dashboard as an ASGI application.
 
     Args:
-        paths: The folders to follow.
+        follower: What to show.
         token: What every request has to show; empty where only this machine is served.
 
     Raises:
@@ -141,7 +143,7 @@ def application(paths: Sequence[Path], token: str = "") -> Starlette:
         from starlette.routing import Route
     except ImportError as error:
         raise ValueError("The dashboard needs starlette: pip install 'plait[report]'.") from error
-    follower, page = Follower(paths), render([], live=True)
+    page = render([], live=True)
 
     def guarded(
         answer: Callable[[Request], Awaitable[Response]],
@@ -198,7 +200,7 @@ async def _follow(follower: Follower) -> None:
 async def _stream(follower: Follower, title: str, request: Request) -> AsyncIterator[str]:
     titles: list[str] = []
     version, last = 0, time.monotonic()
-    while not await request.is_disconnected():
+    while not (follower.ends() or await request.is_disconnected()):
         if list(follower.studies) != titles:
             titles = list(follower.studies)
             yield _event("studies", json.dumps(titles))
