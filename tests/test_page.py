@@ -17,7 +17,7 @@ import pytest
 from folders import CONFIG, begin_run, write_comparison, write_run
 from plait import charts, cli, cli_report
 from plait.cli import defaults, main
-from plait.events import RoundDone, from_line, to_line
+from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.figures import FIGURES
 from plait.page import PLOTLY, payload, plotly_js, report
 from plait.plan import load_plan
@@ -322,3 +322,46 @@ def test_the_options_are_these():
         cli_report.Figures: {"dirs", "out", "form"},
         cli_report.Dashboard: {"dirs", "host", "port"},
     }
+
+
+# -- peers
+
+
+def write_peer(folder, client: int, rounds: int) -> None:
+    """What a peer writes of a run with four clients: itself alone, and no distances."""
+    said = []
+    for event in events(CONFIG, 0.8):
+        if isinstance(event, Evaluated) and event.round < rounds:
+            scores, losses = [event.scores[client]], [event.losses[client]]
+            said.append(dataclasses.replace(event, scores=scores, losses=losses))
+        elif isinstance(event, RoundDone) and event.round < rounds:
+            edges = [edge for edge in event.edges if edge[0] == client]
+            alone = {"train_losses": [0.7], "before": [], "after": [], "apart": []}
+            said.append(dataclasses.replace(event, edges=edges, **alone))
+        elif isinstance(event, Started):
+            said.append(event)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_json()))
+    (folder / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
+
+
+def test_the_peers_of_a_federation_are_one_run(tmp_path):
+    for client in range(4):
+        write_peer(tmp_path / "federation" / f"peer-{client}" / "out", client, 3 if client else 2)
+    known: dict = {}
+    (study,) = find_studies([tmp_path], known)
+    ((label, track),) = study.tracks
+    track.read()
+    assert label == "adf"
+    assert len(track.rounds) == 2  # peer 0 is behind the others
+    assert track.evaluations[-1].scores == pytest.approx([0.5, 0.7, 0.5, 0.7])
+    assert track.rounds[0].sent_bytes == 4_000_000
+    assert [one.pairs.tolist() for one in track.meetings] == [[[0, 1]], [[0, 2]]]
+    write_peer(tmp_path / "federation" / "peer-0" / "out", 0, 3)
+    (study,) = find_studies([tmp_path], known)
+    assert study.tracks[0][1] is track
+    track.read()
+    assert len(track.rounds) == 3
+    made = payload(study)
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert "12.0" in made["pieces"]["runs"]

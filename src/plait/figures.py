@@ -35,7 +35,7 @@ Groups = Mapping[str, Said]
 """Label -> the events of each of its runs."""
 Format = Literal["pdf", "png", "svg"]
 
-COLUMN_INCHES = (3.5, 2.5)
+COLUMN_INCHES = (3.5, 2.7)
 PRINT: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -116,7 +116,7 @@ def _draw_scores(axes: Axes, runs: Groups) -> None:
             begun.majority, color="#666666", linewidth=1.2, linestyle=(0, (1, 2)),
             label="majority class",
         )  # fmt: skip
-    axes.set_ylabel(f"{begun.metric}, mean over clients")
+    axes.set_ylabel(f"{begun.metric}, client mean")
 
 
 def _draw(axes: Axes, runs: Groups, measure: Measure) -> None:
@@ -140,7 +140,13 @@ def _draw_bytes(axes: Axes, runs: Groups) -> None:
         _draw_band(axes, label, sent_megabytes(said)[: values.shape[1]], values, color, dash)
     begun = started(runs)
     axes.set_xlabel("sent by all clients, MB")
-    axes.set_ylabel(f"{begun.metric if begun else 'score'}, mean over clients")
+    axes.set_ylabel(f"{begun.metric if begun else 'score'}, client mean")
+
+
+def _draw_worst(axes: Axes, runs: Groups) -> None:
+    _draw(axes, runs, MEASURES["worst"])
+    begun = started(runs)
+    axes.set_ylabel(f"{begun.metric if begun else 'score'}, worst client")
 
 
 def _draw_clients(axes: Axes, runs: Groups) -> None:
@@ -171,7 +177,7 @@ def _draw_consensus(axes: Axes, runs: Groups) -> None:
 
 FIGURES: dict[str, Callable[[Axes, Groups], None]] = {
     "accuracy": _draw_scores,
-    "worst-client": lambda axes, runs: _draw(axes, runs, MEASURES["worst"]),
+    "worst-client": _draw_worst,
     "loss": lambda axes, runs: _draw(axes, runs, MEASURES["loss"]),
     "bytes": _draw_bytes,
     "clients": _draw_clients,

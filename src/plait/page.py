@@ -14,6 +14,8 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from plait import charts
 from plait.charts import Chart
 from plait.compare import Conclusion, Outcome, verdict
@@ -176,8 +178,18 @@ def _run_row(label: str, track: Track) -> list[str]:
         f"{figures['cross_term']:.3g}",
         f"{figures['sent_bytes'] / 1e6:.1f}",
         str(timedelta(seconds=round(figures["wall_seconds"]))),
-    ] if figures else [""] * 9  # fmt: skip
+    ] if figures else _so_far(track)  # fmt: skip
     return [label, str(track.config.seed), done, *shown]
+
+
+def _so_far(track: Track) -> list[str]:
+    """What can be said of a run before its first round is done, or of peers, who see less."""
+    if not track.evaluations:
+        return [""] * 9
+    last = track.evaluations[-1]
+    sent = sum(one.sent_bytes for one in track.rounds) / 1e6
+    scores = [f"{np.mean(last.scores):.4f}", f"{min(last.scores):.4f}", ""]
+    return [*scores, f"{np.mean(last.losses):.4f}", "", "", "", f"{sent:.1f}", ""]
 
 
 # -- the charts

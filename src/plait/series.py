@@ -24,13 +24,13 @@ Said = Sequence[Sequence[Event]]
 # apart without any.
 STYLES = (
     ("#0072B2", "solid"),
-    ("#D55E00", "solid"),
-    ("#009E73", "solid"),
-    ("#CC79A7", "solid"),
-    ("#000000", "dot"),
+    ("#D55E00", "dash"),
+    ("#009E73", "dashdot"),
+    ("#CC79A7", "dot"),
+    ("#000000", "solid"),
     ("#E69F00", "dash"),
-    ("#56B4E9", "dash"),
-    ("#888888", "dashdot"),
+    ("#56B4E9", "dashdot"),
+    ("#888888", "dot"),
 )
 
 FILLS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -152,14 +152,14 @@ SENT = Measure(RoundDone, lambda event: event.sent_bytes, "Sent in a round", "by
 
 MEASURES: dict[str, Measure] = {
     "scores": Measure(
-        Evaluated, lambda e: float(np.mean(e.scores)), "Clients' own models", "mean over clients"
+        Evaluated, lambda e: float(np.mean(e.scores)), "Clients' own models", "client mean"
     ),
     "worst": Measure(Evaluated, lambda e: min(e.scores), "Worst client", "lowest of all clients"),
     "averaged": Measure(
         Evaluated, lambda e: e.averaged_score, "Averaged model", "of the mean factors"
     ),
     "loss": Measure(
-        Evaluated, lambda e: float(np.mean(e.losses)), "Loss", "held-out loss, mean over clients"
+        Evaluated, lambda e: float(np.mean(e.losses)), "Loss", "held-out loss, client mean"
     ),
     "apart": Measure(
         RoundDone,

@@ -8,6 +8,8 @@ alone, and its label says what sets it apart from the other groups.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from plait.config import Config
 from plait.paired import Difference, differences
 from plait.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
 from plait.series import Said
-from plait.track import Track
+from plait.track import Federation, Track
 
 DEEPEST = 4
 """How far below a given folder runs are looked for."""
@@ -71,7 +73,7 @@ class Study:
 
     def outcomes(self) -> list[Outcome]:
         """What came out for each group whose runs are all done."""
-        done = {k: v for k, v in self.groups.items() if v and all(run.finished for run in v)}
+        done = {k: v for k, v in self.groups.items() if all(r.finished and r.summary for r in v)}
         return [
             Outcome(
                 Entry(label, tracks[0].config.method, tracks[0].config.lr),
@@ -115,7 +117,7 @@ def find_studies(paths: Sequence[Path], known: dict[Path, Track] | None = None) 
     comparisons = [path for path in found if (path / PLAN).is_file()]
     loose = [_track(path, known) for path in found if path not in comparisons]
     studies = [_comparison(load_plan(path), known) for path in comparisons]
-    studies = [study for study in studies if study.tracks] + list(_loose(loose))
+    studies = [study for study in studies if study.tracks] + list(_loose(loose, known))
     if not studies:
         where = ", ".join(map(str, paths))
         raise ValueError(f"There is no run in {where}; `plait run --out` makes one.")
@@ -168,9 +170,36 @@ def _comparison(plan: Plan, known: dict[Path, Track]) -> Study:
     return Study(plan.out.resolve().name, {k: v for k, v in groups.items() if v}, plan)
 
 
-def _loose(tracks: Sequence[Track]) -> Iterator[Study]:
+def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
+    """The runs, with the peers of a federation as one."""
+    found: list[Track] = []
+    peers: dict[Config, list[Track]] = {}
+    for track in tracks:
+        track.read()
+        if track.sees_itself_alone:
+            peers.setdefault(track.config, []).append(track)
+        else:
+            found.append(track)
+    for parts in peers.values():
+        parts.sort(key=lambda track: _natural(track.path))
+        # Under a name of its own beside the peers' folders, so that it is gone on with.
+        place = Path(os.path.commonpath([track.path for track in parts])) / "federation"
+        joined = known.get(place)
+        if not isinstance(joined, Federation) or joined.parts != parts:
+            known[place] = Federation(parts)
+        found.append(known[place])
+    return found
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorts peer-10 behind peer-9."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def _loose(tracks: Sequence[Track], known: dict[Path, Track]) -> Iterator[Study]:
     for task in dict.fromkeys(track.config.task for track in tracks):
-        mine = [track for track in tracks if track.config.task == task]
+        mine = _joined([track for track in tracks if track.config.task == task], known)
         groups: dict[str, list[Track]] = {}
         names = _labels([track.config for track in mine])
         for track, name in zip(mine, names, strict=True):

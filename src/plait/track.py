@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -101,6 +102,11 @@ class Track:
             self.see(from_line(line))
 
     @property
+    def sees_itself_alone(self) -> bool:
+        """Whether it is one peer's part of a run; known after its first evaluation."""
+        return any(len(one.scores) < self.config.clients for one in self.evaluations[:1])
+
+    @property
     def started(self) -> Started | None:
         """What it said first."""
         return next((event for event in self.events if isinstance(event, Started)), None)
@@ -128,6 +134,79 @@ class Track:
             return figures
         enough = self.rounds and self.evaluations and self.rounds[-1].after
         return summarize(self.config, self.events) if enough else None
+
+
+class Federation(Track):
+    """The peers of one federation as one run; each wrote a folder of what it saw of itself alone.
+
+    A round is taken up when every peer that is still there has done it. The distances between
+    clients and the averaged model, which no peer sees, are missing.
+    """
+
+    def __init__(self, parts: Sequence[Track]) -> None:
+        """Join the runs of peers, in the order of their numbers."""
+        super().__init__(parts[0].path, parts[0].config)
+        self.parts = list(parts)
+        self._joined: list[tuple[int, bool]] = []
+
+    def read(self) -> bool:
+        """Take up what any of the peers wrote."""
+        for part in self.parts:
+            part.read()
+        now = [(len(part.events), part.finished) for part in self.parts]
+        if now == self._joined:
+            return False
+        self._joined, self.events, self.meetings = now, [], []
+        staying = [len(part.rounds) for part in self.parts if not part.finished]
+        last = min(staying) if staying else max(len(part.rounds) for part in self.parts)
+        self.events += [part.started for part in self.parts[:1] if part.started]
+        self._join_evaluations(-1)
+        for round_ in range(last):
+            self._join_rounds(round_)
+            self._join_evaluations(round_)
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether all peers are done."""
+        return all(part.finished for part in self.parts)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """None: no peer sees all that a summary has."""
+        return None
+
+    def _join_rounds(self, round_: int) -> None:
+        there = [(p, k) for p in self.parts for k, e in enumerate(p.rounds) if e.round == round_]
+        if not there:
+            return
+        said = [part.rounds[k] for part, k in there]
+        pairs = np.concatenate([part.meetings[k].pairs for part, k in there])
+        pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
+        self.meetings.append(Meetings(pairs, len(pairs)))
+        joined = dataclasses.replace(
+            said[0],
+            train_losses=[loss for one in said for loss in one.train_losses],
+            sent_bytes=sum(one.sent_bytes for one in said),
+            before=[],
+            after=[],
+            apart=[],
+        )
+        self.events.append(joined)
+
+    def _join_evaluations(self, round_: int) -> None:
+        said = [e for part in self.parts for e in part.evaluations if e.round == round_]
+        if len(said) < len(self.parts) and round_ == -1:
+            return
+        if said:
+            joined = dataclasses.replace(
+                said[0],
+                scores=[score for one in said for score in one.scores],
+                losses=[loss for one in said for loss in one.losses],
+                averaged_score=float("nan"),
+                averaged_loss=float("nan"),
+            )
+            self.events.append(joined)
 
 
 def meetings(edges: list[tuple[int, int, float]]) -> Meetings:
