@@ -28,19 +28,21 @@ def events(config: Config, score: float) -> Iterator[Event]:
     )
     yield evaluated(config, -1, 0.5)
     for round_ in range(config.rounds):
+        other = 1 + round_ % (config.clients - 1)
         layer = LayerState("layer", 0.25, 0.5, 0.0 if config.method == "ffa" else 0.1, 0, 1, 1)
         yield RoundDone(
             round=round_,
             active="B" if round_ % 2 == 0 else "A",
             shared="A|B",
             train_losses=[0.7] * config.clients,
-            edges=[(0, 1, 0.5), (1, 0, 0.5)],
+            edges=[(0, other, 0.5), (other, 0, 0.5)],
             rho=0.9,
             sent_bytes=1_000_000,
             before=[layer],
             after=[layer],
             train_seconds=1.5,
             mix_seconds=0.5,
+            apart=[0.5, 1.0] * (config.clients // 2),
         )
         yield evaluated(config, round_, 0.5 + (score - 0.5) * (round_ + 1) / config.rounds)
 

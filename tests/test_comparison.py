@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 
 from plait import comparison
-from plait.comparison import MATCHED, Plan, compare, conclude, entries, tuning_seed, verdict
+from plait.comparison import compare, conclude, entries, verdict
 from plait.config import Config
 from plait.paired import differences, estimate, holm
+from plait.plan import MATCHED, Plan, tuning_seed
 from plait.report import curves, markdown, notes, write_report
 from said import FakeRuns, events
 

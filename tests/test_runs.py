@@ -62,6 +62,14 @@ def test_the_folder_holds_the_run(tmp_path):
     assert names == {"client-0", "client-1", "client-2", "mean"}
 
 
+def test_the_clients_distances_from_the_mean_average_to_the_consensus_distances():
+    for event in run(CONFIG):
+        if isinstance(event, RoundDone):
+            assert len(event.apart) == CONFIG.clients
+            consensus = sum(layer.consensus_A + layer.consensus_B for layer in event.after)
+            assert np.mean(event.apart) == pytest.approx(consensus, rel=1e-12)
+
+
 def test_events_survive_a_line_of_json(tmp_path):
     for event in run(CONFIG):
         assert from_line(to_line(event)) == event

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.comparison import Plan as Plan
+    from plait.plan import Plan as Plan
     from plait.comparison import compare as compare
     from plait.comparison import conclude as conclude
     from plait.config import Config as Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Config": "plait.config",
-    "Plan": "plait.comparison",
+    "Plan": "plait.plan",
     "Trainer": "plait.trainer",
     "build_preset": "plait.presets",
     "compare": "plait.comparison",

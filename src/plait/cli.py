@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 from rich.console import Console
 
-from plait import cli_doctor, cli_lists
+from plait import cli_doctor, cli_lists, cli_report
 from plait.config import Config
 from plait.names import lookup
 from plait.presets import PRESETS, PresetRow, start_from
 
 if TYPE_CHECKING:
-    from plait.comparison import Plan
     from plait.events import Event
+    from plait.plan import Plan
 
 Command = TypeVar("Command")
 Number = TypeVar("Number")
@@ -183,6 +183,15 @@ COMMANDS: dict[str, CommandRow] = {
         _compare, "compare methods on paired seeds: table, curves, verdict", Compare
     ),
     "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
+    "report": CommandRow(
+        cli_report.report, "write one HTML file about runs; it opens offline", cli_report.Report
+    ),
+    "figures": CommandRow(
+        cli_report.figures, "write figures for paper: PDF, SVG or PNG", cli_report.Figures
+    ),
+    "dashboard": CommandRow(
+        cli_report.dashboard, "follow runs in the browser while they go", cli_report.Dashboard
+    ),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
     "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
     "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
@@ -272,7 +281,7 @@ def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
 
 
 def _plan(given: Compare, start: Config) -> Plan:
-    from plait.comparison import Plan
+    from plait.plan import Plan
 
     config = given.settings
     for field, plural in (("method", "methods"), ("seed", "seeds")):

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plait.config import Config
 from plait.events import Event, Started
-from plait.methods import METHODS, build_method
-from plait.names import lookup
+from plait.methods import build_method
 from plait.paired import Difference, Estimate, differences, estimate
-from plait.runs import load_run, run
+from plait.plan import MATCHED, Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
+from plait.runs import load_events, load_summary, run
 
-MATCHED = "dec-lora (matched)"
-FIRST_TUNING_SEED = 1000
 FIGURES = (
     "accuracy_client_min",
     "accuracy_averaged_model",
@@ -41,87 +39,18 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A line of the comparison: a method at a learning rate."""
-
-    label: str
-    method: str
-    lr: float
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the comparison and the folder it is in."""
-
-    label: str
-    config: Config
-    folder: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to compare.
-
-    Attributes:
-        config: The settings that all runs share; its method, seed and lr give way.
-        methods: The first one is compared with each of the others.
-        seeds: One run of each method for each.
-        out: The folder of all runs.
-        lrs: Learning rates by method; `config.lr` for methods that are not here.
-        lr_grid: If there are any, the rates to search for methods without one in `lrs`.
-        matched_control: Add Dec-LoRA at half of ADF's learning rate.
-        resume: Reuse finished runs, go on with begun ones.
-
-    Raises:
-        ValueError: A method twice, an unknown one, no seeds, a rate for a method not compared.
-    """
-
-    config: Config
-    methods: tuple[str, ...] = ("adf", "dec-lora", "ffa", "rolora")
-    seeds: tuple[int, ...] = (0, 1, 2)
-    out: Path
-    lrs: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    lr_grid: tuple[float, ...] = ()
-    matched_control: bool = True
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be compared before anything is computed."""
-        for method in self.methods:
-            lookup(METHODS, method, "method")
-        for what, values in (("methods", self.methods), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{what} are {list(values)}; give each once, and at least one.")
-        for method in self.lrs:
-            if method not in self.methods:
-                raise ValueError(f"There is a learning rate for {method}, which isn't compared.")
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The lines of the table."""
-        matched = self.matched_control and "adf" in self.methods
-        return (*self.methods, MATCHED) if matched else self.methods
-
-    @property
-    def searched(self) -> tuple[str, ...]:
-        """The methods whose learning rate has to be found first."""
-        return tuple(m for m in self.methods if self.lr_grid and m not in self.lrs)
-
-    @property
-    def planned(self) -> dict[str, int]:
-        """Label -> its number of runs, those of the search first."""
-        tuning = {cell.label: 1 for m in self.searched for cell in tuning_cells(self, m)}
-        return tuning | dict.fromkeys(self.labels, len(self.seeds))
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What came out for one line of the table, each figure over all seeds in the plan's order."""
 
     entry: Entry
+    folders: list[Path]
     summaries: list[dict[str, Any]]
-    events: list[list[Event]]
     at_grid_edge: bool = False
+
+    @cached_property
+    def events(self) -> list[list[Event]]:
+        """What each run said."""
+        return [load_events(folder) for folder in self.folders]
 
     def values(self, key: str) -> list[float]:
         """One figure of every seed's summary."""
@@ -169,6 +98,14 @@ def compare(plan: Plan) -> Iterator[tuple[Cell, Event]]:
         raise ValueError(f"{plan.out} is not an empty folder; take another --out, or --resume.")
     for method in plan.methods:
         build_method(dataclasses.replace(plan.config, method=method))
+    for number, said in enumerate(_said(plan)):
+        if number == 0:
+            # Only now: a comparison that can't run leaves nothing behind.
+            save_plan(plan)
+        yield said
+
+
+def _said(plan: Plan) -> Iterator[tuple[Cell, Event]]:
     for method in plan.searched:
         yield from _search(plan, method)
     # All methods of a seed, then the next: they share its data and its model.
@@ -193,44 +130,6 @@ def entries(plan: Plan) -> list[Entry]:
     return found
 
 
-def reported_cell(plan: Plan, entry: Entry, seed: int) -> Cell:
-    """The run of a line of the table with a seed."""
-    config = dataclasses.replace(plan.config, method=entry.method, lr=entry.lr, seed=seed)
-    return Cell(entry.label, config, plan.out / f"{slug(entry.label)}-seed{seed}")
-
-
-def slug(label: str) -> str:
-    """A label as a folder name.
-
-    Example:
-        >>> slug("dec-lora (matched)")
-        'dec-lora-matched'
-    """
-    return label.replace(" (", "-").replace(")", "")
-
-
-# -- the search for a learning rate
-
-
-def tuning_seed(seeds: Sequence[int]) -> int:
-    """A seed that is not reported, so that the search has not seen what is reported."""
-    return next(seed for seed in itertools.count(FIRST_TUNING_SEED) if seed not in seeds)
-
-
-def tuning_cells(plan: Plan, method: str) -> list[Cell]:
-    """The runs that find a method's learning rate."""
-    seed = tuning_seed(plan.seeds)
-    base = dataclasses.replace(plan.config, method=method, seed=seed, eval_split="validation")
-    return [
-        Cell(
-            f"{method}, lr {lr:g}",
-            dataclasses.replace(base, lr=lr),
-            plan.out / "tuning" / f"{slug(method)}-lr{lr:g}",
-        )
-        for lr in plan.lr_grid
-    ]
-
-
 def _search(plan: Plan, method: str) -> Iterator[tuple[Cell, Event]]:
     for cell in tuning_cells(plan, method):
         began = False
@@ -250,7 +149,7 @@ def _best_rate(plan: Plan, method: str) -> float:
     finished = [c for c in tuning_cells(plan, method) if (c.folder / "summary.json").exists()]
     if not finished:
         raise ValueError(f"{method} diverged at every rate of --lr-grid; give lower ones.")
-    summaries = {cell.config.lr: load_run(cell.folder)[2] for cell in finished}
+    summaries = {cell.config.lr: load_summary(cell.folder) for cell in finished}
     return max(summaries, key=lambda lr: _quality(summaries[lr]))
 
 
@@ -274,12 +173,12 @@ def conclude(plan: Plan) -> Conclusion:
 
 
 def _outcome(plan: Plan, entry: Entry) -> Outcome:
-    runs = [load_run(reported_cell(plan, entry, seed).folder) for seed in plan.seeds]
+    folders = [reported_cell(plan, entry, seed).folder for seed in plan.seeds]
     edges = (min(plan.lr_grid, default=0.0), max(plan.lr_grid, default=0.0))
     return Outcome(
         entry=entry,
-        summaries=[summary for _, _, summary in runs],
-        events=[events for _, events, _ in runs],
+        folders=folders,
+        summaries=[load_summary(folder) for folder in folders],
         at_grid_edge=entry.label in plan.searched and entry.lr in edges,
     )
 

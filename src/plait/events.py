@@ -59,6 +59,8 @@ class RoundDone:
         sent_bytes: What all clients sent in this round.
         before: Every layer after local training.
         after: Every layer after mixing.
+        apart: (N,) each client's squared distance from the mean of all clients after mixing, over
+            all adapted layers; its mean is Xi_A + Xi_B. Empty where nobody sees all clients.
         train_seconds: Time of the local phase.
         mix_seconds: Time of mixing.
     """
@@ -74,6 +76,7 @@ class RoundDone:
     after: list[LayerState]
     train_seconds: float
     mix_seconds: float
+    apart: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

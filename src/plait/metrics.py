@@ -49,8 +49,13 @@ class LayerState:
 
 def consensus(X: Tensor) -> float:
     """Xi = mean_i ||X_i - mean(X)||_F^2 of X (N, ...)."""
+    return float(distances(X).mean())
+
+
+def distances(X: Tensor) -> Tensor:
+    """(N,) ||X_i - mean(X)||_F^2 of X (N, ...): who is far from the others. Their mean is Xi."""
     flat = X.flatten(1).double()
-    return float((flat - flat.mean(dim=0)).square().sum(dim=1).mean())
+    return (flat - flat.mean(dim=0)).square().sum(dim=1)
 
 
 def product_norm(P: Tensor, Q: Tensor) -> float:
@@ -135,3 +140,20 @@ def layer_states(
         for view in views
     ]
     return states[0], states[1]
+
+
+def apart(layout: Layout, state: dict[Factor, Tensor]) -> list[float]:
+    """(N,) each client's squared distance from the mean of all, over all adapted layers.
+
+    Args:
+        layout: Where the layers lie.
+        state: Factor -> (N, P).
+    """
+    # Layer by layer: float64 copies of all layers at once would be twice the whole stack.
+    layers = [
+        distances(view)
+        for factor in (Factor.A, Factor.B)
+        for view in layout.views(factor, state[factor]).values()
+    ]
+    total: list[float] = torch.stack(layers).sum(dim=0).tolist()
+    return total

@@ -102,16 +102,27 @@ def load_run(path: Path) -> tuple[Config, list[Event], dict[str, Any]]:
     Raises:
         ValueError: The folder holds no finished run.
     """
-    if not (path / "summary.json").is_file():
-        raise ValueError(
-            f"{path} holds no finished run; `plait run --resume --out {path}` goes on."
-        )
-    return load_config(path), load_events(path), json.loads((path / "summary.json").read_text())
+    summary = load_summary(path)
+    return load_config(path), load_events(path), summary
 
 
 def load_config(path: Path) -> Config:
     """The config of a run folder."""
     return Config.from_json(json.loads((path / "config.json").read_text()))
+
+
+def load_summary(path: Path) -> dict[str, Any]:
+    """The figures of a finished run.
+
+    Raises:
+        ValueError: The folder holds no finished run.
+    """
+    if not (path / "summary.json").is_file():
+        raise ValueError(
+            f"{path} holds no finished run; `plait run --resume --out {path}` goes on."
+        )
+    figures: dict[str, Any] = json.loads((path / "summary.json").read_text())
+    return figures
 
 
 def load_events(path: Path) -> list[Event]:

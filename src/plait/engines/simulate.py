@@ -14,7 +14,7 @@ from plait.job import Job, some_rows
 from plait.local import batch_losses, evaluate, local_phase
 from plait.lora import Stack
 from plait.methods import Factor
-from plait.metrics import layer_states
+from plait.metrics import apart, layer_states
 from plait.mixing import mean, neighbour_weights
 from plait.topology import rho_of_round
 
@@ -63,6 +63,7 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
             sent_bytes=row_bytes * len(edges),
             before=states[0],
             after=states[1],
+            apart=apart(job.backbone.layout, stack.factors),
             train_seconds=trained - begin,
             mix_seconds=mixed - trained,
         )

@@ -1,0 +1,181 @@
+"""From what runs said to lines over the rounds: what every picture of a run is drawn from.
+
+A `Measure` is a figure of one event. `over_rounds` takes it from all runs of a label and lays the
+runs side by side; a run that is still going has gaps where it has not come yet.
+
+Legend: S runs (seeds) of a label, R rounds, N clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plait.events import Evaluated, Event, RoundDone, Started
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Said = Sequence[Sequence[Event]]
+"""The events of each run of a label."""
+
+# Okabe and Ito's colours: told apart with any kind of colour vision. The dashes tell the lines
+# apart without any.
+STYLES = (
+    ("#0072B2", "solid"),
+    ("#D55E00", "dash"),
+    ("#009E73", "dashdot"),
+    ("#CC79A7", "dot"),
+    ("#000000", "solid"),
+    ("#E69F00", "dash"),
+    ("#56B4E9", "dashdot"),
+    ("#888888", "dot"),
+)
+
+FILLS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+"""The colours of areas, where black would weigh too much."""
+
+FLOOR = 1e-9
+"""Distances below this are rounding: a factor that all clients hold in common."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure that events of one kind have.
+
+    Attributes:
+        kind: The events that have it.
+        value: It.
+        title: What it is.
+        unit: The axis.
+        log: Whether it spans orders of magnitude.
+    """
+
+    kind: type[Event]
+    value: Callable[[Any], float]
+    title: str
+    unit: str
+    log: bool = False
+
+
+def over_rounds(runs: Said, measure: Measure) -> tuple[Array, Array]:
+    """Rounds done (R,) and the figure of each run (S, R), NaN where a run has not come yet."""
+    chosen = [[event for event in events if isinstance(event, measure.kind)] for events in runs]
+    longest = max(chosen, key=len, default=[])
+    rounds = np.array([_done(event) for event in longest], dtype=float)
+    values = np.full((len(chosen), len(rounds)), np.nan)
+    for row, events in zip(values, chosen, strict=True):
+        row[: len(events)] = [measure.value(event) for event in events]
+    if measure.log:
+        # A log scale has no zero: rounds in which nobody differs leave a gap.
+        values[values < FLOOR] = np.nan
+    return rounds, values
+
+
+def band(values: Array) -> tuple[Array, Array, Array]:
+    """Mean, lowest and highest (R,) of the runs (S, R) that have come to each round."""
+    there = ~np.isnan(values)
+    any_there = there.any(axis=0)
+    count = np.maximum(there.sum(axis=0), 1)
+    mean = np.where(any_there, np.where(there, values, 0.0).sum(axis=0) / count, np.nan)
+    low = np.where(any_there, np.where(there, values, np.inf).min(axis=0, initial=np.inf), np.nan)
+    high = np.where(
+        any_there, np.where(there, values, -np.inf).max(axis=0, initial=-np.inf), np.nan
+    )
+    return mean, low, high
+
+
+def sent_megabytes(runs: Said) -> Array:
+    """(R,) what all clients of one run had sent up to each evaluation, mean over the runs, in MB.
+
+    The first is before the first round.
+    """
+    rounds, sent = over_rounds(runs, SENT)
+    done, _ = over_rounds(runs, MEASURES["scores"])
+    total = np.concatenate([[0.0], np.cumsum(band(sent)[0])]) / 1e6
+    return np.array(total[np.searchsorted(rounds, done, side="right")])
+
+
+def last_scores(runs: Said) -> tuple[Array, Array]:
+    """The clients' last scores from the worst to the best, of each run that has any.
+
+    Returns:
+        Percent of the clients (P,) and the score (S, P) at it; percentiles of more than a hundred.
+    """
+    chosen = [[event for event in events if isinstance(event, Evaluated)] for events in runs]
+    last = [np.sort(events[-1].scores) for events in chosen if events]
+    shares = np.linspace(0, 100, min(101, len(last[0]))) if last else np.zeros(0)
+    return shares, np.array([np.percentile(scores, shares) for scores in last])
+
+
+def phases(events: Sequence[Event]) -> list[tuple[int, int, str]]:
+    """(first round, round after the last, factors) of each stretch that trains the same factors.
+
+    Rounds are counted as done: the first round lies between 0 and 1.
+    """
+    found: list[tuple[int, int, str]] = []
+    for event in events:
+        if not isinstance(event, RoundDone):
+            continue
+        if found and found[-1][2] == event.active:
+            found[-1] = (found[-1][0], event.round + 1, event.active)
+        else:
+            found.append((event.round, event.round + 1, event.active))
+    return found
+
+
+def started(runs: Mapping[str, Said]) -> Started | None:
+    """What the first of the runs said first."""
+    said = (event for events in runs.values() for run in events for event in run[:1])
+    return next((event for event in said if isinstance(event, Started)), None)
+
+
+# -- the measures
+
+
+def _done(event: Event) -> int:
+    assert not isinstance(event, Started)
+    return event.round + 1
+
+
+def _over_layers(value: Callable[[Any], float]) -> Callable[[RoundDone], float]:
+    # A peer sees itself alone and says nothing of the distances between clients.
+    return lambda event: sum(map(value, event.after)) if event.after else np.nan
+
+
+def _cross_term(event: RoundDone) -> float:
+    return float(np.sqrt(sum(layer.cross_term**2 for layer in event.after) or np.nan))
+
+
+SENT = Measure(RoundDone, lambda event: event.sent_bytes, "Sent in a round", "bytes")
+
+MEASURES: dict[str, Measure] = {
+    "scores": Measure(
+        Evaluated, lambda e: float(np.mean(e.scores)), "Clients' own models", "client mean"
+    ),
+    "worst": Measure(Evaluated, lambda e: min(e.scores), "Worst client", "lowest of all clients"),
+    "averaged": Measure(
+        Evaluated, lambda e: e.averaged_score, "Averaged model", "of the mean factors"
+    ),
+    "loss": Measure(
+        Evaluated, lambda e: float(np.mean(e.losses)), "Loss", "held-out loss, client mean"
+    ),
+    "apart": Measure(
+        RoundDone,
+        _over_layers(lambda layer: layer.consensus_A + layer.consensus_B),
+        "Disagreement after mixing",
+        "Ξ<sub>A</sub> + Ξ<sub>B</sub>, all layers",
+        log=True,
+    ),
+    "consensus_A": Measure(
+        RoundDone, _over_layers(lambda layer: layer.consensus_A), "Ξ of A", "Ξ", log=True
+    ),
+    "consensus_B": Measure(
+        RoundDone, _over_layers(lambda layer: layer.consensus_B), "Ξ of B", "Ξ", log=True
+    ),
+    "cross_term": Measure(
+        RoundDone, _cross_term, "Cross term after mixing", "‖C‖<sub>F</sub>, all layers", log=True
+    ),
+}
+"""What is drawn over the rounds."""

@@ -1,0 +1,360 @@
+// Shows a payload of plait/page.py: replaces the pieces of HTML, and hands the charts to plotly.
+"use strict";
+
+const values = document.getElementById("values");
+const live = values.dataset.live === "yes";
+const payloads = JSON.parse(values.textContent);
+const byId = (id) => document.getElementById(id);
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const narrow = window.matchMedia("(max-width: 760px)");
+const still = window.matchMedia("(prefers-reduced-motion: reduce)");
+
+// Okabe and Ito's colours, lifted where they would drown in a dark page, lowered on a light one.
+const ON_DARK = {"#0072B2": "#3FA7E8", "#000000": "#E8EAED", "#009E73": "#1FC496",
+                 "#D55E00": "#F0792A", "#CC79A7": "#DE95BE"};
+const ON_LIGHT = {"#E69F00": "#C08400", "#56B4E9": "#2E96D2", "#888888": "#7A7A7A"};
+
+let shown = null;      // the payload on the page
+let runName = null;    // the run looked at closely
+let round = -1;        // the round of its topology; -1 follows the last
+let timer = null;
+
+// -- charts
+
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+function recoloured(chart) {
+  let text = JSON.stringify(chart);
+  for (const [from, to] of Object.entries(dark.matches ? ON_DARK : ON_LIGHT)) {
+    text = text.replaceAll(from, to);
+  }
+  return JSON.parse(text);
+}
+
+function layoutOf(chart) {
+  const axis = {gridcolor: colour("--grid"), zerolinecolor: colour("--line"),
+                linecolor: colour("--line"), automargin: true};
+  const title = (one) => ({...one, title: {...(one.title || {}), standoff: 8}});
+  return {
+    showlegend: true,
+    margin: {l: 12, r: 12, t: 26, b: 12},
+    hovermode: "closest",
+    ...chart.layout,
+    font: {family: "system-ui, sans-serif", size: 13, color: colour("--text")},
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    hoverlabel: {font: {family: "system-ui, sans-serif"}},
+    legend: {orientation: "h", x: 0, y: narrow.matches ? -0.36 : -0.24, yanchor: "top"},
+    xaxis: {...axis, ...title(chart.layout.xaxis || {})},
+    yaxis: {...axis, ...title(chart.layout.yaxis || {})},
+  };
+}
+
+const CONFIG = {responsive: true, displaylogo: false, displayModeBar: "hover",
+                modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+
+function draw(figure, chart) {
+  figure.hidden = !chart;
+  if (!chart) return;
+  let plot = figure.querySelector(".plot");
+  if (!plot) {
+    plot = document.createElement("div");
+    plot.className = "plot";
+    figure.append(plot, numbersOf(plot));
+  }
+  plot.chart = chart;
+  plot.setAttribute("role", "img");
+  plot.setAttribute("aria-label", chart.alt + ". The numbers are in the table below it.");
+  const coloured = recoloured(chart);
+  Plotly.react(plot, coloured.data, layoutOf(coloured), CONFIG);
+}
+
+// The chart's own points as a table, made when it is asked for.
+function numbersOf(plot) {
+  const details = document.createElement("details");
+  details.innerHTML = "<summary>The numbers</summary>";
+  const box = document.createElement("div");
+  box.className = "scroll";
+  box.tabIndex = 0;
+  box.setAttribute("role", "region");
+  details.append(box);
+  details.addEventListener("toggle", () => {
+    if (!details.open) return;
+    box.setAttribute("aria-label", plot.chart.alt);
+    const traces = plot.chart.data.filter((one) => one.fill !== "toself");
+    const xs = [...new Set(traces.flatMap((one) => one.x))];
+    const sideways = traces.length === 1 && traces[0].error_x;
+    const head = sideways ? ["", traces[0].name, "±"]
+      : [plot.chart.layout.xaxis.title.text, ...traces.map((one) => one.name)];
+    const rows = sideways
+      ? traces[0].y.map((name, i) => [name, traces[0].x[i], traces[0].error_x.array[i]])
+      : xs.map((x) => [x, ...traces.map((one) => one.y[one.x.indexOf(x)])]);
+    box.replaceChildren(tableOf(head, rows));
+  });
+  return details;
+}
+
+function tableOf(head, rows) {
+  const table = document.createElement("table");
+  const add = (parent, tag, text) => {
+    const cell = document.createElement(tag);
+    cell.textContent = text ?? "";
+    if (tag === "th") cell.scope = parent.parentNode.tagName === "THEAD" ? "col" : "row";
+    parent.append(cell);
+  };
+  const top = table.createTHead().insertRow();
+  head.forEach((text) => add(top, "th", String(text).replace(/<[^>]*>/g, "")));
+  const body = table.createTBody();
+  for (const [first, ...rest] of rows) {
+    const line = body.insertRow();
+    add(line, "th", first);
+    rest.forEach((value) => add(line, "td", value));
+  }
+  return table;
+}
+
+// -- one run: who met whom
+
+function runNow() {
+  return shown.runs.find((one) => one.key === runName) || shown.runs[0];
+}
+
+const unpacked = new WeakMap();
+function pairsOf(topology, at) {
+  if (!unpacked.has(topology)) unpacked.set(topology, new Map());
+  const known = unpacked.get(topology), number = topology.drawn[at];
+  if (!known.has(number)) {
+    const bytes = Uint8Array.from(atob(topology.pairs[number]), (c) => c.charCodeAt(0));
+    const ends = new Uint16Array(bytes.buffer);
+    known.set(number, Array.from({length: ends.length / 2}, (_, k) => [ends[2 * k], ends[2 * k + 1]]));
+  }
+  return known.get(number);
+}
+
+function place(client, clients) {
+  const angle = Math.PI / 2 - 2 * Math.PI * client / clients;
+  return [Math.cos(angle), Math.sin(angle)];
+}
+
+function drawTopology() {
+  const run = runNow(), box = byId("topology");
+  box.hidden = !run || !run.topology.rounds.length;
+  if (box.hidden) return;
+  const t = run.topology, last = t.rounds.length - 1;
+  const at = round < 0 ? last : Math.min(round, last);
+  const slider = byId("round");
+  slider.max = last;
+  slider.value = at;
+  const words = sentence(t, at);
+  slider.setAttribute("aria-valuetext", `round ${t.rounds[at]}`);
+  byId("said").textContent = words;
+  byId("drawn").textContent = drawnWords(t);
+  const hasApart = t.apart[at].length > 0;
+  const select = byId("colour");
+  select.options[0].disabled = !hasApart;
+  if (!hasApart) select.value = "scores";
+  drawGraph(t, at, select.value, words);
+  byId("round-table").replaceChildren(roundTable(t, at));
+}
+
+function sentence(t, at) {
+  let words = `Round ${t.rounds[at]}: ${t.trains[at].replace("|", " and ")} train${t.trains[at].includes("|") ? "" : "s"}, `
+    + `${t.count[at]} ${t.count[at] === 1 ? "pair" : "pairs"} met`;
+  const far = t.apart[at];
+  if (far.length && Math.max(...far) > 1e-4) {
+    words += `; farthest from the mean${t.clients < t.all_clients ? " of those drawn" : ""}: `
+      + `client ${far.indexOf(Math.max(...far))}`;
+  }
+  return words + ".";
+}
+
+function drawnWords(t) {
+  const parts = [];
+  if (t.clients < t.all_clients) {
+    parts.push(`the first ${t.clients} of ${t.all_clients} clients and the meetings among them`);
+  }
+  if (t.step > 1) parts.push(`every ${t.step}th round`);
+  return parts.length ? `drawn: ${parts.join("; ")}` : "a line: the two exchanged their factors";
+}
+
+function drawGraph(t, at, by, words) {
+  const xs = [], ys = [];
+  for (const [i, j] of pairsOf(t, at)) {
+    const [a, b] = [place(i, t.clients), place(j, t.clients)];
+    xs.push(a[0], b[0], null);
+    ys.push(a[1], b[1], null);
+  }
+  const spots = Array.from({length: t.clients}, (_, i) => place(i, t.clients));
+  const all = t[by].flat();
+  const few = t.clients <= 24;
+  const size = few ? 30 : Math.max(9, 18 - t.clients / 10);
+  const shade = t[by][at];
+  const hover = spots.map((_, i) => `client ${i}<br>distance from the mean ${t.apart[at][i] ?? "unknown"}`
+    + `<br>score ${t.scores[at][i] ?? "unknown"}`);
+  const low = by === "apart" ? 0 : Math.min(...all), high = Math.max(...all);
+  const nodes = {
+    type: "scatter", mode: few ? "markers+text" : "markers", hoverinfo: "text", hovertext: hover,
+    x: spots.map((s) => s[0]), y: spots.map((s) => s[1]),
+    text: spots.map((_, i) => String(i)),
+    textfont: {size: 12, color: shade.map((v) => (v - low) / (high - low || 1) > .55 ? "#111" : "#fff")},
+    marker: {
+      size, color: shade, cmin: low, cmax: high > low ? high : low + 1,
+      colorscale: "Cividis", line: {width: 1.5, color: colour("--card")},
+      colorbar: {thickness: 12, tickformat: ".2~g", len: .8, outlinewidth: 0,
+                 title: {text: by === "apart" ? "distance" : "score", side: "top"}},
+    },
+  };
+  const lines = {type: "scatter", mode: "lines", hoverinfo: "skip", x: xs, y: ys,
+                 line: {width: few ? 2 : 1, color: colour("--soft")}, opacity: few ? .8 : .45};
+  const hide = {visible: false, range: [-1.15, 1.15], fixedrange: true};
+  const layout = {
+    ...layoutOf({layout: {}}), showlegend: false, margin: {l: 8, r: 8, t: 8, b: 8},
+    xaxis: {...hide, scaleanchor: "y"}, yaxis: hide,
+  };
+  const graph = byId("graph");
+  graph.setAttribute("role", "img");
+  graph.setAttribute("aria-label", `Clients on a circle. ${words}`);
+  Plotly.react(graph, [lines, nodes], layout, {...CONFIG, displayModeBar: false});
+}
+
+function rounded(value) {
+  return value == null ? "" : value.toPrecision(3);
+}
+
+function roundTable(t, at) {
+  const met = Array.from({length: t.clients}, () => []);
+  for (const [i, j] of pairsOf(t, at)) { met[i].push(j); met[j].push(i); }
+  return tableOf(["client", "met", "distance from the mean", "score"],
+    met.map((those, i) => [i, those.join(", ") || "nobody", rounded(t.apart[at][i]),
+                           rounded(t.scores[at][i])]));
+}
+
+function moveTo(next) {
+  const last = runNow().topology.rounds.length - 1;
+  // At the end of a run that goes on, stay with its latest round.
+  round = next >= last && !shown.finished ? -1 : next;
+  drawTopology();
+}
+
+function stop() {
+  clearInterval(timer);
+  timer = null;
+  byId("play").textContent = "Play";
+  byId("play").setAttribute("aria-pressed", "false");
+  byId("said").setAttribute("aria-live", "polite");
+}
+
+function play() {
+  if (timer) return stop();
+  const slider = byId("round");
+  if (+slider.value === +slider.max) moveTo(0);
+  byId("play").textContent = "Stop";
+  byId("play").setAttribute("aria-pressed", "true");
+  byId("said").setAttribute("aria-live", "off");
+  timer = setInterval(() => {
+    if (+slider.value >= +slider.max) return stop();
+    moveTo(+slider.value + 1);
+  }, still.matches ? 1500 : 500);
+}
+
+// -- the page
+
+function drawRun() {
+  const run = runNow();
+  for (const figure of document.querySelectorAll("figure[data-of=run]")) {
+    draw(figure, run && run.charts[figure.dataset.chart]);
+  }
+  drawTopology();
+}
+
+function drawAll() {
+  for (const figure of document.querySelectorAll("figure[data-chart]:not([data-of])")) {
+    const choice = figure.querySelector("select[data-switch]");
+    draw(figure, shown.charts[choice ? choice.value : figure.dataset.chart]);
+  }
+  drawRun();
+}
+
+function show(payload) {
+  shown = payload;
+  for (const place of document.querySelectorAll("[data-piece]")) {
+    const html = payload.pieces[place.dataset.piece];
+    if (place.shownHtml !== html) {
+      const open = [...place.querySelectorAll("details")].map((one) => one.open);
+      place.innerHTML = html;
+      place.querySelectorAll("details").forEach((one, i) => { one.open = open[i] || false; });
+      place.shownHtml = html;
+    }
+  }
+  const select = byId("run");
+  const names = payload.runs.map((one) => one.key);
+  if (select.dataset.names !== names.join("\n")) {
+    select.replaceChildren(...payload.runs.map((one) => new Option(one.key, one.key)));
+    select.dataset.names = names.join("\n");
+    if (!payload.runs.some((one) => one.key === runName)) runName = null;
+    select.value = runName ?? (payload.runs[0] || {}).key;
+  }
+  document.title = `${payload.title} · plait`;
+  drawAll();
+}
+
+document.querySelectorAll("select[data-switch]").forEach((one) => one.addEventListener("change", drawAll));
+byId("run").addEventListener("change", (event) => {
+  stop();
+  runName = event.target.value;
+  round = -1;
+  drawRun();
+});
+byId("round").addEventListener("input", (event) => { stop(); moveTo(+event.target.value); });
+byId("colour").addEventListener("change", drawTopology);
+byId("play").addEventListener("click", play);
+dark.addEventListener("change", () => shown && drawAll());
+narrow.addEventListener("change", () => shown && drawAll());
+
+if (live) {
+  follow();
+} else {
+  const study = byId("study");
+  if (study) {
+    study.addEventListener("change", () => {
+      stop();
+      runName = null;
+      round = -1;
+      show(payloads[+study.value]);
+    });
+  }
+  show(payloads[0]);
+}
+
+// -- live
+
+function follow() {
+  const study = byId("study"), state = byId("state");
+  let source = null;
+  const say = (word, kind) => {
+    if (state.textContent !== word) state.textContent = word;
+    state.dataset.state = kind;
+  };
+  const listen = () => {
+    if (source) source.close();
+    source = new EventSource("events?study=" + encodeURIComponent(study.value || ""));
+    source.addEventListener("studies", (event) => {
+      const titles = JSON.parse(event.data), chosen = study.value;
+      study.replaceChildren(...titles.map((title) => new Option(title, title)));
+      if (titles.includes(chosen)) study.value = chosen;
+      byId("which").hidden = titles.length < 2;
+    });
+    source.addEventListener("study", (event) => {
+      const payload = JSON.parse(event.data);
+      if (payload.title !== (shown || {}).title) { runName = null; round = -1; }
+      show(payload);
+      if (study.value !== payload.title) study.value = payload.title;
+      say(payload.finished ? "finished" : "live", payload.finished ? "finished" : "live");
+    });
+    source.addEventListener("error", () => say("connection lost, trying again", "lost"));
+  };
+  study.addEventListener("change", () => { stop(); listen(); });
+  listen();
+}

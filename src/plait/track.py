@@ -1,0 +1,228 @@
+"""A run as it is read back, finished or still going: a fold over the events in its folder.
+
+`Track.read` takes up the lines that came since it was last called, so the same object serves a
+report, which reads once, and the dashboard, which reads twice a second. What would not fit in
+memory for a thousand clients is not kept: of each round's edges only those among the first
+`MOST_DRAWN` clients stay, and how many there were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plait.config import Config
+from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, summarize
+
+MOST_DRAWN = 100
+"""Clients in the drawing of who met whom; more can't be told apart on a screen."""
+
+Pairs = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+@dataclass(frozen=True)
+class Meetings:
+    """Who met whom in a round.
+
+    Attributes:
+        pairs: (E, 2) clients i < j, among the first `MOST_DRAWN`.
+        count: Pairs among all clients.
+    """
+
+    pairs: Pairs
+    count: int
+
+
+@dataclass
+class Track:
+    """A run folder and what has been read of it.
+
+    Attributes:
+        path: The folder.
+        config: Its config.
+        events: What the run said, the edges of its rounds left out.
+        meetings: For each round, in the place of its edges.
+    """
+
+    path: Path
+    config: Config
+    events: list[Event] = field(default_factory=list)
+    meetings: list[Meetings] = field(default_factory=list)
+    _read_bytes: int = 0
+    _file_id: int = 0
+
+    @classmethod
+    def open(cls, path: Path) -> Track:
+        """Take up a run folder; nothing of its events is read yet."""
+        return cls(path, Config.from_json(json.loads((path / "config.json").read_text())))
+
+    def see(self, event: Event) -> None:
+        """Take note of one event."""
+        if isinstance(event, RoundDone):
+            self.meetings.append(meetings(event.edges))
+            event = dataclasses.replace(event, edges=[])
+        self.events.append(event)
+
+    def read(self) -> bool:
+        """Take up what was written since the last call; returns whether there was anything."""
+        file = self.path / "events.jsonl"
+        if not file.exists():
+            return False
+        status = file.stat()
+        # A resumed run drops what came after its checkpoint: another file, or a shorter one.
+        if self._read_bytes and (
+            status.st_ino != self._file_id or status.st_size < self._read_bytes
+        ):
+            self.events.clear()
+            self.meetings.clear()
+            self._read_bytes = 0
+        self._file_id = status.st_ino
+        if status.st_size == self._read_bytes:
+            return False
+        before = len(self.events)
+        with file.open("rb") as lines:
+            lines.seek(self._read_bytes)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self._read_bytes += len(line)
+                self._take(line.decode())
+        return len(self.events) > before
+
+    def _take(self, line: str) -> None:
+        # Kinds that a later plait adds say nothing that is shown here.
+        if json.loads(line[: line.index(",")] + "}")["event"] in KINDS:
+            self.see(from_line(line))
+
+    @property
+    def sees_itself_alone(self) -> bool:
+        """Whether it is one peer's part of a run; known after its first evaluation."""
+        return any(len(one.scores) < self.config.clients for one in self.evaluations[:1])
+
+    @property
+    def started(self) -> Started | None:
+        """What it said first."""
+        return next((event for event in self.events if isinstance(event, Started)), None)
+
+    @property
+    def rounds(self) -> list[RoundDone]:
+        """The rounds that are done."""
+        return [event for event in self.events if isinstance(event, RoundDone)]
+
+    @property
+    def evaluations(self) -> list[Evaluated]:
+        """The evaluations that are done."""
+        return [event for event in self.events if isinstance(event, Evaluated)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its figures are written."""
+        return (self.path / "summary.json").exists()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Its figures: the written ones, or those so far; None before the first round's."""
+        if self.finished:
+            figures: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+            return figures
+        enough = self.rounds and self.evaluations and self.rounds[-1].after
+        return summarize(self.config, self.events) if enough else None
+
+
+class Federation(Track):
+    """The peers of one federation as one run; each wrote a folder of what it saw of itself alone.
+
+    A round is taken up when every peer that is still there has done it. The distances between
+    clients and the averaged model, which no peer sees, are missing.
+    """
+
+    def __init__(self, parts: Sequence[Track]) -> None:
+        """Join the runs of peers, in the order of their numbers."""
+        super().__init__(parts[0].path, parts[0].config)
+        self.parts = list(parts)
+        self._joined: list[tuple[int, bool]] = []
+
+    def read(self) -> bool:
+        """Take up what any of the peers wrote."""
+        for part in self.parts:
+            part.read()
+        now = [(len(part.events), part.finished) for part in self.parts]
+        if now == self._joined:
+            return False
+        self._joined, self.events, self.meetings = now, [], []
+        staying = [len(part.rounds) for part in self.parts if not part.finished]
+        last = min(staying) if staying else max(len(part.rounds) for part in self.parts)
+        self.events += [part.started for part in self.parts[:1] if part.started]
+        self._join_evaluations(-1)
+        for round_ in range(last):
+            self._join_rounds(round_)
+            self._join_evaluations(round_)
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether all peers are done."""
+        return all(part.finished for part in self.parts)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """None: no peer sees all that a summary has."""
+        return None
+
+    def _join_rounds(self, round_: int) -> None:
+        there = [(p, k) for p in self.parts for k, e in enumerate(p.rounds) if e.round == round_]
+        if not there:
+            return
+        said = [part.rounds[k] for part, k in there]
+        pairs = np.concatenate([part.meetings[k].pairs for part, k in there])
+        pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
+        self.meetings.append(Meetings(pairs, len(pairs)))
+        joined = dataclasses.replace(
+            said[0],
+            train_losses=[loss for one in said for loss in one.train_losses],
+            sent_bytes=sum(one.sent_bytes for one in said),
+            before=[],
+            after=[],
+            apart=[],
+        )
+        self.events.append(joined)
+
+    def _join_evaluations(self, round_: int) -> None:
+        said = [e for part in self.parts for e in part.evaluations if e.round == round_]
+        if len(said) < len(self.parts) and round_ == -1:
+            return
+        if said:
+            joined = dataclasses.replace(
+                said[0],
+                scores=[score for one in said for score in one.scores],
+                losses=[loss for one in said for loss in one.losses],
+                averaged_score=float("nan"),
+                averaged_loss=float("nan"),
+            )
+            self.events.append(joined)
+
+
+def meetings(edges: list[tuple[int, int, float]]) -> Meetings:
+    """The pairs of a round's edges, whichever way they point.
+
+    Example:
+        >>> meetings([(0, 1, 0.5), (1, 0, 0.5), (3, 2, 0.5)]).pairs.tolist()
+        [[0, 1], [2, 3]]
+    """
+    if not edges:
+        return Meetings(np.zeros((0, 2), np.uint16), 0)
+    flat = np.fromiter(chain.from_iterable(edges), dtype=np.float64, count=3 * len(edges))
+    ends = flat.reshape(-1, 3)[:, :2].astype(np.int64)
+    clients = int(ends.max()) + 1
+    # A pair as one number, which is much faster to tell from others than two.
+    numbers = np.unique(ends.min(axis=1) * clients + ends.max(axis=1))
+    pairs = np.stack([numbers // clients, numbers % clients], axis=1)
+    drawn = pairs[(pairs < MOST_DRAWN).all(axis=1)]
+    return Meetings(drawn.astype(np.uint16), len(pairs))
