@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 DEMO_METHODS := adf,dec-lora,ffa,rolora,local
 DEMO_DIR := runs/demo
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format proto fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,12 @@ format: $(STAMP) ## Format, and fix what the linter can
 	@$(BIN)/ruff check --quiet --fix --exit-zero .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check .
+
+proto: $(STAMP) ## Regenerate the wire format's Python from src/plait/wire.proto
+	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/plait/wire.proto
+
+fuzz: $(STAMP) ## Feed the decoder of the peers' messages a million bad inputs
+	@$(BIN)/python benchmarks/fuzz_codec.py
 
 clean: ## Remove caches and build outputs; .venv and runs stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov dist build site .venv-ci

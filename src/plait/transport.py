@@ -1,0 +1,465 @@
+"""How messages get from peer to peer: gRPC over mutual TLS, with a deadline on every call.
+
+A peer is a server, and a client to its neighbours. Who it talks to is what the certificates say:
+a client checks the server's for the neighbour's name, and the server takes a sender's name from
+the sender's. gRPC runs on one background thread; `send` and `ask` may be called from any others.
+
+A header is checked before any of its body is read, and a body has no more bytes than its header
+declared. gRPC's own limit on a frame holds for whatever comes before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from torch import Tensor
+
+from plait.certificates import read_credentials
+from plait.codec import Ack, Answer, Header, Identity, Message, Question, decode
+from plait.federation import Federation, PeerSettings, split_address
+from plait.frames import (
+    FRAME_BYTES,
+    Assembly,
+    answer_frame,
+    frames,
+    read_ack,
+    read_frame,
+    read_question,
+    write_ack,
+    write_question,
+)
+from plait.lora import Layout
+from plait.methods import Factor
+from plait.refusal import Reason, Refused
+
+Result = TypeVar("Result")
+Options = list[tuple[str, int | str]]
+
+logger = logging.getLogger(__name__)
+
+OPEN_CALLS = 4
+"""Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
+
+OPTIONS: Options = [
+    ("grpc.max_receive_message_length", FRAME_BYTES),
+    ("grpc.max_send_message_length", FRAME_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Two peers on a port would share its calls at random.
+    ("grpc.so_reuseport", 0),
+    # A neighbour that comes back is found within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A proxy from the environment has no business between peers.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back on a question: facts, and factors if a message came with them."""
+
+    facts: dict[str, Any]
+    header: Header | None = None
+    factors: dict[Factor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Bytes of bodies by peer, since the start."""
+
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    received_bytes: Counter[str] = field(default_factory=Counter)
+
+
+class Desk(Protocol):
+    """Whoever takes the messages. Called on the transport's thread, so it must be quick."""
+
+    def admit(self, header: Header) -> None:
+        """A message is about to come; raise `Refused` to have none of its body."""
+
+    def take(self, header: Header, factors: dict[Factor, Tensor]) -> None:
+        """A message has come and was checked; raise `Refused` to have the sender told."""
+
+    def answer(self, question: Question) -> Answer:
+        """A peer asks; raise `Refused` for no answer."""
+
+    def refused(self, sender: str, reason: Reason, detail: str) -> None:
+        """Something from a peer was refused, here or by one of the above."""
+
+
+class Transport(Protocol):
+    """What the round protocol needs of a network."""
+
+    def start(self) -> None:
+        """Begin to listen."""
+
+    def send(self, to: str, message: Message, deadline_s: float) -> Ack:
+        """Deliver a message; returns within the deadline."""
+
+    def ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        """Ask a peer; returns, or raises `Refused`, within the deadline."""
+
+    def stop(self, grace_s: float) -> None:
+        """Let open calls end, for so long, and stop."""
+
+
+class GrpcTransport:
+    """The one transport: gRPC, with mutual TLS unless told that all is on this machine."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        settings: PeerSettings,
+        layout: Layout,
+        desk: Desk,
+        *,
+        insecure_loopback: bool = False,
+    ) -> None:
+        """Read the certificates; nothing listens yet.
+
+        Args:
+            federation: Who takes part.
+            settings: Of this peer.
+            layout: Of a client's factors.
+            desk: Takes what comes.
+            insecure_loopback: No TLS and no certificates, and no address but of this machine.
+
+        Raises:
+            ValueError: A certificate is missing or unfit, or an address is not of this machine.
+        """
+        limits = federation.limits
+        self.counts = Counts()
+        self.identity = Identity(
+            name=settings.name,
+            federation=federation.id,
+            config_digest=federation.digest(),
+            layout=layout,
+            max_message_bytes=limits.max_message_bytes,
+            norm_bound=limits.norm_bound,
+        )
+        self._listen = settings.listen
+        self._addresses = {peer.name: peer.address for peer in federation.peers}
+        self._credentials = None if insecure_loopback else read_credentials(settings)
+        if insecure_loopback:
+            for address in (self._listen, *self._addresses.values()):
+                _check_loopback(address)
+        self._desk = desk
+        self._body_timeout_s = limits.round_timeout_s
+        self._open: Counter[str] = Counter()
+        self._channels: dict[str, aio.Channel] = {}
+        self._server: aio.Server | None = None
+
+    # -- what the round protocol calls, from any thread
+
+    def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            ValueError: The address is in use, or not of this machine.
+        """
+        LOOP.acquire()
+        try:
+            LOOP.run(self._start()).result()
+        except BaseException:
+            LOOP.release()
+            raise
+
+    def send(self, to: str, message: Message, deadline_s: float) -> Ack:
+        """Deliver a message; whatever goes wrong is in the acknowledgement."""
+        try:
+            return LOOP.run(self._send(to, message, deadline_s)).result()
+        except Refused as refused:
+            return Ack(False, refused.reason, refused.detail)
+
+    def ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        """Ask a peer.
+
+        Raises:
+            Refused: By the peer, or because it can't be reached, or because its answer is bad.
+        """
+        return LOOP.run(self._ask(to, question, deadline_s)).result()
+
+    def alive(self, to: str, deadline_s: float) -> bool:
+        """Whether a peer's health service says that it serves."""
+        return LOOP.run(self._alive(to, deadline_s)).result()
+
+    def stop(self, grace_s: float) -> None:
+        """Let open calls end, for so long, and stop."""
+        LOOP.run(self._stop(grace_s)).result()
+        LOOP.release()
+
+    # -- on the background thread: as a server
+
+    async def _start(self) -> None:
+        server = aio.server(options=OPTIONS, maximum_concurrent_rpcs=8 * len(self._addresses))
+        handlers = {
+            "Deliver": grpc.stream_unary_rpc_method_handler(self._deliver),
+            "Ask": grpc.unary_stream_rpc_method_handler(self._answer),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("plait.v1.Peer", handlers),)
+        )
+        await _add_health(server)
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(self._listen)
+            else:
+                authority, own = self._credentials
+                port = server.add_secure_port(
+                    self._listen,
+                    grpc.ssl_server_credentials(
+                        [(own.key, own.certificate)], authority, require_client_auth=True
+                    ),
+                )
+        except RuntimeError as error:
+            raise ValueError(f"Can't listen on {self._listen}: {error}") from error
+        assert port
+        await server.start()
+        self._server = server
+
+    async def _deliver(self, stream: AsyncIterator[bytes], context: Any) -> bytes:
+        """The handler of a delivery: every check, in the order of what it costs."""
+        certified = self._certified(context)
+        with self._refusals(certified, context) as refusals:
+            async with asyncio.timeout(self._body_timeout_s):
+                header = read_frame(await anext(stream, b""))
+                if not isinstance(header, Header):
+                    raise Refused(Reason.MALFORMED, "a message without a header")
+                self.identity.check(header, certified)
+                self._known(header.sender)
+                with self._slot(header.sender):
+                    self.identity.template(header)
+                    self._desk.admit(header)
+                    body = await _assemble(stream, header)
+                    self.counts.received_bytes[header.sender] += len(body)
+                    factors = await asyncio.to_thread(decode, header, body, self.identity)
+                    self._desk.take(header, factors)
+        return write_ack(refusals[0] if refusals else None)
+
+    async def _answer(self, data: bytes, context: Any) -> AsyncIterator[bytes]:
+        """The handler of a question."""
+        certified = self._certified(context)
+        answer: Answer | None = None
+        with self._refusals(certified, context) as refusals:
+            question = read_question(data)
+            self.identity.check(question, certified)
+            self._known(question.sender)
+            answer = self._desk.answer(question)
+        yield answer_frame(answer or refusals[0])
+        if answer and answer.message:
+            for frame in frames(answer.message.to(question.sender)):
+                yield frame
+            self.counts.sent_bytes[question.sender] += len(answer.message.body)
+
+    def _certified(self, context: Any) -> frozenset[str] | None:
+        """The names in the certificate of whoever calls; None without TLS."""
+        if self._credentials is None:
+            return None
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        return frozenset(name.decode(errors="replace") for name in names)
+
+    def _known(self, sender: str) -> None:
+        if sender not in self._addresses:
+            raise Refused(Reason.WRONG_SENDER, f"{sender!r:.80} is no member of the federation")
+
+    @contextmanager
+    def _slot(self, sender: str) -> Iterator[None]:
+        if self._open[sender] >= OPEN_CALLS:
+            raise Refused(Reason.BUSY, f"{OPEN_CALLS} messages of {sender} are on their way")
+        self._open[sender] += 1
+        try:
+            yield
+        finally:
+            self._open[sender] -= 1
+
+    @contextmanager
+    def _refusals(self, certified: frozenset[str] | None, context: Any) -> Iterator[list[Refused]]:
+        """Catch a refusal, have it counted and logged, and give it out."""
+        caught: list[Refused] = []
+        try:
+            yield caught
+        except Refused as refused:
+            caught.append(refused)
+        except TimeoutError:
+            caught.append(Refused(Reason.NO_ANSWER, "the message did not end in time"))
+        for refusal in caught:
+            sender = "|".join(sorted(certified or ())) or str(context.peer())
+            logger.warning("refused a message of %s: %s", sender, refusal)
+            self._desk.refused(sender, refusal.reason, refusal.detail)
+
+    # -- on the background thread: as a client
+
+    async def _send(self, to: str, message: Message, deadline_s: float) -> Ack:
+        call = self._channel(to).stream_unary("/plait.v1.Peer/Deliver")
+        with _grpc_errors(to):
+            ack = read_ack(await call(frames(message.to(to)), timeout=deadline_s))
+        self.counts.sent_bytes[to] += len(message.body) if ack.accepted else 0
+        return ack
+
+    async def _ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        asked = write_question(
+            Question(
+                kind=question.kind,
+                round=question.round,
+                asker_round=question.asker_round,
+                sender=self.identity.name,
+                receiver=to,
+                federation=self.identity.federation,
+                config_digest=self.identity.config_digest,
+            )
+        )
+        call = self._channel(to).unary_stream("/plait.v1.Peer/Ask")
+        with _grpc_errors(to):
+            return await self._reply(to, aiter(call(asked, timeout=deadline_s)))
+
+    async def _reply(self, to: str, stream: AsyncIterator[bytes]) -> Reply:
+        """Read an answer, as distrustful as a message that comes by itself."""
+        answer = read_frame(await anext(stream, b""))
+        if isinstance(answer, Ack):
+            raise Refused(answer.reason or Reason.OTHER, answer.detail)
+        if not isinstance(answer, Answer):
+            raise Refused(Reason.MALFORMED, "an answer that is none")
+        frame = await anext(stream, None)
+        if frame is None:
+            return Reply(facts=answer.facts)
+        header = read_frame(frame)
+        if not isinstance(header, Header):
+            raise Refused(Reason.MALFORMED, "a message without a header")
+        # The channel was opened to this name, so the certificate has it.
+        self.identity.check(header, frozenset([to]))
+        self.identity.template(header)
+        body = await _assemble(stream, header)
+        self.counts.received_bytes[to] += len(body)
+        factors = await asyncio.to_thread(decode, header, body, self.identity)
+        return Reply(facts=answer.facts, header=header, factors=factors)
+
+    async def _alive(self, to: str, deadline_s: float) -> bool:
+        check = self._channel(to).unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            asked = health_pb2.HealthCheckRequest().SerializeToString()
+            answer = health_pb2.HealthCheckResponse.FromString(
+                await check(asked, timeout=deadline_s)
+            )
+        except aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _channel(self, to: str) -> aio.Channel:
+        if to not in self._channels:
+            address = self._addresses[to]
+            if self._credentials is None:
+                self._channels[to] = aio.insecure_channel(address, OPTIONS)
+            else:
+                authority, own = self._credentials
+                credentials = grpc.ssl_channel_credentials(authority, own.key, own.certificate)
+                # Whatever the address is, the certificate must have the neighbour's name.
+                named: Options = [("grpc.ssl_target_name_override", to)]
+                self._channels[to] = aio.secure_channel(address, credentials, OPTIONS + named)
+        return self._channels[to]
+
+    async def _stop(self, grace_s: float) -> None:
+        for channel in self._channels.values():
+            await channel.close(grace_s)
+        self._channels.clear()
+        if self._server:
+            await self._server.stop(grace_s)
+            self._server = None
+
+
+async def _assemble(stream: AsyncIterator[bytes], header: Header) -> bytearray:
+    assembly = Assembly(header.num_bytes)
+    while not assembly.whole:
+        frame = await anext(stream, None)
+        if frame is None:
+            break
+        assembly.add(frame)
+    if await anext(stream, None) is not None:
+        raise Refused(Reason.TOO_LARGE, f"more than the {header.num_bytes} bytes declared")
+    return assembly.finish()
+
+
+@contextmanager
+def _grpc_errors(to: str) -> Iterator[None]:
+    """What gRPC raises, as a refusal that says what it means."""
+    try:
+        yield
+    except aio.AioRpcError as error:
+        late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        reason = Reason.NO_ANSWER if late else Reason.UNREACHABLE
+        raise Refused(reason, f"{to}: {error.code().name} {error.details()}") from None
+
+
+async def _add_health(server: aio.Server) -> None:
+    servicer = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+
+
+def _check_loopback(address: str) -> None:
+    host, _ = split_address(address)
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        loopback = False
+    if not loopback:
+        raise ValueError(
+            f"--insecure-loopback takes addresses such as 127.0.0.1:7600 only, not {address}. "
+            "Between machines there is no mode without TLS."
+        )
+
+
+class _Loop:
+    """The background thread: one for all transports of a process, as gRPC's poller wants it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Start the thread for the first user."""
+        with self._lock:
+            self._users += 1
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="plait-transport", daemon=True
+                )
+                self._thread.start()
+
+    def release(self) -> None:
+        """Stop the thread after the last user."""
+        with self._lock:
+            self._users -= 1
+            if self._users or self._loop is None or self._thread is None:
+                return
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = self._thread = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Run a coroutine on the thread."""
+        assert self._loop is not None, "start() comes first"
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+LOOP = _Loop()
