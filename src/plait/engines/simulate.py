@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
         losses = local_phase(
             job.backbone, stack, active, round_, job.train, job.shares, everyone, config
         ).mean(axis=1)
-        _check(losses, round_, config.lr)
+        check_finite(losses, everyone, round_, config.lr)
         trained = time.perf_counter()
         W = job.schedule(round_)
         before = dict(stack.factors)
@@ -90,15 +90,18 @@ def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
     last = round_ + 1 == job.config.rounds
     rows = some_rows(job.held_out, None if last else job.config.eval_rows)
     tokens = job.held_out.take(rows)
-    with_mean = {f: torch.cat([value, mean(value)]) for f, value in stack.factors.items()}
+    num_clients = len(stack.factors[Factor.A])
+    with_mean = dict(stack.factors)
+    if num_clients > 1:  # the mean of one client is that client
+        with_mean = {f: torch.cat([value, mean(value)]) for f, value in stack.factors.items()}
     logits = evaluate(job.backbone, with_mean, tokens, job.config)
     losses = [float(loss) for loss in _losses(logits, tokens.labels)]
     scores = [job.score(client, tokens.labels) for client in logits.numpy()]
     return Evaluated(
         round=round_,
         rows=len(rows),
-        scores=scores[:-1],
-        losses=losses[:-1],
+        scores=scores[:num_clients],
+        losses=losses[:num_clients],
         averaged_score=scores[-1],
         averaged_loss=losses[-1],
         seconds=time.perf_counter() - begin,
@@ -115,10 +118,12 @@ def _losses(logits: Tensor, labels: np.ndarray) -> Tensor:
     return batch_losses(logits, everyone)
 
 
-def _check(losses: np.ndarray, round_: int, lr: float) -> None:
-    if not np.isfinite(losses).all():
-        clients = ", ".join(map(str, np.flatnonzero(~np.isfinite(losses))))
+def check_finite(losses: np.ndarray, clients: Sequence[int], round_: int, lr: float) -> None:
+    """Raise a `ValueError` if a client's loss (n,) is no longer finite."""
+    bad = [str(clients[k]) for k in np.flatnonzero(~np.isfinite(losses))]
+    if bad:
         raise ValueError(
-            f"The loss of client {clients} is not finite in round {round_}: training diverged. "
-            f"Lower the learning rate (--lr, now {lr:g}), or clip gradients (--clip-norm 1)."
+            f"The loss of client {', '.join(bad)} is not finite in round {round_}: training "
+            f"diverged. Lower the learning rate (--lr, now {lr:g}), or clip gradients "
+            "(--clip-norm 1)."
         )

@@ -1,0 +1,236 @@
+"""Getting one's rows to the neighbours and theirs to oneself, in time or not at all.
+
+Sending is the fast path: a neighbour's row usually is there before it is missed. Asking mends what
+went wrong: a peer that was killed asks for what was acknowledged to its dead process, a cut link
+is made good when it heals. Every wait has an end, because a stopped process keeps its connection.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from plait.codec import Message, Question
+from plait.desk import Desk
+from plait.inbox import Letter, Rows, Task, Turn
+from plait.refusal import Reason, Refused
+from plait.transport import Reply, Transport
+
+ASK_S = 5.0
+"""Longest that a question may take, transfer of the answer not included."""
+
+GONE = frozenset({Reason.UNREACHABLE, Reason.NO_ANSWER})
+
+
+class Left(Exception):  # noqa: N818
+    """This peer was told to leave; its state is that of the last round it finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How long a peer waits, and for what.
+
+    Attributes:
+        round_timeout_s: Longest wait for the neighbours of a round, after own training.
+        start_timeout_s: The same for neighbours that were not heard of since this peer started.
+        linger_s: How long to stay after the last round for peers that are not done.
+        retry_s: Pause between two questions to a neighbour that is awaited.
+    """
+
+    round_timeout_s: float = 60.0
+    start_timeout_s: float = 300.0
+    linger_s: float = 60.0
+    retry_s: float = 1.0
+
+
+class Exchange:
+    """The sending, asking and waiting of one peer.
+
+    Attributes:
+        desk: What the neighbours reach of it.
+        leave: Set it to end every wait.
+        sent_bytes: Bytes of factors that neighbours took.
+    """
+
+    def __init__(self, desk: Desk, transport: Transport, terms: Terms) -> None:
+        self.desk, self.transport, self.terms = desk, transport, terms
+        self.inbox = desk.inbox
+        self.leave = threading.Event()
+        self.sent_bytes = 0
+        self._busy: set[tuple[int, Task]] = set()
+        self._gone: set[int] = set()
+        # Enough threads for every link at once: a stopped neighbour holds its own until a deadline.
+        self._pool = ThreadPoolExecutor(2 * len(desk.names), "plait-exchange")
+        self._begin = time.monotonic()
+
+    def stop(self) -> None:
+        """Begin nothing new."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- a round
+
+    def send(self, turn: Turn, message: Message) -> None:
+        """Keep this peer's message of the open round and send it to all that hear it."""
+        with self.desk.condition:
+            self.inbox.send(message)
+        self._begin = time.monotonic()
+        for peer in turn.heard_by:
+            self._start(peer, Task.PUSH, message)
+
+    def wait(self) -> None:
+        """Until every neighbour's row is there or its time is over; those that are late are asked.
+
+        Raises:
+            Left: `leave` was set.
+        """
+        pause = 0.02 if self.inbox.symmetric else self.terms.retry_s
+        due = self._begin + pause
+        while True:
+            with self.desk.condition:
+                left = self.inbox.left()
+                mine = self.inbox.mine()
+            now = time.monotonic()
+            ends = [self._begin + self._patience(peer) for peer in left]
+            if not ends or now >= max(ends):
+                return
+            if self.leave.is_set():
+                raise Left
+            if now >= due:
+                for peer, tasks in left.items():
+                    for task in tasks:
+                        self._start(peer, task, mine)
+                pause = min(2 * pause, self.terms.retry_s)
+                due = now + pause
+            self._sleep(left, min(due, max(ends)) - now)
+
+    def close(self) -> dict[int, Rows]:
+        """End the open round; a neighbour that is missing and can't be reached is absent."""
+        with self.desk.condition:
+            round_, left = self.inbox.round, set(self.inbox.left())
+            heard = self.inbox.close()
+        for peer in sorted(left - set(heard)):
+            name = self.desk.names[peer]
+            self.desk.report("missing", name, f"nothing of {name} in round {round_} in time")
+            if peer in self._gone:
+                self.desk.set_absent(peer)
+        return heard
+
+    # -- before the first round and after the last
+
+    def greet(self, peers: Iterable[int]) -> None:
+        """Ask some peers where they are, all at once; returns when all have answered or not."""
+        asked = [self._pool.submit(self.inquire, peer) for peer in peers]
+        for answer in asked:
+            answer.result()
+
+    def inquire(self, peer: int, kind: str = "status") -> Reply | None:
+        """Ask a peer for its status or state; None if it has none or can't be reached."""
+        name = self.desk.names[peer]
+        question = Question(
+            kind="state" if kind == "state" else "status", asker_round=self.inbox.round
+        )
+        try:
+            reply = self.transport.ask(name, question, ASK_S)
+        except Refused as refused:
+            self._outcome(peer, refused.reason, refused.detail)
+            return None
+        self._answered(peer, reply)
+        return reply
+
+    def linger(self, peers: Iterable[int], rounds: int) -> None:
+        """Stay for the peers that still need messages: until all are done, or `linger_s` is over.
+
+        Whoever is done says so with its question, so the last two to finish don't wait in vain.
+        """
+        end = time.monotonic() + self.terms.linger_s
+        peers = set(peers)
+        self.greet(peers)
+        while time.monotonic() < end and not self.leave.wait(self.terms.retry_s / 2):
+            waiting = {peer for peer in peers if self.desk.seen.get(peer, 0) < rounds}
+            if not waiting:
+                return
+            self.greet(waiting)
+
+    # -- one link
+
+    def _start(self, peer: int, task: Task, message: Message | None) -> None:
+        """Push or ask on a thread of the pool, each at most once at a time for a neighbour."""
+        if (peer, task) in self._busy or message is None:
+            return
+        self._busy.add((peer, task))
+        round_ = self.inbox.round
+
+        def work() -> None:
+            try:
+                if task is Task.PUSH:
+                    self._push(peer, message)
+                else:
+                    self._ask(peer, round_)
+            finally:
+                self._busy.discard((peer, task))
+
+        self._pool.submit(work)
+
+    def _push(self, peer: int, message: Message) -> None:
+        name = self.desk.names[peer]
+        ack = self.transport.send(name, message, self.terms.round_timeout_s)
+        if not ack.accepted:
+            self._outcome(peer, ack.reason or Reason.OTHER, ack.detail)
+            return
+        self._gone.discard(peer)
+        with self.desk.condition:
+            self.sent_bytes += len(message.body)
+            self.inbox.delivered(peer, message.header.round)
+            self.desk.condition.notify_all()
+
+    def _ask(self, peer: int, round_: int) -> None:
+        question = Question(kind="round", round=round_, asker_round=round_)
+        deadline_s = max(ASK_S, self.terms.round_timeout_s / 2)
+        try:
+            reply = self.transport.ask(self.desk.names[peer], question, deadline_s)
+            self._answered(peer, reply)
+            if reply.header is None or reply.factors is None:
+                return
+            if reply.header.round != round_:
+                raise Refused(Reason.STALE_ROUND, f"asked for round {round_}")
+            with self.desk.condition:
+                head, digest = reply.header, reply.header.digest
+                self.inbox.admit(peer, round_, head.active, head.factors, digest)
+                self.inbox.take(peer, round_, Letter(reply.factors, digest))
+                if reply.facts.get("agreed") is True:
+                    self.inbox.confirmed(peer, round_)
+                self.desk.condition.notify_all()
+        except Refused as refused:
+            self._outcome(peer, refused.reason, refused.detail)
+
+    def _answered(self, peer: int, reply: Reply) -> None:
+        self._gone.discard(peer)
+        self.desk.heard_of(peer, reply.facts.get("round"))
+
+    def _outcome(self, peer: int, reason: Reason, detail: str) -> None:
+        """Take note of a call that a neighbour refused, or that did not get through."""
+        name = self.desk.names[peer]
+        if reason in GONE:
+            self._gone.add(peer)
+            self.desk.count("unanswered", name, reason)
+            return
+        self._gone.discard(peer)
+        if reason is not Reason.NOT_HERE:
+            self.desk.report("rejected", name, f"{name} refused: {detail}", reason.name)
+
+    def _patience(self, peer: int) -> float:
+        if peer in self.desk.absent:
+            return 0.0
+        if peer not in self.desk.seen:
+            return max(self.terms.start_timeout_s, self.terms.round_timeout_s)
+        return self.terms.round_timeout_s
+
+    def _sleep(self, left: dict[int, set[Task]], seconds: float) -> None:
+        """Until something of the open round has changed, or for a while."""
+        with self.desk.condition:
+            if self.inbox.left() == left:
+                # Half a second at most: a signal sets `leave` and notifies nobody.
+                self.desk.condition.wait(max(0.0, min(seconds, 0.5)))
