@@ -151,7 +151,10 @@ def federation_toml(federation: Federation) -> str:
     config, default = federation.config.to_json(), Config().to_json()
     run = {k: v for k, v in config.items() if v != default[k] and k != "clients"}
     limits = {k: v for k, v in vars(federation.limits).items() if v is not None}
-    lines = ["# The same file at every peer.", f"federation = {_toml(federation.id)}", "", "[run]"]
+    top = {"federation": federation.id} | (
+        {"labels": federation.labels} if federation.labels else {}
+    )
+    lines = ["# The same file at every peer.", *_lines(top), "", "[run]"]
     lines += [*_lines(run), "", "[limits]", *_lines(limits)]
     for peer in federation.peers:
         kept = {k: v for k, v in vars(peer).items() if v is not None and (k, v) != ("joins", 0)}
@@ -200,6 +203,8 @@ def _toml(value: object) -> str:
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return repr(value)
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -69,6 +70,7 @@ class Limits:
     Attributes:
         max_message_bytes: Larger messages are refused before they are received.
         round_timeout_s: A round waits no longer for its neighbours.
+        start_timeout_s: Neighbours that were not heard of yet are waited for so long.
         linger_s: A peer that is done still answers for so long.
         keep_rounds: Rounds for which messages are kept, of one's own and ahead of time.
         norm_bound: The largest norm of a message's values.
@@ -77,14 +79,15 @@ class Limits:
 
     max_message_bytes: int = 64 << 20
     round_timeout_s: float = 60.0
-    linger_s: float = 10.0
+    start_timeout_s: float = 300.0
+    linger_s: float = 60.0
     keep_rounds: int = 8
     norm_bound: float | None = None
     symmetric_loss: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can't be, with the fix."""
-        for name in ("max_message_bytes", "round_timeout_s", "keep_rounds"):
+        for name in ("max_message_bytes", "round_timeout_s", "start_timeout_s", "keep_rounds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if not self.linger_s >= 0:
@@ -102,12 +105,14 @@ class Federation:
         config: The settings of the run, with one client for each peer.
         peers: In the order of the clients.
         limits: Sizes and times.
+        labels: The classes in their order, when peers bring data of their own.
     """
 
     id: str
     config: Config
     peers: tuple[Member, ...]
     limits: Limits = Limits()
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a federation of nobody, or with two peers of one name."""
@@ -155,6 +160,7 @@ class Federation:
             "federation": self.id,
             "run": {key: config[key] for key in config if key not in LOCAL_SETTINGS},
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
+            "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
         }
         text = json.dumps(shared, sort_keys=True)
@@ -209,7 +215,8 @@ def load_federation(path: Path) -> Federation:
         ValueError: It isn't what it should be; the message says where and what to change.
         OSError: It can't be read.
     """
-    values = _read(path, {"federation": str, "run": dict, "limits": dict, "peers": list})
+    keys = {"federation": str, "labels": list, "run": dict, "limits": dict, "peers": list}
+    values = _read(path, keys)
     try:
         peers = tuple(_build(Member, peer, "[[peers]]") for peer in values.get("peers", []))
         run = {"clients": len(peers) or 1} | values.get("run", {})
@@ -218,6 +225,7 @@ def load_federation(path: Path) -> Federation:
             config=_build(Config, run, "[run]"),
             peers=peers,
             limits=_build(Limits, values.get("limits", {}), "[limits]"),
+            labels=_labels(values.get("labels")),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -265,7 +273,7 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _read(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8
@@ -277,6 +285,14 @@ def _read(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
         if type(value) is not kinds[key]:
             raise ValueError(f"{path}: {key} is {value!r}; it must be a {kinds[key].__name__}.")
     return values
+
+
+def _labels(values: list[object] | None) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    if len({value for value in values if isinstance(value, str)}) != len(values) or not values:
+        raise ValueError(f'labels is {values!r}; write the classes, such as ["no", "yes"].')
+    return tuple(map(str, values))
 
 
 def _build(kind: type[Table], values: object, where: str) -> Table:

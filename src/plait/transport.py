@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
-import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import grpc
 from grpc import aio
@@ -27,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from torch import Tensor
 
+from plait.background import BACKGROUND
 from plait.certificates import read_credentials
 from plait.codec import Ack, Answer, Header, Identity, Message, Question, decode
 from plait.federation import Federation, PeerSettings, split_address
@@ -45,10 +43,7 @@ from plait.lora import Layout
 from plait.methods import Factor
 from plait.refusal import Reason, Refused
 
-Result = TypeVar("Result")
 Options = list[tuple[str, int | str]]
-
-logger = logging.getLogger(__name__)
 
 OPEN_CALLS = 4
 """Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
@@ -161,30 +156,31 @@ class GrpcTransport:
             for address in (self._listen, *self._addresses.values()):
                 _check_loopback(address)
         self._desk = desk
-        self._body_timeout_s = limits.round_timeout_s
+        self._call_timeout_s = limits.round_timeout_s
         self._open: Counter[str] = Counter()
         self._channels: dict[str, aio.Channel] = {}
         self._server: aio.Server | None = None
 
     # -- what the round protocol calls, from any thread
 
-    def start(self) -> None:
-        """Begin to listen.
+    def start(self, serve: bool = True) -> None:
+        """Begin to listen; or only be able to call others, without `serve`.
 
         Raises:
             ValueError: The address is in use, or not of this machine.
         """
-        LOOP.acquire()
+        BACKGROUND.acquire()
         try:
-            LOOP.run(self._start()).result()
+            if serve:
+                BACKGROUND.run(self._serve()).result()
         except BaseException:
-            LOOP.release()
+            BACKGROUND.release()
             raise
 
     def send(self, to: str, message: Message, deadline_s: float) -> Ack:
         """Deliver a message; whatever goes wrong is in the acknowledgement."""
         try:
-            return LOOP.run(self._send(to, message, deadline_s)).result()
+            return BACKGROUND.run(self._send(to, message, deadline_s)).result()
         except Refused as refused:
             return Ack(False, refused.reason, refused.detail)
 
@@ -194,20 +190,20 @@ class GrpcTransport:
         Raises:
             Refused: By the peer, or because it can't be reached, or because its answer is bad.
         """
-        return LOOP.run(self._ask(to, question, deadline_s)).result()
+        return BACKGROUND.run(self._ask(to, question, deadline_s)).result()
 
     def alive(self, to: str, deadline_s: float) -> bool:
         """Whether a peer's health service says that it serves."""
-        return LOOP.run(self._alive(to, deadline_s)).result()
+        return BACKGROUND.run(self._alive(to, deadline_s)).result()
 
     def stop(self, grace_s: float) -> None:
         """Let open calls end, for so long, and stop."""
-        LOOP.run(self._stop(grace_s)).result()
-        LOOP.release()
+        BACKGROUND.run(self._stop(grace_s)).result()
+        BACKGROUND.release()
 
     # -- on the background thread: as a server
 
-    async def _start(self) -> None:
+    async def _serve(self) -> None:
         server = aio.server(options=OPTIONS, maximum_concurrent_rpcs=8 * len(self._addresses))
         handlers = {
             "Deliver": grpc.stream_unary_rpc_method_handler(self._deliver),
@@ -237,36 +233,33 @@ class GrpcTransport:
     async def _deliver(self, stream: AsyncIterator[bytes], context: Any) -> bytes:
         """The handler of a delivery: every check, in the order of what it costs."""
         certified = self._certified(context)
-        with self._refusals(certified, context) as refusals:
-            async with asyncio.timeout(self._body_timeout_s):
-                header = read_frame(await anext(stream, b""))
-                if not isinstance(header, Header):
-                    raise Refused(Reason.MALFORMED, "a message without a header")
-                self.identity.check(header, certified)
-                self._known(header.sender)
-                with self._slot(header.sender):
-                    self.identity.template(header)
-                    self._desk.admit(header)
-                    body = await _assemble(stream, header)
-                    self.counts.received_bytes[header.sender] += len(body)
-                    factors = await asyncio.to_thread(decode, header, body, self.identity)
-                    self._desk.take(header, factors)
+        async with self._call(certified, context) as refusals:
+            header = read_frame(await anext(stream, b""))
+            if not isinstance(header, Header):
+                raise Refused(Reason.MALFORMED, "a message without a header")
+            self._check(header, certified)
+            self.identity.template(header)
+            self._desk.admit(header)
+            body = await _assemble(stream, header)
+            self.counts.received_bytes[header.sender] += len(body)
+            self._desk.take(header, await asyncio.to_thread(decode, header, body, self.identity))
         return write_ack(refusals[0] if refusals else None)
 
-    async def _answer(self, data: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _answer(self, data: bytes, context: Any) -> None:
         """The handler of a question."""
         certified = self._certified(context)
-        answer: Answer | None = None
-        with self._refusals(certified, context) as refusals:
+        async with self._call(certified, context) as refusals:
             question = read_question(data)
-            self.identity.check(question, certified)
-            self._known(question.sender)
+            self._check(question, certified)
             answer = self._desk.answer(question)
-        yield answer_frame(answer or refusals[0])
-        if answer and answer.message:
-            for frame in frames(answer.message.to(question.sender)):
-                yield frame
-            self.counts.sent_bytes[question.sender] += len(answer.message.body)
+            await context.write(answer_frame(answer))
+            if answer.message:
+                for frame in frames(answer.message.to(question.sender)):
+                    await context.write(frame)
+                self.counts.sent_bytes[question.sender] += len(answer.message.body)
+        # One who doesn't read what it asked for would not read this either.
+        if refusals and refusals[0].reason is not Reason.NO_ANSWER:
+            await context.write(answer_frame(refusals[0]))
 
     def _certified(self, context: Any) -> frozenset[str] | None:
         """The names in the certificate of whoever calls; None without TLS."""
@@ -275,34 +268,33 @@ class GrpcTransport:
         names = context.auth_context().get("x509_subject_alternative_name", ())
         return frozenset(name.decode(errors="replace") for name in names)
 
-    def _known(self, sender: str) -> None:
-        if sender not in self._addresses:
-            raise Refused(Reason.WRONG_SENDER, f"{sender!r:.80} is no member of the federation")
+    def _check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
+        self.identity.check(header, certified)
+        if header.sender not in self._addresses:
+            raise Refused(Reason.WRONG_SENDER, f"{header.sender!r:.80} is no member")
 
-    @contextmanager
-    def _slot(self, sender: str) -> Iterator[None]:
-        if self._open[sender] >= OPEN_CALLS:
-            raise Refused(Reason.BUSY, f"{OPEN_CALLS} messages of {sender} are on their way")
-        self._open[sender] += 1
+    @asynccontextmanager
+    async def _call(
+        self, certified: frozenset[str] | None, context: Any
+    ) -> AsyncIterator[list[Refused]]:
+        """A call of a peer: one of a few, within a time. A refusal is counted and given out."""
+        caller = "|".join(sorted(certified or ())) or str(context.peer())
+        refusals: list[Refused] = []
+        self._open[caller] += 1
         try:
-            yield
-        finally:
-            self._open[sender] -= 1
-
-    @contextmanager
-    def _refusals(self, certified: frozenset[str] | None, context: Any) -> Iterator[list[Refused]]:
-        """Catch a refusal, have it counted and logged, and give it out."""
-        caught: list[Refused] = []
-        try:
-            yield caught
+            if self._open[caller] > OPEN_CALLS:
+                raise Refused(Reason.BUSY, f"more than {OPEN_CALLS} calls at a time")
+            async with asyncio.timeout(self._call_timeout_s):
+                yield refusals
         except Refused as refused:
-            caught.append(refused)
+            refusals.append(refused)
         except TimeoutError:
-            caught.append(Refused(Reason.NO_ANSWER, "the message did not end in time"))
-        for refusal in caught:
-            sender = "|".join(sorted(certified or ())) or str(context.peer())
-            logger.warning("refused a message of %s: %s", sender, refusal)
-            self._desk.refused(sender, refusal.reason, refusal.detail)
+            refusals.append(Refused(Reason.NO_ANSWER, "the call did not end in time"))
+        finally:
+            self._open[caller] -= 1
+            self._open += Counter()  # forget who has none open
+        for refusal in refusals:
+            self._desk.refused(caller, refusal.reason, refusal.detail)
 
     # -- on the background thread: as a client
 
@@ -423,43 +415,3 @@ def _check_loopback(address: str) -> None:
             f"--insecure-loopback takes addresses such as 127.0.0.1:7600 only, not {address}. "
             "Between machines there is no mode without TLS."
         )
-
-
-class _Loop:
-    """The background thread: one for all transports of a process, as gRPC's poller wants it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def acquire(self) -> None:
-        """Start the thread for the first user."""
-        with self._lock:
-            self._users += 1
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="plait-transport", daemon=True
-                )
-                self._thread.start()
-
-    def release(self) -> None:
-        """Stop the thread after the last user."""
-        with self._lock:
-            self._users -= 1
-            if self._users or self._loop is None or self._thread is None:
-                return
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-            self._loop = self._thread = None
-
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Run a coroutine on the thread."""
-        assert self._loop is not None, "start() comes first"
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-LOOP = _Loop()
