@@ -22,6 +22,9 @@ from plait.refusal import Reason, Refused
 
 LOG = logging.getLogger("plait.peer")
 
+OBSERVER = 2**32 - 1
+"""The round of one who asks as a peer without being one: `plait status`."""
+
 EXPECTED = frozenset({Reason.NOT_HERE})
 """Refusals that belong to the protocol: a neighbour asks for what is not there yet."""
 
@@ -37,6 +40,8 @@ class Desk:
         absent: Neighbours that are not waited for until they are heard of again.
         counts: (kind of incident, peer, reason) -> how often.
         resting: The peer's own state between two rounds, for one that lost its own.
+        facts: What else the status says, set by the engine.
+        live: As `facts`, looked up when somebody asks.
     """
 
     def __init__(self, inbox: Inbox, names: Sequence[str]) -> None:
@@ -47,6 +52,7 @@ class Desk:
         self.counts: Counter[tuple[str, str, str]] = Counter()
         self.resting: Callable[[], Message] | None = None
         self.facts: dict[str, Any] = {}
+        self.live: Callable[[], dict[str, Any]] = dict
         self._incidents: list[Incident] = []
         self._reported: set[tuple[int, str, str, str]] = set()
         self._began = time.monotonic()
@@ -79,7 +85,8 @@ class Desk:
         """Answer a neighbour; raises `Refused`."""
         with self.condition:
             asker = self._number(question.sender)
-            self._hear(asker, question.asker_round)
+            if question.asker_round != OBSERVER:
+                self._hear(asker, question.asker_round)
             if question.kind == "status":
                 return Answer(self.status())
             if question.kind == "state":
@@ -112,9 +119,12 @@ class Desk:
             "missing": sum(n for (kind, *_), n in self.counts.items() if kind == "missing"),
             "up_seconds": round(time.monotonic() - self._began, 1),
             **self.facts,
+            **self.live(),
         }
 
-    def report(self, kind: str, peer: str, detail: str, reason: str = "") -> None:
+    def report(
+        self, kind: str, peer: str, detail: str, reason: str = "", round_: int | None = None
+    ) -> None:
         """Count an incident, and say it once for each round, peer and reason.
 
         A neighbour that sends a million bad messages fills neither log nor memory.
@@ -122,7 +132,7 @@ class Desk:
         peer = peer[:80] if peer in self.names else "unknown"
         with self.condition:
             self.counts[kind, peer, reason] += 1
-            round_ = self.inbox.round
+            round_ = self.inbox.round if round_ is None else round_
             if (round_, kind, peer, reason) in self._reported:
                 return
             self._reported = {key for key in self._reported if key[0] == round_}
@@ -185,14 +195,19 @@ class Desk:
 class JsonLines(logging.Formatter):
     """A line of JSON for each record: time, level, message and what was given as `extra`."""
 
-    EXTRA = ("round", "peer", "kind", "reason", "self")
+    EXTRA = ("round", "peer", "kind", "reason")
+
+    def __init__(self, name: str) -> None:
+        """Lines of the peer `name`."""
+        super().__init__()
+        self.name = name
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         extra = {key: getattr(record, key) for key in self.EXTRA if hasattr(record, key)}
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {"time": f"{when}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
-        line |= {"message": " ".join(record.getMessage().split()), **extra}
+        line |= {"self": self.name, "message": " ".join(record.getMessage().split()), **extra}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)

@@ -113,7 +113,8 @@ class Exchange:
             heard = self.inbox.close()
         for peer in sorted(left - set(heard)):
             name = self.desk.names[peer]
-            self.desk.report("missing", name, f"nothing of {name} in round {round_} in time")
+            detail = f"nothing of {name} in round {round_} in time; its weight stays here"
+            self.desk.report("missing", name, detail, round_=round_)
             if peer in self._gone:
                 self.desk.set_absent(peer)
         return heard

@@ -76,8 +76,12 @@ class Job:
         return METRICS[self.task.metric](labels, answers)
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, own: Task | None = None) -> Job:
     """Load the data, deal it to the clients, load the model, build the topology.
+
+    Args:
+        config: What to run.
+        own: The data of a peer that has its own: nothing is dealt, all rows are its share.
 
     Raises:
         ValueError: The config asks for something that isn't there or can't be; the message says
@@ -88,8 +92,12 @@ def prepare(config: Config) -> Job:
     if method.topology:
         config = dataclasses.replace(config, topology=method.topology)
     schedule = build_schedule(config)
-    task = load_task(config)
-    shares = deal(task.train, task.num_labels, config)
+    task = own or load_task(config)
+    shares = (
+        deal(task.train, task.num_labels, config)
+        if own is None
+        else [np.arange(len(own.train))] * config.clients
+    )
     backbone = load_backbone(config, task.num_labels)
     held_out = task.validation if config.eval_split == "validation" else task.test
     return Job(

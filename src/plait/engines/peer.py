@@ -85,6 +85,7 @@ class Peer:
         """Take the parts that are used all the time."""
         self.desk, self.inbox = self.exchange.desk, self.exchange.inbox
         self.me = self.inbox.me
+        self.end = self.job.config.rounds
 
     def rounds(self, first: int, end: int) -> Iterator[Event]:
         """Take part from round `first` to before round `end`, changing the stack in place.
@@ -96,20 +97,25 @@ class Peer:
             ValueError: The loss is no longer finite; nothing of that round was sent.
             Left: The peer was told to leave. A round that was begun will be done again.
         """
+        self.end = end
         with self.desk.condition:
             self.inbox.skip_to(first)
         self._rest()
         if first == 0:
             yield self.job.started
             yield evaluation(self.job, self.stack, -1)
-        while (round_ := self._catch_up(end)) < end:
+        while (round_ := self._catch_up()) < end:
             done = self._round(round_)
             yield from self.desk.incidents()
             yield done
-            if self.job.config.evaluates_after(round_):
+            if self.evaluates_after(round_):
                 yield evaluation(self.job, self.stack, round_)
             if self.exchange.leave.is_set():
                 raise Left
+
+    def evaluates_after(self, round_: int) -> bool:
+        """Whether this client is evaluated after a round: as in a simulation, and when it ends."""
+        return self.job.config.evaluates_after(round_) or round_ + 1 == self.end
 
     def adopt(self, rows: Rows) -> None:
         """Begin from a neighbour's state: one that lost its own, or joins late."""
@@ -118,14 +124,14 @@ class Peer:
             self.stack.reset_moments(factor)
         self._rest()
 
-    def _catch_up(self, end: int) -> int:
+    def _catch_up(self) -> int:
         """The round to do next: the one that is open, unless the others are too far ahead.
 
         Further back than what they keep, every message would come too late and so would every
         answer. The rounds between count as rounds in which this peer was not there.
         """
         with self.desk.condition:
-            behind, target = self.inbox.round, min(self.desk.target(), end - 1)
+            behind, target = self.inbox.round, min(self.desk.target(), self.end - 1)
             if target <= behind + self.inbox.keep_rounds:
                 return behind
             self.inbox.skip_to(target)

@@ -120,7 +120,7 @@ def _losses(logits: Tensor, labels: np.ndarray) -> Tensor:
 
 def check_finite(losses: np.ndarray, clients: Sequence[int], round_: int, lr: float) -> None:
     """Raise a `ValueError` if a client's loss (n,) is no longer finite."""
-    bad = [str(clients[k]) for k in np.flatnonzero(~np.isfinite(losses))]
+    bad = [str(clients[int(k)]) for k in np.flatnonzero(~np.isfinite(losses))]
     if bad:
         raise ValueError(
             f"The loss of client {', '.join(bad)} is not finite in round {round_}: training "
