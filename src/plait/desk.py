@@ -29,6 +29,12 @@ EXPECTED = frozenset({Reason.NOT_HERE})
 """Refusals that belong to the protocol: a neighbour asks for what is not there yet."""
 
 
+FOREIGN = frozenset(
+    {Reason.WRONG_VERSION, Reason.WRONG_FEDERATION, Reason.WRONG_CONFIG, Reason.WRONG_SHAPE}
+)
+"""Refusals after which nothing can be expected of a neighbour until it is started anew."""
+
+
 class Desk:
     """What neighbours can reach of a peer.
 
@@ -98,8 +104,11 @@ class Desk:
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Record that something was refused here."""
-        if reason not in EXPECTED:
-            self.report("refused", sender or "unknown", detail, reason.name)
+        if reason in EXPECTED:
+            return
+        self.report("refused", sender, detail, reason.name)
+        if reason in FOREIGN and sender in self.names:
+            self.set_absent(self.names.index(sender), "it does not run the same")
 
     # -- what the engine calls
 
@@ -151,25 +160,21 @@ class Desk:
             said, self._incidents = self._incidents, []
         return said
 
-    def count(self, kind: str, peer: str, reason: Reason) -> None:
-        """Count what is too common to be said each time."""
-        with self.condition:
-            self.counts[kind, peer, reason.name] += 1
-
     def heard_of(self, peer: int, round_: object) -> None:
         """Note where a neighbour says it is."""
         if isinstance(round_, int):
             with self.condition:
                 self._hear(peer, round_)
 
-    def set_absent(self, peer: int) -> None:
+    def set_absent(self, peer: int, why: str) -> None:
         """Wait no longer for a neighbour until it is heard of again."""
         with self.condition:
             known = peer in self.absent
             self.absent.add(peer)
+            self.condition.notify_all()
         if not known:
             name = self.names[peer]
-            self.report("absent", name, f"{name} can't be reached; not waiting for it any more")
+            self.report("absent", name, f"not waiting for {name} until it is back: {why}")
 
     def target(self) -> int:
         """The round that most of the others have reached, as far as they were heard of.

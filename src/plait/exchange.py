@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from plait.codec import Message, Question
-from plait.desk import Desk
+from plait.desk import FOREIGN, Desk
 from plait.inbox import Letter, Rows, Task, Turn
 from plait.refusal import Reason, Refused
 from plait.transport import Reply, Transport
@@ -116,7 +116,7 @@ class Exchange:
             detail = f"nothing of {name} in round {round_} in time; its weight stays here"
             self.desk.report("missing", name, detail, round_=round_)
             if peer in self._gone:
-                self.desk.set_absent(peer)
+                self.desk.set_absent(peer, "it can't be reached")
         return heard
 
     # -- before the first round and after the last
@@ -216,11 +216,13 @@ class Exchange:
         name = self.desk.names[peer]
         if reason in GONE:
             self._gone.add(peer)
-            self.desk.count("unanswered", name, reason)
+            self.desk.report("unanswered", name, detail, reason.name)
             return
         self._gone.discard(peer)
         if reason is not Reason.NOT_HERE:
             self.desk.report("rejected", name, f"{name} refused: {detail}", reason.name)
+        if reason in FOREIGN:
+            self.desk.set_absent(peer, "it does not run the same")
 
     def _patience(self, peer: int) -> float:
         if peer in self.desk.absent:
