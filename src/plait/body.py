@@ -34,6 +34,7 @@ DTYPE = "F32"
 ITEM_BYTES = 4
 LENGTH = struct.Struct("<Q")
 Span = tuple[int, int]
+Values = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,17 @@ class Template:
         text += b" " * (-len(text) % 8)
         return LENGTH.pack(len(text)) + text
 
+    @cached_property
+    def rows(self) -> dict[Factor, Span]:
+        """Factor -> where its parts lie among the values, one after another."""
+        rows: dict[Factor, Span] = {}
+        end = 0
+        for part in self.parts:
+            start = rows.get(part.factor, (end, end))[0]
+            end += part.num_bytes
+            rows[part.factor] = (start, end)
+        return rows
+
     @property
     def most_bytes(self) -> int:
         """The most that a body may have: another writer's head may be longer than ours."""
@@ -105,15 +117,14 @@ def pack(factors: Mapping[Factor, Tensor], template: Template) -> bytes:
         factors: Factor -> (P,) float32.
         template: Its tensors.
     """
-    # dict: the factors of the template, each once, in its order.
-    rows = [factors[factor] for factor in dict.fromkeys(part.factor for part in template.parts)]
+    rows = [factors[factor] for factor in template.rows]
     assert sum(row.numel() for row in rows) * ITEM_BYTES == template.values_bytes
     arrays = [row.detach().cpu().contiguous().numpy() for row in rows]
     return b"".join([template.head, *(array.data.cast("B") for array in arrays)])
 
 
 def unpack(
-    body: bytes | bytearray, template: Template, norm_bound: float | None = None
+    body: bytearray, template: Template, norm_bound: float | None = None
 ) -> dict[Factor, Tensor]:
     """The factors of a body that holds exactly the template's tensors, all of them finite.
 
@@ -123,37 +134,48 @@ def unpack(
         norm_bound: The largest Euclidean norm of all values together.
 
     Returns:
-        Factor -> (P,) float32, a new tensor.
+        Factor -> (P,) float32, in the memory of `body` when that has the template's own head.
 
     Raises:
         Refused: It doesn't hold what is expected; the detail says where.
     """
-    values_start, spans = _read_head(body, template)
-    rows: dict[Factor, list[npt.NDArray[np.float32]]] = {}
-    for part in template.parts:
-        place = values_start + spans[part.name][0]
-        values = np.frombuffer(body, "<f4", part.num_bytes // ITEM_BYTES, place)
-        rows.setdefault(part.factor, []).append(values)
-    factors = {factor: torch.from_numpy(np.concatenate(row)) for factor, row in rows.items()}
-    _check_values(factors, norm_bound)
-    return factors
+    if not LENGTH.size <= len(body) <= template.most_bytes:
+        raise Refused(Reason.MALFORMED, f"a body of {len(body)} bytes")
+    ours = len(template.head) + template.values_bytes
+    if len(body) == ours and body.startswith(template.head):
+        values = memoryview(body)[len(template.head) :]
+    else:
+        values = _in_order(body, template)
+    rows = {
+        factor: np.frombuffer(values[start:end], "<f4")
+        for factor, (start, end) in template.rows.items()
+    }
+    _check_values(rows, norm_bound)
+    return {factor: torch.from_numpy(row) for factor, row in rows.items()}
 
 
-def _check_values(factors: Mapping[Factor, Tensor], norm_bound: float | None) -> None:
-    # In float64 the squares of finite float32 cannot overflow: the norm is finite when all are.
-    norms = {f: float(torch.linalg.vector_norm(x, dtype=torch.float64)) for f, x in factors.items()}
-    for factor, norm in norms.items():
-        if not math.isfinite(norm):
+def _check_values(rows: Mapping[Factor, Values], norm_bound: float | None) -> None:
+    # NumPy's reductions and not torch's or BLAS's: those would start, and keep spinning, a pool of
+    # threads for the transport's thread, next to the one that trains.
+    for factor, row in rows.items():
+        if not (np.isfinite(row.min()) and np.isfinite(row.max())):  # NaN is both
             raise Refused(Reason.NOT_FINITE, f"{factor.name} holds NaN or infinity")
-    norm = math.hypot(*norms.values())
-    if norm_bound is not None and norm > norm_bound:
+    if norm_bound is None:
+        return
+    norm = math.sqrt(sum(float(np.square(row, dtype=np.float64).sum()) for row in rows.values()))
+    if norm > norm_bound:
         raise Refused(Reason.NORM_TOO_LARGE, f"the norm is {norm:.3g}, the bound {norm_bound:.3g}")
 
 
-def _read_head(body: bytes | bytearray, template: Template) -> tuple[int, dict[str, Span]]:
+def _in_order(body: bytearray, template: Template) -> memoryview:
+    """The values of a body with another writer's head, brought into the template's order."""
+    start, spans = _read_head(body, template)
+    places = (spans[part.name] for part in template.parts)
+    return memoryview(bytearray().join(body[start + a : start + b] for a, b in places))
+
+
+def _read_head(body: bytearray, template: Template) -> tuple[int, dict[str, Span]]:
     """Where the values begin, and name -> (start, end) from there, all as the template wants."""
-    if not LENGTH.size <= len(body) <= template.most_bytes:
-        raise Refused(Reason.MALFORMED, f"a body of {len(body)} bytes")
     values_start = LENGTH.size + LENGTH.unpack_from(body)[0]
     if len(body) - values_start != template.values_bytes:
         raise Refused(Reason.WRONG_SHAPE, f"expected {template.values_bytes} bytes of values")

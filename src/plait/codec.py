@@ -246,11 +246,11 @@ def encode(
     return Message(header, body)
 
 
-def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[Factor, Tensor]:
+def decode(header: Header, body: bytearray, identity: Identity) -> dict[Factor, Tensor]:
     """The factors of a message whose header was checked.
 
     Returns:
-        Factor -> (P,) float32, new tensors, all values finite.
+        Factor -> (P,) float32, in the memory of `body`, all values finite.
 
     Raises:
         Refused: Something in the body is not as it must be.

@@ -242,7 +242,7 @@ class GrpcTransport:
             self._desk.admit(header)
             body = await _assemble(stream, header)
             self.counts.received_bytes[header.sender] += len(body)
-            self._desk.take(header, await asyncio.to_thread(decode, header, body, self.identity))
+            self._desk.take(header, decode(header, body, self.identity))
         return write_ack(refusals[0] if refusals else None)
 
     async def _answer(self, data: bytes, context: Any) -> None:
@@ -339,7 +339,7 @@ class GrpcTransport:
         self.identity.template(header)
         body = await _assemble(stream, header)
         self.counts.received_bytes[to] += len(body)
-        factors = await asyncio.to_thread(decode, header, body, self.identity)
+        factors = decode(header, body, self.identity)
         return Reply(facts=answer.facts, header=header, factors=factors)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
