@@ -29,9 +29,7 @@ EXPECTED = frozenset({Reason.NOT_HERE})
 """Refusals that belong to the protocol: a neighbour asks for what is not there yet."""
 
 
-FOREIGN = frozenset(
-    {Reason.WRONG_VERSION, Reason.WRONG_FEDERATION, Reason.WRONG_CONFIG, Reason.WRONG_SHAPE}
-)
+FOREIGN = frozenset({Reason.WRONG_VERSION, Reason.WRONG_FEDERATION, Reason.WRONG_CONFIG})
 """Refusals after which nothing can be expected of a neighbour until it is started anew."""
 
 

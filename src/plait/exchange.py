@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from plait.codec import Message, Question
-from plait.desk import FOREIGN, Desk
+from plait.desk import FOREIGN, LOG, Desk
 from plait.inbox import Letter, Rows, Task, Turn
 from plait.refusal import Reason, Refused
 from plait.transport import Reply, Transport
@@ -170,6 +170,8 @@ class Exchange:
                     self._push(peer, message)
                 else:
                     self._ask(peer, round_)
+            except Exception:  # a bug of ours; nobody looks at what a pool's thread raises
+                LOG.exception("%s with %s failed", task.value, self.desk.names[peer])
             finally:
                 self._busy.discard((peer, task))
 

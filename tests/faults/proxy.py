@@ -20,19 +20,21 @@ class Proxy:
         self._open: list[socket.socket] = []
 
     def __enter__(self) -> Proxy:
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self.cut()
+        _shut(self._listener)  # wakes the thread that accepts; closing alone would not
         self._listener.close()
+        self._thread.join()
 
     def cut(self) -> None:
-        """Close what is open; what is tried is closed at once."""
+        """Break what is open; what is tried is closed at once."""
         self._whole.clear()
         while self._open:
-            with contextlib.suppress(OSError):
-                self._open.pop().shutdown(socket.SHUT_RDWR)
+            _shut(self._open.pop())
 
     def heal(self) -> None:
         self._whole.set()
@@ -43,23 +45,28 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            if not self._whole.is_set():
-                client.close()
-                continue
-            try:
-                server = socket.create_connection(self._target)
-            except OSError:
-                client.close()
-                continue
-            self._open += [client, server]
-            for pair in ((client, server), (server, client)):
-                threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    @staticmethod
-    def _pass_on(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            if not self._whole.is_set():
+                return
+            with contextlib.suppress(OSError), socket.create_connection(self._target) as server:
+                self._open += [client, server]
+                back = threading.Thread(target=_pass_on, args=(server, client), daemon=True)
+                back.start()
+                _pass_on(client, server)
+                back.join()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    _shut(source)
+    _shut(sink)
+
+
+def _shut(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)

@@ -7,7 +7,9 @@ table. `make test-faults` runs this.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime as dt
 import os
 import shutil
 import signal
@@ -16,11 +18,15 @@ import time
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from faulty import ATTACKS, STAGES
 from proxy import Proxy
 from stage import LIMITS, NAMES, Faultless, Play, tiny_files
 
-from plait.certificates import make_authority, make_certificate
+from plait.certificates import Pair, make_authority, make_certificate
 from plait.federation import load_federation
 
 pytestmark = pytest.mark.faults
@@ -249,7 +255,7 @@ def test_bad_certificates(stage, faultless, kind):
     if kind == "none":
         fault = "without certificate"
     elif kind == "self-signed":
-        replace_certificate(folder / "cai", make_authority("cai"))
+        replace_certificate(folder / "cai", self_signed("cai"))
     else:
         authority = play.authority() if kind == "expired" else make_authority("elsewhere")
         days = -1 if kind == "expired" else 30
@@ -263,6 +269,25 @@ def test_bad_certificates(stage, faultless, kind):
     assert ("ada", "UNREACHABLE") in kinds(play, "cai", "unanswered")
     if kind != "none":  # with a good certificate as a server it can still be asked
         assert ("cai", "UNREACHABLE") in kinds(play, "ada", "unanswered")
+
+
+def self_signed(name: str) -> Pair:
+    """A certificate that nobody but its owner vouches for."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=30))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    return Pair(
+        certificate.public_bytes(pem),
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
 
 
 def replace_certificate(folder: Path, pair) -> None:
@@ -334,17 +359,14 @@ def test_full_disk(stage, faultless):
     play = stage(SHORT)
     out = play.out("cai")
     out.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", out]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", out]).returncode:
         pytest.skip("only root can mount a small disk here")
     try:
-        (out / "ballast.partial").touch()  # cleared away at the start, as any cut-off write is
         play.start("cai", "slow", 0.5)
         for name in ("ada", "ben"):
             play.start(name)
         play.wait_for(lambda: play.rounds_done("cai") >= 1)
-        (out / "adapters").write_bytes(b"")  # from here on there is no room for a checkpoint
-        with (out / "log").open("wb") as file:
-            fill(file)
+        fill(out / "ballast")
         assert play.end("cai") == 1
         play.all_end(("ada", "ben"))
     finally:
@@ -353,10 +375,8 @@ def test_full_disk(stage, faultless):
     near(play, faultless, ("ada", "ben"))
 
 
-def fill(file) -> None:
-    try:
+def fill(path: Path) -> None:
+    """Leave no room on a disk."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
-            file.flush()
-    except OSError:
-        pass
