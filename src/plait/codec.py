@@ -8,7 +8,6 @@ names and shapes of its tensors, before one is made; by its values, before one i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from plait.body import DTYPE, Template, pack, template_of, unpack
+from plait.chunks import write_chunks
 from plait.lora import Layout
 from plait.methods import Factor
 from plait.refusal import Reason, Refused
@@ -73,9 +73,10 @@ class Message:
     header: Header
     body: bytes = field(repr=False)
 
-    def to(self, receiver: str) -> Message:
-        """The same message, addressed."""
-        return Message(dataclasses.replace(self.header, receiver=receiver), self.body)
+    @cached_property
+    def chunks(self) -> tuple[bytes, ...]:
+        """The body as frames, made once for all receivers."""
+        return write_chunks(self.body)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,10 @@ class Identity:
         """Of the names and shapes of everything that a client has."""
         return layout_digest(self.layout)
 
+    @cached_property
+    def _templates(self) -> dict[str, Template]:
+        return {name: template_of(self.layout, factors) for name, factors in FACTORS.items()}
+
     def check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
         """Refuse a header that isn't for this peer, or isn't from who it says.
 
@@ -185,9 +190,9 @@ class Identity:
         Raises:
             Refused: It can't be, or is above the limit.
         """
-        if header.factors not in FACTORS:
+        template = self._templates.get(header.factors)
+        if template is None:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
-        template = template_of(self.layout, FACTORS[header.factors])
         most = min(template.most_bytes, self.max_message_bytes)
         if header.num_bytes > most:
             raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
@@ -214,7 +219,7 @@ def encode(
     active: str,
     kind: Literal["round", "state"] = "round",
 ) -> Message:
-    """A message with some factors, addressed to nobody yet (`Message.to`).
+    """A message with some factors, addressed to nobody yet.
 
     Args:
         factors: Factor -> (P,) float32; copied.

@@ -5,7 +5,6 @@ Nothing here does I/O: a transport feeds in the frames that come and sends the o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
@@ -14,19 +13,16 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from plait import wire_pb2 as pb
+from plait.chunks import BODY_TAG, CHUNK_BYTES, read_chunk
 from plait.codec import Ack, Answer, Header, Message, Question
 from plait.refusal import Reason, Refused
 
-CHUNK_BYTES = 1 << 20
 ENVELOPE_BYTES = 1 << 12
 """The most that a header may have."""
 FACTS_BYTES = 1 << 16
 """The most that the facts of an answer may have."""
 FRAME_BYTES = CHUNK_BYTES + ENVELOPE_BYTES + FACTS_BYTES
 """The most that any frame has: gRPC itself refuses a larger one without buffering it."""
-
-BODY_TAG = b"\x12"
-"""How protobuf begins a frame with a body: field 2, length-delimited."""
 
 P = TypeVar("P", bound=Proto)
 
@@ -69,15 +65,11 @@ class Assembly:
         return self._body
 
 
-def frames(message: Message, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """A message as frames: the header, then the body in chunks."""
-    header = pb.Header(**dataclasses.asdict(message.header))
-    yield pb.Frame(header=header).SerializeToString()
-    view = memoryview(message.body)
-    for start in range(0, len(view), chunk_bytes):
-        chunk = view[start : start + chunk_bytes]
-        # What pb.Frame(body=chunk).SerializeToString() gives, with one copy instead of three.
-        yield b"".join((BODY_TAG, _varint(len(chunk)), chunk))
+def frames(message: Message, receiver: str) -> Iterator[bytes]:
+    """A message to one receiver as frames: the header, then the body in chunks."""
+    fields = {**vars(message.header), "receiver": receiver}
+    yield pb.Frame(header=pb.Header(**fields)).SerializeToString()
+    yield from message.chunks
 
 
 def read_frame(frame: bytes) -> Header | Answer | Ack | memoryview:
@@ -87,7 +79,7 @@ def read_frame(frame: bytes) -> Header | Answer | Ack | memoryview:
         Refused: It holds none of these.
     """
     if frame[:1] == BODY_TAG:
-        return _chunk(frame)
+        return read_chunk(frame)
     content = _parsed(pb.Frame, frame, ENVELOPE_BYTES + FACTS_BYTES)
     kind = content.WhichOneof("content")
     if kind == "header" and len(frame) <= ENVELOPE_BYTES:
@@ -110,7 +102,7 @@ def answer_frame(answer: Answer | Refused) -> bytes:
 
 def write_question(question: Question) -> bytes:
     """A question as bytes."""
-    return pb.Question(**dataclasses.asdict(question)).SerializeToString()
+    return pb.Question(**vars(question)).SerializeToString()
 
 
 def read_question(data: bytes) -> Question:
@@ -170,22 +162,3 @@ def _facts(text: str) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise Refused(Reason.MALFORMED, "the facts are not a JSON object")
     return cast("dict[str, Any]", facts)
-
-
-def _varint(value: int) -> bytes:
-    groups = []
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*groups, value])
-
-
-def _chunk(frame: bytes) -> memoryview:
-    """The body in a frame, not copied; as `_varint` writes its length, which protobuf does too."""
-    start = 1
-    while start < min(len(frame), 6) and frame[start] & 0x80:
-        start += 1
-    chunk = memoryview(frame)[start + 1 :]
-    if frame[1 : start + 1] != _varint(len(chunk)):
-        raise Refused(Reason.MALFORMED, "a piece of a body with a wrong length")
-    return chunk

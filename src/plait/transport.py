@@ -254,7 +254,7 @@ class GrpcTransport:
             answer = self._desk.answer(question)
             await context.write(answer_frame(answer))
             if answer.message:
-                for frame in frames(answer.message.to(question.sender)):
+                for frame in frames(answer.message, question.sender):
                     await context.write(frame)
                 self.counts.sent_bytes[question.sender] += len(answer.message.body)
         # One who doesn't read what it asked for would not read this either.
@@ -301,7 +301,7 @@ class GrpcTransport:
     async def _send(self, to: str, message: Message, deadline_s: float) -> Ack:
         call = self._channel(to).stream_unary("/plait.v1.Peer/Deliver")
         with _grpc_errors(to):
-            ack = read_ack(await call(frames(message.to(to)), timeout=deadline_s))
+            ack = read_ack(await call(frames(message, to), timeout=deadline_s))
         self.counts.sent_bytes[to] += len(message.body) if ack.accepted else 0
         return ack
 
