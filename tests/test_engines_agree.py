@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-import torch
 
 from conftest import tiny_job
 from hub import Hub, member, start_peer, together
@@ -46,8 +47,16 @@ def far(stack, peers):
     )
 
 
-@pytest.mark.parametrize("topology", ["ring", "pairs", "one_peer_exponential", "hypercube"])
-@pytest.mark.parametrize("method", ["adf", "dec-lora", "ffa", "rolora"])
+@pytest.mark.parametrize(
+    ("method", "topology"),
+    [
+        *itertools.product(["adf", "dec-lora", "ffa", "rolora"], ["ring", "pairs"]),
+        ("adf", "one_peer_exponential"),
+        ("adf", "hypercube"),
+        ("local", "ring"),
+        ("fedavg", "complete"),
+    ],
+)
 def test_peers_and_a_simulation_agree_bit_for_bit(method, topology):
     config = Config(method=method, topology=topology, p=0.5, **SETTINGS)
     stack, expected = simulated(config)
@@ -77,10 +86,9 @@ def test_with_several_clients_to_a_chunk_they_agree_to_rounding():
     assert far(stack, peers) < 1e-6
 
 
-def test_the_mean_is_conserved_when_symmetric_and_nothing_is_lost():
+def test_with_symmetric_loss_and_nothing_lost_they_agree_too():
     config = Config(topology="ring", **SETTINGS)
     stack, _ = simulated(config)
     peers = peers_of(config, symmetric=True)
     together(peers, config.rounds)
     assert far(stack, peers) == 0
-    assert torch.isfinite(peers[0].stack.factors[next(iter(stack.factors))]).all()

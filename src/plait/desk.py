@@ -97,8 +97,8 @@ class Desk:
                 if self.resting is None:
                     raise Refused(Reason.NOT_HERE, "no round is done here yet")
                 return Answer({"round": self.inbox.round}, self.resting())
-            message, agreed = self.inbox.answer(asker, question.round)
-            return Answer({"round": self.inbox.round, "agreed": agreed}, message)
+            word = self.inbox.answer(asker, question.round)
+            return Answer({"round": self.inbox.round, "agreed": word.agreed}, word.message)
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Record that something was refused here."""

@@ -22,6 +22,8 @@ from plait.transport import Reply, Transport
 ASK_S = 5.0
 """Longest that a question may take, transfer of the answer not included."""
 
+MIN_PUSH_S = 1.0
+
 GONE = frozenset({Reason.UNREACHABLE, Reason.NO_ANSWER})
 
 
@@ -78,7 +80,7 @@ class Exchange:
             self.inbox.send(message)
         self._begin = time.monotonic()
         for peer in turn.heard_by:
-            self._start(peer, Task.PUSH, message)
+            self._start(peer, Task.PUSH)
 
     def wait(self) -> None:
         """Until every neighbour's row is there or its time is over; those that are late are asked.
@@ -88,23 +90,31 @@ class Exchange:
         """
         pause = 0.02 if self.inbox.symmetric else self.terms.retry_s
         due = self._begin + pause
-        while True:
-            with self.desk.condition:
-                left = self.inbox.left()
-                mine = self.inbox.mine()
-            now = time.monotonic()
-            ends = [self._begin + self._patience(peer) for peer in left]
-            if not ends or now >= max(ends):
-                return
+        while left := self._left():
             if self.leave.is_set():
                 raise Left
+            now = time.monotonic()
             if now >= due:
                 for peer, tasks in left.items():
                     for task in tasks:
-                        self._start(peer, task, mine)
+                        self._start(peer, task)
                 pause = min(2 * pause, self.terms.retry_s)
                 due = now + pause
-            self._sleep(left, min(due, max(ends)) - now)
+            with self.desk.condition:
+                if self.inbox.left() == left:
+                    # Half a second at most: a signal sets `leave` and notifies nobody.
+                    self.desk.condition.wait(min(due - now, 0.5))
+
+    def _left(self) -> dict[int, set[Task]]:
+        """What is still worth waiting for."""
+        with self.desk.condition:
+            left, spent = self.inbox.left(), time.monotonic() - self._begin
+            if any(spent < self._patience(peer) for peer in left):
+                return left
+            # Whoever has to be told of a decision waits longer than the one who takes it.
+            if self.inbox.in_limbo() and spent < 2 * self.terms.round_timeout_s:
+                return self.inbox.left()
+            return {}
 
     def close(self) -> dict[int, Rows]:
         """End the open round; a neighbour that is missing and can't be reached is absent."""
@@ -157,12 +167,13 @@ class Exchange:
 
     # -- one link
 
-    def _start(self, peer: int, task: Task, message: Message | None) -> None:
+    def _start(self, peer: int, task: Task) -> None:
         """Push or ask on a thread of the pool, each at most once at a time for a neighbour."""
-        if (peer, task) in self._busy or message is None:
+        if (peer, task) in self._busy:
             return
         self._busy.add((peer, task))
-        round_ = self.inbox.round
+        round_, message = self.inbox.round, self.inbox.mine()
+        assert message is not None, "send() comes before wait()"
 
         def work() -> None:
             try:
@@ -179,7 +190,12 @@ class Exchange:
 
     def _push(self, peer: int, message: Message) -> None:
         name = self.desk.names[peer]
-        ack = self.transport.send(name, message, self.terms.round_timeout_s)
+        spent = time.monotonic() - self._begin
+        if self.inbox.symmetric and spent > self.terms.round_timeout_s:
+            return
+        # Not beyond the round: an old acknowledgement is worth nothing, and holds a thread.
+        deadline_s = max(MIN_PUSH_S, self.terms.round_timeout_s - spent)
+        ack = self.transport.send(name, message, deadline_s)
         if not ack.accepted:
             self._outcome(peer, ack.reason or Reason.OTHER, ack.detail)
             return
@@ -195,19 +211,23 @@ class Exchange:
         try:
             reply = self.transport.ask(self.desk.names[peer], question, deadline_s)
             self._answered(peer, reply)
-            if reply.header is None or reply.factors is None:
-                return
-            if reply.header.round != round_:
-                raise Refused(Reason.STALE_ROUND, f"asked for round {round_}")
-            with self.desk.condition:
-                head, digest = reply.header, reply.header.digest
-                self.inbox.admit(peer, round_, head.active, head.factors, digest)
-                self.inbox.take(peer, round_, Letter(reply.factors, digest))
-                if reply.facts.get("agreed") is True:
-                    self.inbox.confirmed(peer, round_)
-                self.desk.condition.notify_all()
+            self._keep(peer, round_, reply)
         except Refused as refused:
             self._outcome(peer, refused.reason, refused.detail)
+
+    def _keep(self, peer: int, round_: int, reply: Reply) -> None:
+        """Take the message in an answer, as `Desk.take` does, and the other side's decision."""
+        with self.desk.condition:
+            if reply.header is not None and reply.factors is not None:
+                head = reply.header
+                if (head.kind, head.round) != ("round", round_):
+                    raise Refused(Reason.STALE_ROUND, f"asked for round {round_}")
+                self.inbox.admit(peer, round_, head.active, head.factors, head.digest)
+                self.inbox.take(peer, round_, Letter(reply.factors, head.digest))
+            agreed = reply.facts.get("agreed")
+            if isinstance(agreed, bool):
+                self.inbox.decided(peer, round_, agreed)
+            self.desk.condition.notify_all()
 
     def _answered(self, peer: int, reply: Reply) -> None:
         self._gone.discard(peer)
@@ -232,10 +252,3 @@ class Exchange:
         if peer not in self.desk.seen:
             return max(self.terms.start_timeout_s, self.terms.round_timeout_s)
         return self.terms.round_timeout_s
-
-    def _sleep(self, left: dict[int, set[Task]], seconds: float) -> None:
-        """Until something of the open round has changed, or for a while."""
-        with self.desk.condition:
-            if self.inbox.left() == left:
-                # Half a second at most: a signal sets `leave` and notifies nobody.
-                self.desk.condition.wait(max(0.0, min(seconds, 0.5)))

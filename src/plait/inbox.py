@@ -6,8 +6,9 @@ peer sent itself is kept as long, for neighbours that were away and ask for it.
 
 Symmetric loss. With it both sides of a link mix or neither does, which conserves the mean. Of two
 peers the one with the lower number decides: it commits to the link once it has the other's message
-and the other has acknowledged its own. The higher one mixes only when it has been told so. What
-remains is the two generals' case: a link cut between the decision and the word of it.
+and the other has acknowledged its own. The higher one mixes only when it has been told so, and has
+as long again to ask. What remains is the two generals' case: a link that is cut between the
+decision and the word of it, and stays cut.
 """
 
 from __future__ import annotations
@@ -54,6 +55,19 @@ class Letter:
     digest: bytes
 
 
+@dataclass(frozen=True)
+class Word:
+    """An answer to one that asks for a round.
+
+    Attributes:
+        message: This peer's message, if the asker may have it yet.
+        agreed: Symmetric loss: whether both sides mix; None while that is open.
+    """
+
+    message: Message | None
+    agreed: bool | None
+
+
 class Task(Enum):
     """What is left to do for a link of the open round."""
 
@@ -70,18 +84,24 @@ class Page:
         mine: What this peer sent, once it has.
         delivered: Who has acknowledged it.
         agreed: Symmetric loss: the links on which both sides mix.
-        mixed: Whom this peer mixed with, when the round was closed.
+        void: Symmetric loss: those on which neither does.
     """
 
     letters: dict[int, Letter] = field(default_factory=dict)
     mine: Message | None = None
     delivered: set[int] = field(default_factory=set)
     agreed: set[int] = field(default_factory=set)
-    mixed: frozenset[int] = frozenset()
+    void: set[int] = field(default_factory=set)
 
 
 class Inbox:
-    """The state machine of one peer's messages. Peers are numbers; the caller knows their names."""
+    """The state machine of one peer's messages. Peers are numbers; the caller knows their names.
+
+    Attributes:
+        round: The round that is open.
+        closing: Symmetric loss: the round's time is over. Nothing new is taken or given, so no
+            link can still be decided for here; what was decided elsewhere is still learned.
+    """
 
     def __init__(
         self, me: int, turn: Callable[[int], Turn], rounds: int, keep_rounds: int, symmetric: bool
@@ -98,6 +118,7 @@ class Inbox:
         self.me, self.turn, self.rounds = me, turn, rounds
         self.keep_rounds, self.symmetric = keep_rounds, symmetric
         self.round = 0
+        self.closing = False
         self._pages: dict[int, Page] = {}
 
     # -- what comes
@@ -117,6 +138,8 @@ class Inbox:
         turn = self.turn(round_)
         if sender not in turn.hears:
             raise Refused(Reason.NOT_A_NEIGHBOUR, f"not in round {round_}")
+        if self.closing and round_ == self.round:
+            raise Refused(Reason.STALE_ROUND, f"round {round_} is being closed")
         if (active, shared) != (turn.active, turn.shared):
             raise Refused(
                 Reason.WRONG_PHASE,
@@ -138,15 +161,21 @@ class Inbox:
             self._page(round_).delivered.add(receiver)
             self._commit(receiver, round_)
 
-    def confirmed(self, peer: int, round_: int) -> None:
-        """Note that the other side of a link says that both mix."""
-        if round_ >= self.round:
-            self._page(round_).agreed.add(peer)
+    def decided(self, peer: int, round_: int, agreed: bool) -> None:
+        """Note that the other side of a link says that both mix, or that neither does."""
+        if round_ >= self.round and self.symmetric:
+            page = self._page(round_)
+            (page.agreed if agreed else page.void).add(peer)
+
+    def in_limbo(self) -> bool:
+        """Whether another side may have decided for a link, and this one does not know."""
+        self.closing = self.symmetric
+        return any(Task.ASK in tasks for tasks in self.left().values())
 
     # -- what is asked
 
-    def answer(self, asker: int, round_: int) -> tuple[Message, bool]:
-        """This peer's message of a round for a neighbour that lacks it, and if the link is agreed.
+    def answer(self, asker: int, round_: int) -> Word:
+        """What a neighbour gets that asks for this peer's message of a round.
 
         Raises:
             Refused: It is not for the asker, not there yet, or not there any more.
@@ -156,11 +185,15 @@ class Inbox:
             raise Refused(Reason.NOT_HERE, f"nothing of round {round_}, here is round {self.round}")
         if asker not in self.turn(round_).heard_by:
             raise Refused(Reason.NOT_A_NEIGHBOUR, f"not in round {round_}")
-        agreed = asker in page.agreed
-        undecided = round_ >= self.round and asker < self.me
-        if self.symmetric and not (agreed or undecided):
-            raise Refused(Reason.NOT_HERE, f"round {round_} is not agreed with you")
-        return page.mine, agreed
+        if not self.symmetric:
+            return Word(page.mine, None)
+        if asker in page.agreed:
+            return Word(page.mine, True)
+        if round_ < self.round:
+            return Word(None, False)
+        # The one that decides may have the message at once; the other one with the decision.
+        early = asker < self.me and not self.closing
+        return Word(page.mine if early else None, None)
 
     # -- the open round
 
@@ -179,10 +212,12 @@ class Inbox:
             return {peer: {Task.ASK} for peer in turn.hears if peer not in page.letters}
         left: dict[int, set[Task]] = {}
         for peer in turn.hears:
-            if peer in page.agreed:
+            if peer in page.agreed | page.void:
+                continue
+            if self.closing and not (peer < self.me and peer in page.letters):
                 continue
             ask = peer < self.me or peer not in page.letters
-            push = peer not in page.delivered
+            push = peer not in page.delivered and not self.closing
             left[peer] = {task for task, due in ((Task.PUSH, push), (Task.ASK, ask)) if due}
         return left
 
@@ -191,14 +226,13 @@ class Inbox:
         page = self._page(self.round)
         sure = page.agreed if self.symmetric else set(page.letters)
         heard = {peer: page.letters[peer].rows for peer in sorted(sure & set(page.letters))}
-        page.mixed = frozenset(heard)
         page.agreed = set(heard)
         self.skip_to(self.round + 1)
         return heard
 
     def skip_to(self, round_: int) -> None:
         """Go to a round, leaving out those between; what is too old is dropped."""
-        self.round = round_
+        self.round, self.closing = round_, False
         for past in [t for t in self._pages if t < round_]:
             self._pages[past].letters.clear()
             if past < round_ - self.keep_rounds:
