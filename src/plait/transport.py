@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -44,6 +45,8 @@ from plait.methods import Factor
 from plait.refusal import Reason, Refused
 
 Options = list[tuple[str, int | str]]
+Names = frozenset[str] | None
+"""The names in a certificate; None where there is no TLS."""
 
 OPEN_CALLS = 4
 """Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
@@ -231,70 +234,74 @@ class GrpcTransport:
         self._server = server
 
     async def _deliver(self, stream: AsyncIterator[bytes], context: Any) -> bytes:
-        """The handler of a delivery: every check, in the order of what it costs."""
+        """The handler of a delivery."""
         certified = self._certified(context)
-        async with self._call(certified, context) as refusals:
-            header = read_frame(await anext(stream, b""))
-            if not isinstance(header, Header):
-                raise Refused(Reason.MALFORMED, "a message without a header")
-            self._check(header, certified)
-            self.identity.template(header)
-            self._desk.admit(header)
-            body = await _assemble(stream, header)
-            self.counts.received_bytes[header.sender] += len(body)
-            self._desk.take(header, decode(header, body, self.identity))
-        return write_ack(refusals[0] if refusals else None)
+        work = partial(self._receive, stream, certified)
+        return write_ack(await self._attempt(work, certified, context))
+
+    async def _receive(self, stream: AsyncIterator[bytes], certified: Names) -> None:
+        """Take a message: every check, in the order of what it costs."""
+        header = read_frame(await anext(stream, b""))
+        if not isinstance(header, Header):
+            raise Refused(Reason.MALFORMED, "a message without a header")
+        self._check(header, certified)
+        self.identity.template(header)
+        self._desk.admit(header)
+        body = await _assemble(stream, header)
+        self.counts.received_bytes[header.sender] += len(body)
+        self._desk.take(header, decode(header, body, self.identity))
 
     async def _answer(self, data: bytes, context: Any) -> None:
         """The handler of a question."""
         certified = self._certified(context)
-        async with self._call(certified, context) as refusals:
-            question = read_question(data)
-            self._check(question, certified)
-            answer = self._desk.answer(question)
-            await context.write(answer_frame(answer))
-            if answer.message:
-                for frame in frames(answer.message, question.sender):
-                    await context.write(frame)
-                self.counts.sent_bytes[question.sender] += len(answer.message.body)
+        work = partial(self._reply_to, data, certified, context)
+        refused = await self._attempt(work, certified, context)
         # One who doesn't read what it asked for would not read this either.
-        if refusals and refusals[0].reason is not Reason.NO_ANSWER:
-            await context.write(answer_frame(refusals[0]))
+        if refused and refused.reason is not Reason.NO_ANSWER:
+            await context.write(answer_frame(refused))
 
-    def _certified(self, context: Any) -> frozenset[str] | None:
+    async def _reply_to(self, data: bytes, certified: Names, context: Any) -> None:
+        question = read_question(data)
+        self._check(question, certified)
+        answer = self._desk.answer(question)
+        await context.write(answer_frame(answer))
+        if answer.message:
+            for frame in frames(answer.message, question.sender):
+                await context.write(frame)
+            self.counts.sent_bytes[question.sender] += len(answer.message.body)
+
+    def _certified(self, context: Any) -> Names:
         """The names in the certificate of whoever calls; None without TLS."""
         if self._credentials is None:
             return None
         names = context.auth_context().get("x509_subject_alternative_name", ())
         return frozenset(name.decode(errors="replace") for name in names)
 
-    def _check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
+    def _check(self, header: Header | Question, certified: Names) -> None:
         self.identity.check(header, certified)
         if header.sender not in self._addresses:
             raise Refused(Reason.WRONG_SENDER, f"{header.sender!r:.80} is no member")
 
-    @asynccontextmanager
-    async def _call(
-        self, certified: frozenset[str] | None, context: Any
-    ) -> AsyncIterator[list[Refused]]:
-        """A call of a peer: one of a few, within a time. A refusal is counted and given out."""
+    async def _attempt(
+        self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
+    ) -> Refused | None:
+        """Do a peer's bidding: a few things at a time, within a time. A refusal is counted."""
         caller = "|".join(sorted(certified or ())) or str(context.peer())
-        refusals: list[Refused] = []
         self._open[caller] += 1
         try:
             if self._open[caller] > OPEN_CALLS:
                 raise Refused(Reason.BUSY, f"more than {OPEN_CALLS} calls at a time")
-            async with asyncio.timeout(self._call_timeout_s):
-                yield refusals
-        except Refused as refused:
-            refusals.append(refused)
+            await asyncio.wait_for(work(), self._call_timeout_s)
+            return None
+        except Refused as error:
+            refused = error
         except TimeoutError:
-            refusals.append(Refused(Reason.NO_ANSWER, "the call did not end in time"))
+            refused = Refused(Reason.NO_ANSWER, "the call did not end in time")
         finally:
             self._open[caller] -= 1
             self._open += Counter()  # forget who has none open
-        for refusal in refusals:
-            self._desk.refused(caller, refusal.reason, refusal.detail)
+        self._desk.refused(caller, refused.reason, refused.detail)
+        return refused
 
     # -- on the background thread: as a client
 
