@@ -291,7 +291,8 @@ class GrpcTransport:
         try:
             if self._open[caller] > OPEN_CALLS:
                 raise Refused(Reason.BUSY, f"more than {OPEN_CALLS} calls at a time")
-            await asyncio.wait_for(work(), self._call_timeout_s)
+            async with asyncio.timeout(self._call_timeout_s):
+                await work()
             return None
         except Refused as error:
             refused = error
