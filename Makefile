@@ -11,10 +11,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 DEMO_METHODS := adf,dec-lora,ffa,rolora,local
 DEMO_DIR := runs/demo
 
-.PHONY: help setup demo test check format proto fuzz clean
+.PHONY: help setup demo test test-faults check format proto fuzz clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install plait, its tools and the embedded model and texts
 
@@ -33,6 +33,9 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 
 test: $(STAMP) ## Run the tests, with coverage
 	@$(BIN)/python -m pytest --cov
+
+test-faults: $(STAMP) ## Faults between real peer processes: kills, cut links, bad messages
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
 
 # One recipe rather than four prerequisites, so that `make -j` keeps the order and the tests are last.
 check: $(STAMP) ## Everything that CI checks: format, lint, types, tests
