@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
+
+import sklearn.metrics  # noqa: F401 - takes seconds, which are none of the peers'
 
 from conftest import tiny_job
 from plait.codec import Ack, Answer, Identity, Message, Question, decode, encode
 from plait.config import Config
-from plait.desk import Desk
+from plait.desk import LOG, Desk
 from plait.engines.peer import Peer, agreed_turns
 from plait.exchange import Exchange, Terms
 from plait.federation import Member
@@ -48,7 +51,7 @@ class FakeTransport:
         round_ = message.header.round
         if to not in self.hub.desks or self.hub.lose("send", self.name, to, round_):
             return Ack(False, Reason.UNREACHABLE, "lost")
-        message = message.to(to)
+        message = addressed(message, to)
         try:
             factors = self._received(message, to)
             self.hub.desks[to].admit(message.header)
@@ -69,14 +72,18 @@ class FakeTransport:
             raise Refused(Reason.NO_ANSWER, "the answer was lost")
         if answer.message is None:
             return Reply(facts=answer.facts)
-        message = answer.message.to(self.name)
+        message = addressed(answer.message, self.name)
         factors = self._received(message, self.name)
         return Reply(facts=answer.facts, header=message.header, factors=factors)
 
     def _received(self, message: Message, to: str):
         identity = self.hub.identities[to]
         identity.check(message.header, frozenset([message.header.sender]))
-        return decode(message.header, bytes(message.body), identity)
+        return decode(message.header, bytearray(message.body), identity)
+
+
+def addressed(message: Message, to: str) -> Message:
+    return Message(dataclasses.replace(message.header, receiver=to), message.body)
 
 
 def member(name: str, **span) -> Member:
@@ -107,6 +114,18 @@ def start_peer(
     return Peer(job, stack, Exchange(desk, hub.transport(names[me]), terms), write)
 
 
+class Bugs(logging.Handler):
+    """What threads of the exchange raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self.errors.append(record.exc_info[1])
+
+
 def together(peers, rounds: int) -> list[list]:
     """Run peers to the end, each in a thread of its own; returns the events of each."""
     said = [[] for _ in peers]
@@ -121,12 +140,15 @@ def together(peers, rounds: int) -> list[list]:
         finally:
             peer.exchange.stop()
 
+    bugs = Bugs()
+    LOG.addHandler(bugs)
     threads = [threading.Thread(target=live, args=pair) for pair in zip(peers, said, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
         assert not thread.is_alive(), "a peer hangs"
-    if errors:
-        raise errors[0]
+    LOG.removeHandler(bugs)
+    if errors or bugs.errors:
+        raise [*errors, *bugs.errors][0]
     return said

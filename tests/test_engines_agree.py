@@ -53,7 +53,6 @@ def far(stack, peers):
         *itertools.product(["adf", "dec-lora", "ffa", "rolora"], ["ring", "pairs"]),
         ("adf", "one_peer_exponential"),
         ("adf", "hypercube"),
-        ("local", "ring"),
         ("fedavg", "complete"),
     ],
 )

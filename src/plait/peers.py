@@ -144,6 +144,8 @@ class Process:
             return True
         try:
             self._begin()
+            if self.first_round > 0 and not self.done:  # begun from a neighbour's state
+                self._see(self.job.started)
             for event in self.peer.rounds(self.first_round, self.end):
                 self._see(event)
         except Left:
