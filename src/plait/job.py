@@ -78,8 +78,12 @@ class Job:
         return METRICS[self.task.metric](labels, answers)
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, own: Task | None = None) -> Job:
     """Load the data, deal it to the clients, load the model, build the topology.
+
+    Args:
+        config: What to run.
+        own: The data of a peer that has its own: nothing is dealt, all rows are its share.
 
     Raises:
         ValueError: The config asks for something that isn't there or can't be; the message says
@@ -90,10 +94,14 @@ def prepare(config: Config) -> Job:
     if method.topology:
         config = dataclasses.replace(config, topology=method.topology)
     schedule = build_schedule(config)
-    task, backbone, train, held_out = _materials(
-        Config(**{name: getattr(config, name) for name in MATERIAL})
-    )
-    shares = deal(task.train, task.num_labels, config)
+    if own is None:
+        task, backbone, train, held_out = _shared_materials(
+            Config(**{name: getattr(config, name) for name in MATERIAL})
+        )
+        shares = deal(task.train, task.num_labels, config)
+    else:
+        task, backbone, train, held_out = _materials(own, config)
+        shares = [np.arange(len(own.train))] * config.clients
     return Job(
         config=config,
         task=task,
@@ -138,9 +146,13 @@ MATERIAL = (
 
 
 @lru_cache(maxsize=1)
-def _materials(config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
-    """Task, model, training and evaluated split; kept for the next run with the same ones."""
-    task = load_task(config)
+def _shared_materials(config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
+    """The materials of a task by name; kept for the next run with the same ones."""
+    return _materials(load_task(config), config)
+
+
+def _materials(task: Task, config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
+    """Task, model, training and evaluated split."""
     backbone = Backbone(load_model(config, task.num_labels), config)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (_tokenized(rows, backbone, config) for rows in (task.train, held_out))

@@ -148,6 +148,9 @@ def watch(
 
 
 def _seconds(event: Event) -> float:
-    return (
-        event.train_seconds + event.mix_seconds if isinstance(event, RoundDone) else event.seconds
-    )
+    match event:
+        case RoundDone():
+            return event.train_seconds + event.mix_seconds
+        case Started() | Evaluated():
+            return event.seconds
+    return 0.0

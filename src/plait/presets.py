@@ -144,7 +144,7 @@ def start_from(preset: str | None, file: Path | None) -> Config:
     values = _read_settings(file)
     hints = get_type_hints(Config)
     for name, value in values.items():
-        if name in hints and not _fits(value, hints[name]):
+        if name in hints and not fits(value, hints[name]):
             kind = str(hints[name]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
             raise ValueError(f"{file}: {name} is {value!r}; it must be {kind}.")
     try:
@@ -165,9 +165,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return values
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value from a file is of the type of a setting; an integer will do for a float."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if isinstance(hint, UnionType) or NoneType in get_args(hint):
-        return any(_fits(value, one) for one in get_args(hint))
+        return any(fits(value, one) for one in get_args(hint))
     return type(value) in ((int, float) if hint is float else (hint,))

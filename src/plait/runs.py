@@ -152,6 +152,14 @@ class RunFolder:
         """Where the state of every client goes."""
         return self.path / CHECKPOINT
 
+    @property
+    def rounds_done(self) -> int:
+        """Rounds behind the checkpoint; 0 without one."""
+        if not self.checkpoint_file.exists():
+            return 0
+        with safe_open(self.checkpoint_file, "pt") as file:
+            return int(file.metadata()["rounds_done"])
+
     @classmethod
     def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
         """Take a folder for a run, or take it up again; nothing is written yet.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
         losses = local_phase(
             job.backbone, stack, active, round_, job.train, job.shares, everyone, config
         ).mean(axis=1)
-        _check(losses, round_, config.lr)
+        check_finite(losses, everyone, round_, config.lr)
         trained = time.perf_counter()
         W = job.schedule(round_)
         before = dict(stack.factors)
@@ -92,6 +92,7 @@ def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
     rows = some_rows(job.held_out, None if last else job.config.eval_rows)
     tokens = job.held_out.take(rows)
     # Clients that are all the same, as before the first round, need to be computed only once.
+    num_clients = len(stack.factors[Factor.A])
     alike = all(bool((value == value[:1]).all()) for value in stack.factors.values())
     models = {
         factor: value[:1] if alike else torch.cat([value, mean(value)])
@@ -99,14 +100,14 @@ def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
     }
     logits = evaluate(job.backbone, models, tokens, job.config)
     if alike:
-        logits = logits.expand(job.config.clients + 1, -1, -1)
+        logits = logits.expand(num_clients + 1, -1, -1)
     losses = [float(loss) for loss in _losses(logits, tokens.labels)]
     scores = [job.score(client, tokens.labels) for client in logits.numpy()]
     return Evaluated(
         round=round_,
         rows=len(rows),
-        scores=scores[:-1],
-        losses=losses[:-1],
+        scores=scores[:num_clients],
+        losses=losses[:num_clients],
         averaged_score=scores[-1],
         averaged_loss=losses[-1],
         seconds=time.perf_counter() - begin,
@@ -123,10 +124,12 @@ def _losses(logits: Tensor, labels: np.ndarray) -> Tensor:
     return batch_losses(logits, everyone)
 
 
-def _check(losses: np.ndarray, round_: int, lr: float) -> None:
-    if not np.isfinite(losses).all():
-        clients = ", ".join(map(str, np.flatnonzero(~np.isfinite(losses))))
+def check_finite(losses: np.ndarray, clients: Sequence[int], round_: int, lr: float) -> None:
+    """Raise a `ValueError` if a client's loss (n,) is no longer finite."""
+    bad = [str(clients[int(k)]) for k in np.flatnonzero(~np.isfinite(losses))]
+    if bad:
         raise ValueError(
-            f"The loss of client {clients} is not finite in round {round_}: training diverged. "
-            f"Lower the learning rate (--lr, now {lr:g}), or clip gradients (--clip-norm 1)."
+            f"The loss of client {', '.join(bad)} is not finite in round {round_}: training "
+            f"diverged. Lower the learning rate (--lr, now {lr:g}), or clip gradients "
+            "(--clip-norm 1)."
         )

@@ -1,0 +1,186 @@
+"""A million bad inputs for the decoder: `make fuzz`.
+
+Random bytes, and valid messages with bits flipped, pieces cut out, doubled or exchanged, and
+numbers set to extremes, go through all that a transport does with what comes. Anything but a
+decoded message or a refusal is a failure, so is a message with values that were not sent, a slow
+input, and memory that grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import resource
+import struct
+import time
+from collections import Counter
+
+import torch
+
+from plait.body import pack, template_of, unpack
+from plait.chunks import write_chunks
+from plait.codec import Answer, Header, Identity, Message, Question, decode, encode
+from plait.frames import (
+    Assembly,
+    answer_frame,
+    frames,
+    read_ack,
+    read_frame,
+    read_question,
+    write_ack,
+    write_question,
+)
+from plait.lora import Layout, Site
+from plait.methods import Factor
+from plait.refusal import Reason, Refused
+
+LAYOUT = Layout((Site("layer.0", 6, 4), Site("layer.1", 6, 6)), rank=2, scale=2.0)
+IDENTITY = Identity(
+    name="bob", federation="fed", config_digest="c0ffee", layout=LAYOUT, max_message_bytes=1 << 16
+)
+TEMPLATE = template_of(LAYOUT, Factor.AB)
+FACTORS = {
+    factor: torch.randn(LAYOUT.size(factor), generator=torch.Generator().manual_seed(factor.value))
+    for factor in (Factor.A, Factor.B)
+}
+SLOW_S = 1.0
+EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes with one to four changes."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(out) + 1)
+        to = min(len(out), at + rng.randint(1, 16))
+        kind = rng.randrange(7)
+        if kind == 0 and at < len(out):
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            out[at:to] = rng.randbytes(rng.randint(0, 16))
+        elif kind == 2:
+            del out[at:to]
+        elif kind == 3:
+            out[at:at] = out[at:to]
+        elif kind == 4:
+            out[at : at + 8] = struct.pack("<Q", rng.choice(EXTREMES))
+        elif kind == 5:
+            out[at : at + 4] = struct.pack("<f", rng.choice([float("nan"), float("inf"), 1e38]))
+        elif kind == 6:
+            del out[at:]
+    return bytes(out)
+
+
+def receive(stream: list[bytes]) -> dict[Factor, torch.Tensor]:
+    """What a transport does with the frames of a message."""
+    header = read_frame(stream[0] if stream else b"")
+    if not isinstance(header, Header):
+        raise Refused(Reason.MALFORMED, "a message without a header")
+    IDENTITY.check(header, frozenset({"alice"}))
+    IDENTITY.template(header)
+    assembly = Assembly(header.num_bytes)
+    for frame in stream[1:]:
+        assembly.add(frame)
+    return decode(header, assembly.finish(), IDENTITY)
+
+
+MESSAGE = encode(
+    FACTORS,
+    layout=LAYOUT,
+    federation="fed",
+    config_digest="c0ffee",
+    sender="alice",
+    round=3,
+    active="B",
+)
+STREAM = [next(frames(MESSAGE, "bob")), *write_chunks(MESSAGE.body, 300)]
+BODY = pack(FACTORS, TEMPLATE)
+SMALL = [
+    (read_frame, STREAM[0]),
+    (read_frame, answer_frame(Answer({"round": 3, "absent": [1, 2]}))),
+    (read_ack, write_ack(Refused(Reason.NOT_HERE, "gone"))),
+    (read_question, write_question(Question(kind="round", round=3, sender="alice"))),
+]
+
+
+def changed_frames(rng: random.Random) -> None:
+    """A message with a frame or two changed: the digest must catch what nothing before did."""
+    stream = list(STREAM)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(stream))
+        stream[at] = mutated(stream[at], rng)
+    if rng.random() < 0.1:
+        rng.shuffle(stream)
+    taken = receive(stream)
+    assert all(torch.equal(taken[factor], row) for factor, row in FACTORS.items())
+
+
+def changed_body(rng: random.Random) -> None:
+    """A body with changes of which its sender made the digest: nothing but the checks is left."""
+    taken = unpack(bytearray(mutated(BODY, rng)), TEMPLATE)
+    for factor, row in taken.items():
+        assert row.shape == FACTORS[factor].shape
+        assert bool(torch.isfinite(row).all())
+
+
+def resent_body(rng: random.Random) -> None:
+    """The same, with a header that fits."""
+    body = mutated(BODY, rng)
+    header = dataclasses.replace(MESSAGE.header, num_bytes=len(body), receiver="bob")
+    receive([*frames(Message(header, body), "bob")])
+
+
+def random_bytes(rng: random.Random) -> None:
+    """Noise, for every reader."""
+    data = rng.randbytes(rng.randint(0, 200))
+    for read in (read_frame, read_ack, read_question):
+        try:
+            read(data)
+        except Refused:
+            continue
+    unpack(bytearray(data), TEMPLATE)
+
+
+def changed_small(rng: random.Random) -> None:
+    """Headers, answers, acknowledgements and questions with changes."""
+    read, data = rng.choice(SMALL)
+    read(mutated(data, rng))
+
+
+KINDS = (changed_frames, changed_body, resent_body, random_bytes, changed_small)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    rng = random.Random(given.seed)
+    assert all(torch.equal(receive(STREAM)[factor], row) for factor, row in FACTORS.items())
+    outcomes: Counter[str] = Counter()
+    slowest = 0.0
+    begin, settled = time.perf_counter(), 0
+    for number in range(given.inputs):
+        started = time.perf_counter()
+        try:
+            KINDS[number % len(KINDS)](rng)
+            outcomes["read"] += 1
+        except Refused as refused:
+            outcomes[refused.reason.value] += 1
+        slowest = max(slowest, time.perf_counter() - started)
+        if number == given.inputs // 10:
+            settled = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - settled
+    for reason, count in outcomes.most_common():
+        print(f"{count:>9} {reason}")
+    assert slowest < SLOW_S, f"an input took {slowest:.2f} s"
+    assert grown < 32 << 10, f"memory grew by {grown >> 10} MiB"
+    print(
+        f"{given.inputs} inputs in {time.perf_counter() - begin:.0f} s: no crash; the slowest took "
+        f"{1e3 * slowest:.1f} ms; memory grew by {grown / 1024:.1f} MiB after the first tenth"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""A federation as files: who takes part, with what settings, and what each peer has of its own.
+
+    federation.toml    the same at every peer: id, members, limits, the settings of the run
+    ca.pem             whose certificates are trusted
+    <name>/peer.toml   a few lines of one peer: where it listens, its certificate, its data
+    <name>/cert.pem, key.pem
+
+Paths in `peer.toml` are relative to it. `init_federation` (certificates.py) writes all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from plait.config import Config
+from plait.presets import fits
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""A peer's name is a DNS label, so that it can stand in a certificate."""
+
+LOCAL_SETTINGS = ("glue_dir", "train_file", "dev_file", "device", "chunk_tokens")
+"""Settings of a run in which the peers of a federation may differ."""
+
+Table = TypeVar("Table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A peer as all others know it.
+
+    Attributes:
+        name: Also the name in its certificate.
+        address: Where the others reach it, `host:port`.
+        joins: The first round that it takes part in.
+        leaves: The first round that it takes no part in any more.
+    """
+
+    name: str
+    address: str
+    joins: int = 0
+    leaves: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a name or an address that can't be one."""
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"A peer is named {self.name!r}; take up to 63 of a-z, 0-9 and inner hyphens."
+            )
+        split_address(self.address)
+        if self.leaves is not None and self.leaves <= self.joins:
+            raise ValueError(f"{self.name} leaves before it joins; `leaves` must be later.")
+
+    def takes_part(self, round_: int) -> bool:
+        """Whether it is a member in a round."""
+        return self.joins <= round_ and (self.leaves is None or round_ < self.leaves)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a peer puts up with, and how long it waits.
+
+    Attributes:
+        max_message_bytes: Larger messages are refused before they are received.
+        round_timeout_s: A round waits no longer for its neighbours.
+        start_timeout_s: Neighbours that were not heard of yet are waited for so long.
+        linger_s: A peer that is done still answers for so long.
+        keep_rounds: Rounds for which messages are kept, of one's own and ahead of time.
+        norm_bound: The largest norm of a message's values.
+        symmetric_loss: Mix over a link on both of its sides or on neither.
+    """
+
+    max_message_bytes: int = 64 << 20
+    round_timeout_s: float = 60.0
+    start_timeout_s: float = 300.0
+    linger_s: float = 60.0
+    keep_rounds: int = 8
+    norm_bound: float | None = None
+    symmetric_loss: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be, with the fix."""
+        for name in ("max_message_bytes", "round_timeout_s", "start_timeout_s", "keep_rounds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if not self.linger_s >= 0:
+            raise ValueError(f"linger_s is {self.linger_s}; it can't be negative.")
+        if self.norm_bound is not None and not self.norm_bound > 0:
+            raise ValueError(f"norm_bound is {self.norm_bound}; leave it out for no bound.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """What all peers share.
+
+    Attributes:
+        id: The federation's name.
+        config: The settings of the run, with one client for each peer.
+        peers: In the order of the clients.
+        limits: Sizes and times.
+        labels: The classes in their order, when peers bring data of their own.
+    """
+
+    id: str
+    config: Config
+    peers: tuple[Member, ...]
+    limits: Limits = Limits()
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a federation of nobody, or with two peers of one name."""
+        if not self.id:
+            raise ValueError('The federation has no id; write federation = "some-name".')
+        if len(self.peers) < 2:
+            raise ValueError("A federation needs two peers or more; add [[peers]] tables.")
+        for what in ("name", "address"):
+            values = [getattr(peer, what) for peer in self.peers]
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"Two peers have the {what} {twice[0]}; it must be unique.")
+        if self.config.clients != len(self.peers):
+            raise ValueError(
+                f"clients is {self.config.clients}, but there are {len(self.peers)} peers; leave "
+                "clients out of [run]."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The peers' names; a peer's place among them is its client's number."""
+        return tuple(peer.name for peer in self.peers)
+
+    def index(self, name: str) -> int:
+        """The number of a peer's client.
+
+        Raises:
+            ValueError: It is no member.
+        """
+        if name not in self.names:
+            raise ValueError(f"There is no peer {name!r}; there are {', '.join(self.names)}.")
+        return self.names.index(name)
+
+    def member(self, name: str) -> Member:
+        """A peer by its name; a `ValueError` if there is none."""
+        return self.peers[self.index(name)]
+
+    def digest(self) -> str:
+        """Sixteen hex digits that are equal when peers agree on all that must be agreed on.
+
+        Settings that are a peer's own are left out, and where the peers are reached.
+        """
+        config = self.config.to_json()
+        shared = {
+            "federation": self.id,
+            "run": {key: config[key] for key in config if key not in LOCAL_SETTINGS},
+            "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
+            "labels": self.labels,
+            "symmetric_loss": self.limits.symmetric_loss,
+        }
+        text = json.dumps(shared, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSettings:
+    """What one peer has of its own.
+
+    Attributes:
+        name: Which peer it is.
+        listen: Where it listens, `host:port`.
+        ca: The certificate of the authority that all trust.
+        certificate: Its certificate.
+        key: The key of it.
+        out: Its run folder.
+        metrics: Where Prometheus reads its figures, `host:port`, or nowhere.
+        local: Settings of the run in which it differs, such as its data.
+    """
+
+    name: str
+    listen: str
+    ca: Path
+    certificate: Path
+    key: Path
+    out: Path
+    metrics: str | None = None
+    local: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse addresses that are none, and settings that all must share."""
+        split_address(self.listen)
+        if self.metrics is not None:
+            split_address(self.metrics)
+        shared = sorted(set(self.local) - set(LOCAL_SETTINGS))
+        if shared:
+            raise ValueError(
+                f"[local] of {self.name} sets {', '.join(shared)}; a peer may set "
+                f"{', '.join(LOCAL_SETTINGS)}, the rest is in federation.toml."
+            )
+
+    def apply(self, config: Config) -> Config:
+        """The federation's settings with this peer's own."""
+        return Config.from_json(config.to_json() | self.local)
+
+
+def load_federation(path: Path) -> Federation:
+    """Read `federation.toml`.
+
+    Raises:
+        ValueError: It isn't what it should be; the message says where and what to change.
+        OSError: It can't be read.
+    """
+    keys = {"federation": str, "labels": list, "run": dict, "limits": dict, "peers": list}
+    values = _read(path, keys)
+    try:
+        peers = tuple(_build(Member, peer, "[[peers]]") for peer in values.get("peers", []))
+        run = {"clients": len(peers) or 1} | values.get("run", {})
+        return Federation(
+            id=values.get("federation", ""),
+            config=_build(Config, run, "[run]"),
+            peers=peers,
+            limits=_build(Limits, values.get("limits", {}), "[limits]"),
+            labels=_labels(values.get("labels")),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_peer(federation_file: Path, name: str) -> PeerSettings:
+    """Read `<name>/peer.toml` beside `federation.toml`.
+
+    Raises:
+        ValueError: It isn't what it should be; the message says where and what to change.
+        OSError: It can't be read.
+    """
+    path = federation_file.parent / name / "peer.toml"
+    paths = ("ca", "certificate", "key", "out")
+    values = _read(
+        path, {"listen": str, **dict.fromkeys(paths, str), "metrics": str, "local": dict}
+    )
+    missing = sorted({"listen", *paths} - values.keys())
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}.")
+    local = values.get("local", {})
+    relative = [key for key in ("glue_dir", "train_file", "dev_file") if key in local]
+    try:
+        _check_types(Config, local, "[local]")
+        places = {key: path.parent / values[key] for key in paths}
+        local |= {key: str(path.parent / local[key]) for key in relative}
+        return PeerSettings(name=name, **(values | places | {"local": local}))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` -> (host, port); an IPv6 host stands in brackets.
+
+    Raises:
+        ValueError: It is no such thing.
+
+    Example:
+        >>> split_address("[::1]:7600")
+        ('::1', 7600)
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"The address is {address!r}; write host:port, such as 10.0.0.1:7600.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    unknown = sorted(values.keys() - kinds.keys())
+    if unknown:
+        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; take {', '.join(kinds)}.")
+    for key, value in values.items():
+        if type(value) is not kinds[key]:
+            raise ValueError(f"{path}: {key} is {value!r}; it must be a {kinds[key].__name__}.")
+    return values
+
+
+def _labels(values: list[object] | None) -> tuple[str, ...] | None:
+    if values is None:
+        return None
+    if len({value for value in values if isinstance(value, str)}) != len(values) or not values:
+        raise ValueError(f'labels is {values!r}; write the classes, such as ["no", "yes"].')
+    return tuple(map(str, values))
+
+
+def _build(kind: type[Table], values: object, where: str) -> Table:
+    """A dataclass from a table of the file."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds {values!r}; it must be a table.")
+    _check_types(kind, values, where)
+    try:
+        return kind(**values)
+    except TypeError as error:  # a required key is missing
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_types(kind: type, values: dict[str, Any], where: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{where} has an unknown key {key}; there are {', '.join(hints)}.")
+        if not fits(value, hints[key]):
+            kind_name = str(hints[key]).removeprefix("typing.")
+            raise ValueError(f"{where}: {key} is {value!r}; it must be {kind_name}.")

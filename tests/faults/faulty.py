@@ -1,0 +1,290 @@
+"""Peers with a fault: what runs in a process of its own, with one thing in it replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from safetensors.torch import load as safe_load
+from safetensors.torch import save as safe_save
+
+import plait.engines.peer as engine
+from plait import peers, runs, transport
+from plait.certificates import Pair
+from plait.codec import Message
+from plait.exchange import Exchange
+from plait.peers import run_peer
+
+torch.set_num_threads(1)
+
+Fault = Callable[..., None]
+
+
+def live(config: str, name: str, log: str, fault: str, details: tuple) -> None:
+    """A peer's whole life."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if fault:
+        FAULTS[fault](*details)
+    try:
+        run_peer(Path(config), name)
+    except (ValueError, OSError):
+        sys.exit(1)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_at(stage: str, round_: int) -> None:
+    """kill -9 by its own hand, at a stage of a round."""
+    STAGES[stage](round_)
+
+
+def _in_training(round_: int) -> None:
+    original = engine.local_phase
+
+    def local_phase(backbone, stack, active, t, *rest):
+        losses = original(backbone, stack, active, t, *rest)
+        if t == round_:
+            die()
+        return losses
+
+    engine.local_phase = local_phase
+
+
+def _while_sending(round_: int) -> None:
+    original = Exchange._push
+
+    def push(self, peer, message):
+        original(self, peer, message)
+        if message.header.round == round_:
+            die()
+
+    Exchange._push = push
+
+
+def _while_waiting(round_: int) -> None:
+    original = Exchange.wait
+
+    def wait(self):
+        if self.inbox.round == round_:
+            time.sleep(0.5)
+            die()
+        original(self)
+
+    Exchange.wait = wait
+
+
+def _after_mixing(round_: int) -> None:
+    original = engine.Peer._mix
+
+    def mix(self, turn, heard):
+        result = original(self, turn, heard)
+        if self.inbox.round == round_ + 1:
+            die()
+        return result
+
+    engine.Peer._mix = mix
+
+
+def _while_saving(round_: int) -> None:
+    original = runs.save_file
+
+    def save_file(tensors, path, metadata):
+        original(tensors, path, metadata=metadata)
+        if metadata["rounds_done"] == str(round_ + 1):
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    runs.save_file = save_file
+
+
+def _after_saving(round_: int) -> None:
+    original = runs.RunFolder.save
+
+    def save(self, stack, rounds_done):
+        original(self, stack, rounds_done)
+        if rounds_done == round_ + 1:
+            die()
+
+    runs.RunFolder.save = save
+
+
+def _while_evaluating(round_: int) -> None:
+    original = engine.evaluation
+
+    def evaluation(job, stack, t):
+        if t == round_:
+            die()
+        return original(job, stack, t)
+
+    engine.evaluation = evaluation
+
+
+def _while_finishing(_round: int) -> None:
+    def save_adapter(*_):
+        die()
+
+    peers.save_adapter = save_adapter
+
+
+STAGES: dict[str, Callable[[int], None]] = {
+    "in training": _in_training,
+    "while sending": _while_sending,
+    "while waiting": _while_waiting,
+    "after mixing": _after_mixing,
+    "while evaluating": _while_evaluating,
+    "while saving": _while_saving,
+    "after saving": _after_saving,
+    "while finishing": _while_finishing,
+}
+
+
+def slow(seconds: float) -> None:
+    """Training takes so much longer."""
+    original = engine.local_phase
+
+    def local_phase(*args):
+        time.sleep(seconds)
+        return original(*args)
+
+    engine.local_phase = local_phase
+
+
+def diverging(round_: int) -> None:
+    """The loss of a round is not a number."""
+    original = engine.local_phase
+
+    def local_phase(backbone, stack, active, t, *rest):
+        losses = original(backbone, stack, active, t, *rest)
+        return losses * float("nan") if t == round_ else losses
+
+    engine.local_phase = local_phase
+
+
+def careless_about_certificates() -> None:
+    """The peer uses the files it has, whatever they are; the others are the ones to object."""
+
+    def read(settings):
+        pair = Pair(settings.certificate.read_bytes(), settings.key.read_bytes())
+        return settings.ca.read_bytes(), pair
+
+    transport.read_credentials = read
+
+
+def without_certificate() -> None:
+    """A client that shows no certificate at all."""
+
+    def read(settings):
+        return settings.ca.read_bytes(), Pair(
+            settings.certificate.read_bytes(), settings.key.read_bytes()
+        )
+
+    original = transport.grpc.ssl_channel_credentials
+    transport.read_credentials = read
+    transport.grpc.ssl_channel_credentials = lambda ca, *_: original(ca)
+
+
+def hostile(kind: str) -> None:
+    """A member of the federation, with a good certificate, that attacks before each message."""
+    original = transport.GrpcTransport.send
+
+    def send(self, to, message, deadline_s):
+        for attack in ATTACKS[kind](self, message):
+            attack_ack = original(self, to, attack, deadline_s)
+            assert not attack_ack.accepted, f"{kind} was accepted"
+        return original(self, to, message, deadline_s)
+
+    if kind == "random bytes":
+        transport.frames = _noise(transport.frames)
+    transport.GrpcTransport.send = send
+
+
+def _with_body(message: Message, body: bytes) -> Message:
+    header = dataclasses.replace(message.header, num_bytes=len(body), digest=blake3(body).digest())
+    return Message(header, body)
+
+
+def _not_finite(_transport, message: Message) -> list[Message]:
+    body = bytearray(message.body)
+    body[-4:] = struct.pack("<f", float("nan"))
+    return [_with_body(message, bytes(body))]
+
+
+def _wrong_shapes(_transport, message: Message) -> list[Message]:
+    tensors = {name: value.T.contiguous() for name, value in safe_load(message.body).items()}
+    return [_with_body(message, safe_save(tensors))]
+
+
+def _huge(_transport, message: Message) -> list[Message]:
+    declared = dataclasses.replace(message.header, num_bytes=1 << 30)
+    more = Message(message.header, message.body + bytes(64 << 20))
+    return [Message(declared, message.body), more]
+
+
+def _old(_transport, message: Message) -> list[Message]:
+    if message.header.round == 0:
+        return []
+    older = dataclasses.replace(message.header, round=message.header.round - 1)
+    far = dataclasses.replace(message.header, round=message.header.round + 1000)
+    return [Message(older, message.body), Message(far, message.body)]
+
+
+def _another_name(transport_, message: Message) -> list[Message]:
+    names = [name for name in transport_._addresses if name != message.header.sender]
+    return [
+        Message(dataclasses.replace(message.header, sender=name), message.body)
+        for name in [*names, "nobody"]
+    ]
+
+
+def _wrong_phase(_transport, message: Message) -> list[Message]:
+    return [Message(dataclasses.replace(message.header, active="AB"), message.body)]
+
+
+def _marked(_transport, message: Message) -> list[Message]:
+    return [Message(message.header, NOISE)]
+
+
+def _noise(original):
+    """Frames of random bytes for the message that is marked as noise."""
+
+    def frames(message, *rest):
+        if message.body != NOISE:
+            yield from original(message, *rest)
+            return
+        for size in (0, 1, 100, 100_000):
+            yield os.urandom(size)
+
+    return frames
+
+
+NOISE = b"noise"
+ATTACKS: dict[str, Callable[..., list[Message]]] = {
+    "NaN": _not_finite,
+    "wrong shapes": _wrong_shapes,
+    "1 GiB": _huge,
+    "random bytes": _marked,
+    "old and future rounds": _old,
+    "another's name": _another_name,
+    "wrong phase": _wrong_phase,
+}
+
+FAULTS: dict[str, Fault] = {
+    "killed": killed_at,
+    "slow": slow,
+    "diverging": diverging,
+    "careless": careless_about_certificates,
+    "without certificate": without_certificate,
+    "hostile": hostile,
+}

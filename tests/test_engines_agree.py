@@ -1,0 +1,93 @@
+"""A simulation and peers do the same: the same code, the same numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from conftest import tiny_job
+from hub import Hub, member, start_peer, together
+from plait.config import Config
+from plait.engines.simulate import simulate
+from plait.events import Evaluated, RoundDone
+
+SETTINGS = {
+    "clients": 4,
+    "rounds": 4,
+    "local_steps": 2,
+    "batch_size": 3,
+    "rank": 2,
+    "switch_every": 2,
+    "lr": 1e-2,
+    "lora_dropout": 0.1,
+    "optimizer_state": "reset_each_phase",
+    # A client to a chunk: one product over the texts of several adds up in another order.
+    "chunk_tokens": 1,
+}
+
+
+def simulated(config):
+    job = tiny_job(config)
+    stack = job.initial_stack()
+    return stack, list(simulate(job, stack))
+
+
+def peers_of(config, hub=None, **kwargs):
+    hub = hub or Hub()
+    members = [member(f"p{k}") for k in range(config.clients)]
+    return [start_peer(hub, k, config, members, **kwargs) for k in range(config.clients)]
+
+
+def far(stack, peers):
+    return max(
+        float((value[peer.me] - peer.stack.factors[factor][0]).abs().max())
+        for factor, value in stack.factors.items()
+        for peer in peers
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "topology"),
+    [
+        *itertools.product(["adf", "dec-lora", "ffa", "rolora"], ["ring", "pairs"]),
+        ("adf", "one_peer_exponential"),
+        ("adf", "hypercube"),
+        ("fedavg", "complete"),
+    ],
+)
+def test_peers_and_a_simulation_agree_bit_for_bit(method, topology):
+    config = Config(method=method, topology=topology, p=0.5, **SETTINGS)
+    stack, expected = simulated(config)
+    peers = peers_of(config)
+
+    said = together(peers, config.rounds)
+
+    assert far(stack, peers) == 0
+    for kind, fields in ((RoundDone, ("train_losses",)), (Evaluated, ("scores",))):
+        whole = [event for event in expected if isinstance(event, kind)]
+        parts = [[event for event in events if isinstance(event, kind)] for events in said]
+        for number, event in enumerate(whole):
+            for field in fields:
+                assert getattr(event, field) == [getattr(p[number], field)[0] for p in parts]
+    for number, event in enumerate(e for e in expected if isinstance(e, RoundDone)):
+        rounds = [[e for e in events if isinstance(e, RoundDone)][number] for events in said]
+        assert event.edges == [edge for part in rounds for edge in part.edges]
+        assert event.sent_bytes == sum(part.sent_bytes for part in rounds)
+        assert (event.active, event.shared) == (rounds[0].active, rounds[0].shared)
+
+
+def test_with_several_clients_to_a_chunk_they_agree_to_rounding():
+    config = Config(topology="ring", **SETTINGS | {"chunk_tokens": 2048})
+    stack, _ = simulated(config)
+    peers = peers_of(config)
+    together(peers, config.rounds)
+    assert far(stack, peers) < 1e-6
+
+
+def test_with_symmetric_loss_and_nothing_lost_they_agree_too():
+    config = Config(topology="ring", **SETTINGS)
+    stack, _ = simulated(config)
+    peers = peers_of(config, symmetric=True)
+    together(peers, config.rounds)
+    assert far(stack, peers) == 0
