@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.plan import Plan as Plan
     from plait.comparison import compare as compare
     from plait.comparison import conclude as conclude
     from plait.config import Config as Config
     from plait.export import load_base as load_base
     from plait.loggers import logged as logged
+    from plait.plan import Plan as Plan
     from plait.presets import build_preset as build_preset
     from plait.runs import load_run as load_run
     from plait.runs import run as run

@@ -26,7 +26,7 @@ from plait.events import Evaluated, Event, RoundDone, Started, summarize
 from plait.names import lookup
 
 if TYPE_CHECKING:
-    from plait.comparison import Cell
+    from plait.plan import Cell
 
 Numbers = Mapping[str, float]
 Write = Callable[[int, Numbers], None]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from plait.codec import Message, encode
 from plait.config import Config
@@ -230,7 +229,7 @@ class Process:
     def _save(self, rounds_done: int) -> None:
         try:
             self.folder.save(self.stack, rounds_done)
-        except SafetensorError as error:  # what a full disk comes as
+        except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
                 "Make room and start the peer again; it goes on from its last checkpoint."
@@ -239,7 +238,7 @@ class Process:
     def _finish(self) -> None:
         row = {factor: value[0] for factor, value in self.stack.factors.items()}
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
-        save_adapter(self.job.backbone.layout, row, self.job.config, adapter)
+        save_adapter(self.job.backbone, row, self.job.config, adapter)
         self.folder.finish(self._summary())
         LOG.info("done: %s", adapter)
 

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from plait.certificates import init_federation
 from plait.config import Config
 from plait.federation import Limits, load_federation, load_peer
+from plait.files import write_atomically
 from plait.methods import build_method
 from plait.mixing import mean
-from plait.runs import write_atomically
 from plait.topology import build_schedule
 
 POLL_S = 0.2
