@@ -94,6 +94,16 @@ def test_a_neighbour_that_runs_ahead_loses_nothing():
     assert box.left() == {0: {Task.ASK}, 2: {Task.ASK}}
 
 
+def test_a_message_that_was_asked_for_and_comes_again_late_is_no_fault():
+    box = inbox()
+    box.take(0, 0, letter())
+    box.close()
+    box.admit(0, 0, "A", "AB", b"x")
+    box.take(0, 0, letter())
+    with pytest.raises(Refused, match="closed"):
+        box.admit(0, 0, "A", "AB", b"y")
+
+
 def test_what_was_sent_is_kept_for_a_while_and_for_neighbours_only():
     box = inbox()
     with pytest.raises(Refused) as refused:

@@ -82,12 +82,14 @@ class Page:
     Attributes:
         letters: What came, by sender.
         mine: What this peer sent, once it has.
+        had: Their digests, once the round is closed: what was asked for may come again by itself.
         delivered: Who has acknowledged it.
         agreed: Symmetric loss: the links on which both sides mix.
         void: Symmetric loss: those on which neither does.
     """
 
     letters: dict[int, Letter] = field(default_factory=dict)
+    had: dict[int, bytes] = field(default_factory=dict)
     mine: Message | None = None
     delivered: set[int] = field(default_factory=set)
     agreed: set[int] = field(default_factory=set)
@@ -130,11 +132,13 @@ class Inbox:
             Refused: With the reason, for both sides.
         """
         here = f"here is round {self.round}"
-        if round_ < self.round:
+        if round_ < self.round and not self._had(sender, round_, digest):
             raise Refused(Reason.STALE_ROUND, f"round {round_} is closed, {here}")
         if round_ > self.round + self.keep_rounds or round_ >= self.rounds:
             ahead = f"{here}, and {self.keep_rounds} rounds are kept of {self.rounds}"
             raise Refused(Reason.TOO_FAR_AHEAD, f"round {round_}: {ahead}")
+        if round_ < self.round:
+            return
         turn = self.turn(round_)
         if sender not in turn.hears:
             raise Refused(Reason.NOT_A_NEIGHBOUR, f"not in round {round_}")
@@ -152,6 +156,8 @@ class Inbox:
 
     def take(self, sender: int, round_: int, letter: Letter) -> None:
         """Keep a message that `admit` let pass; the same one again changes nothing."""
+        if round_ < self.round:
+            return
         self._page(round_).letters.setdefault(sender, letter)
         self._commit(sender, round_)
 
@@ -234,9 +240,16 @@ class Inbox:
         """Go to a round, leaving out those between; what is too old is dropped."""
         self.round, self.closing = round_, False
         for past in [t for t in self._pages if t < round_]:
-            self._pages[past].letters.clear()
+            page = self._pages[past]
+            page.had |= {sender: letter.digest for sender, letter in page.letters.items()}
+            page.letters.clear()
             if past < round_ - self.keep_rounds:
                 del self._pages[past]
+
+    def _had(self, sender: int, round_: int, digest: bytes) -> bool:
+        page = self._pages.get(round_)
+        # With symmetric loss an acknowledgement is a promise to mix, and it is too late for that.
+        return page is not None and not self.symmetric and page.had.get(sender) == digest
 
     def _commit(self, peer: int, round_: int) -> None:
         page = self._page(round_)
