@@ -70,8 +70,9 @@ def comparison(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
 def test_the_report_opens_without_a_complaint(browser, comparison, width, scheme):
     with opened(browser, f"file://{comparison}/report.html", width, scheme) as page:
-        page.wait_for_selector("#graph .main-svg")
-        assert page.locator("figure:not([hidden]) .plot .main-svg").count() >= 11
+        page.wait_for_selector("figure[data-chart=partition] .main-svg")
+        drawn = page.locator("figure:not([hidden])")
+        assert drawn.count() == drawn.filter(has=page.locator(".main-svg")).count() == 11
         assert page.evaluate("document.documentElement.scrollWidth") == width
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 20, 23)"
         assert dark == (scheme == "dark")

@@ -186,7 +186,8 @@ def test_the_commands_make_the_same_runs(tmp_path, monkeypatch):
     plan = write_comparison(tmp_path / "a b", monkeypatch, **settings)
     assert load_plan(tmp_path / "a b") == plan
     _, name, *args = shlex.split(compare_command(plan))
-    given = cli._parse(cli.Compare, name, args, cli.Compare(settings=defaults(args)))
+    start = cli.Compare(settings=defaults(args), methods="", lrs="")
+    given = cli._parse(cli.Compare, name, args, start)
     again = dataclasses.replace(cli._plan(given, defaults(args)), out=plan.out)
     assert again == plan
 

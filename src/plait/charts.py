@@ -80,7 +80,7 @@ def bytes_chart(groups: Mapping[str, Said], metric: str) -> Chart:
         sent = sent_megabytes(runs)[: values.shape[1]]
         traces += _banded(label, sent, values, color, dash)
     layout = {"xaxis": _axis("sent by all clients, MB"),
-              "yaxis": _axis(f"{metric}, mean over clients")}  # fmt: skip
+              "yaxis": _axis(f"{metric}, client mean")}  # fmt: skip
     return _chart(traces, layout, f"{metric} against the megabytes sent")
 
 
@@ -128,7 +128,7 @@ def intervals_chart(estimates: Mapping[str, Estimate], unit: str, zero: bool) ->
 
 def differences_chart(found: Sequence[Difference], reference: str, metric: str) -> Chart:
     """The reference minus each other method, paired over the seeds."""
-    unit = f"{metric}: {reference} minus the other"
+    unit = f"{metric}, {reference} - other"
     return intervals_chart({one.rival: one.estimate for one in found}, unit, zero=True)
 
 

@@ -206,7 +206,7 @@ def _charts(
     differences = conclusion.differences if conclusion else study.differences()
     if len(outcomes) > 1:
         scores = {one.entry.label: one.score for one in outcomes}
-        unit = f"{metric}, mean over clients"
+        unit = f"{metric}, client mean"
         found["estimates"] = charts.intervals_chart(scores, unit, zero=False)
     if differences:
         reference = outcomes[0].entry.label

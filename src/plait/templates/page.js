@@ -261,21 +261,55 @@ function play() {
 
 // -- the page
 
-function drawRun() {
-  const run = runNow();
-  for (const figure of document.querySelectorAll("figure[data-of=run]")) {
-    draw(figure, run && run.charts[figure.dataset.chart]);
-  }
-  drawTopology();
+// One chart for each turn of the event loop, from the top: the page can be read and used meanwhile.
+// What comes while charts are being drawn waits for the last of them, or none at the end would
+// ever be drawn of a run with quick rounds.
+let tasks = [], later = null, timing = false;
+
+function work() {
+  timing = false;
+  const task = tasks.shift();
+  if (task) task();
+  if (!tasks.length && later) { tasks = later; later = null; }
+  if (tasks.length) tick();
 }
 
-function drawAll() {
-  for (const figure of document.querySelectorAll("figure[data-chart]:not([data-of])")) {
+function tick() {
+  if (!timing) setTimeout(work);
+  timing = true;
+}
+
+function drawSoon(next) {
+  if (tasks.length) later = next;
+  else tasks = next;
+  tick();
+}
+
+function finishDrawing() {
+  while (tasks.length || later) {
+    tasks.forEach((task) => task());
+    tasks = later || [];
+    later = null;
+  }
+}
+
+function runTasks() {
+  const run = runNow();
+  const figures = [...document.querySelectorAll("figure[data-of=run]")];
+  return [drawTopology,
+          ...figures.map((figure) => () => draw(figure, run && run.charts[figure.dataset.chart]))];
+}
+
+function allTasks() {
+  const figures = [...document.querySelectorAll("figure[data-chart]:not([data-of])")];
+  return [...figures.map((figure) => () => {
     const choice = figure.querySelector("select[data-switch]");
     draw(figure, shown.charts[choice ? choice.value : figure.dataset.chart]);
-  }
-  drawRun();
+  }), ...runTasks()];
 }
+
+function drawRun() { finishDrawing(); drawSoon(runTasks()); }
+function drawAll() { drawSoon(allTasks()); }
 
 function show(payload) {
   shown = payload;
@@ -310,6 +344,7 @@ byId("run").addEventListener("change", (event) => {
 byId("round").addEventListener("input", (event) => { stop(); moveTo(+event.target.value); });
 byId("colour").addEventListener("change", drawTopology);
 byId("play").addEventListener("click", play);
+window.addEventListener("beforeprint", finishDrawing);
 dark.addEventListener("change", () => shown && drawAll());
 narrow.addEventListener("change", () => shown && drawAll());
 
