@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub import Hub, member, start_peer
-from plait import cli_peers, peers, up
+from plait import cli, peers, up
 from plait.certificates import free_ports, init_federation
 from plait.config import Config
 from plait.desk import JsonLines
@@ -113,7 +113,7 @@ def test_status_of_a_federation(tmp_path, capsys):
     transport.start()
     try:
         found = ask_all(file)
-        assert cli_peers.main(["status", "--config", str(file), "--name", "p1"]) == 1
+        assert cli.main(["status", "--config", str(file), "--name", "p1"]) == 1
     finally:
         transport.stop(0)
     assert found[0].facts["round"] == 0
@@ -125,14 +125,14 @@ def test_status_of_a_federation(tmp_path, capsys):
 
 def test_commands_for_a_new_federation_and_for_mistakes(tmp_path, capsys):
     where = str(tmp_path / "f")
-    assert cli_peers.main(["init-federation", where, "--peers", "ada,ben", "--rounds", "3"]) == 0
+    assert cli.main(["init-federation", where, "--peers", "ada,ben", "--rounds", "3"]) == 0
     assert load_federation(tmp_path / "f" / "federation.toml").config.rounds == 3
     assert "plait peer --config" in capsys.readouterr().out
     file = f"{where}/federation.toml"
-    assert cli_peers.main(["peer", "--config", file, "--name", "nobody"]) == 1
+    assert cli.main(["peer", "--config", file, "--name", "nobody"]) == 1
     assert "nobody" in capsys.readouterr().err
-    assert cli_peers.main(["pear"]) == 2
-    assert cli_peers.main(["up", "--out", where]) == 1
+    assert cli.main(["pear"]) == 2
+    assert cli.main(["up", "--out", where]) == 1
     assert "not an empty folder" in capsys.readouterr().err
 
 

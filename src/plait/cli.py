@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 from rich.console import Console
 
-from plait import cli_doctor, cli_lists, cli_report
+from plait import cli_doctor, cli_lists, cli_peers, cli_report
 from plait.config import Config
 from plait.names import lookup
 from plait.presets import PRESETS, PresetRow, start_from
@@ -169,10 +169,10 @@ def _completion(args: list[str]) -> None:
 class CommandRow:
     """A line of `COMMANDS`: what to call with the arguments, and what it does in one line.
 
-    `takes` is the dataclass of its options, for shell completion.
+    `call` may return an exit code. `takes` is the dataclass of its options, for shell completion.
     """
 
-    call: Callable[[list[str]], None]
+    call: Callable[[list[str]], int | None]
     summary: str
     takes: type | None = None
 
@@ -192,6 +192,16 @@ COMMANDS: dict[str, CommandRow] = {
     "dashboard": CommandRow(
         cli_report.dashboard, "follow runs in the browser while they go", cli_report.Dashboard
     ),
+    "up": CommandRow(
+        cli_peers.up, "try a federation out: real peers on this machine", cli_peers.Up
+    ),
+    "init-federation": CommandRow(
+        cli_peers.init_federation, "write the files of a new federation", cli_peers.InitFederation
+    ),
+    "peer": CommandRow(
+        cli_peers.peer, "take part in a federation, as one of its peers", cli_peers.PeerCommand
+    ),
+    "status": CommandRow(cli_peers.status, "show who is alive in a federation", cli_peers.Status),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
     "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
     "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
@@ -205,6 +215,7 @@ COMMANDS: dict[str, CommandRow] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for an error, 2 for usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    status = 0
     try:
         if not args:
             _greet()
@@ -215,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args[0] not in COMMANDS:
             return _usage(args[0])
         else:
-            COMMANDS[args[0]].call(args[1:])
+            status = COMMANDS[args[0]].call(args[1:]) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # `plait tasks | head`: nobody listens any more, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -228,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(finished.code or 0)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command with --resume goes on.", 130)
-    return 0
+    return status
 
 
 def _usage(name: str) -> int:

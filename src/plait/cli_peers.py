@@ -1,13 +1,9 @@
-"""The commands for federations: `plait peer`, `up`, `status` and `init-federation`.
-
-`python -m plait.cli_peers COMMAND` runs one of them alone, which is how `plait up` starts peers.
-"""
+"""The commands for federations: `plait peer`, `up`, `status` and `init-federation`."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +14,6 @@ from rich.table import Table
 
 from plait.config import Config
 from plait.federation import Limits
-from plait.names import lookup
 
 Command = TypeVar("Command")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -173,37 +168,6 @@ def init_federation(args: list[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class CommandRow:
-    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line."""
-
-    call: Callable[[list[str]], int]
-    summary: str
-
-
-COMMANDS: dict[str, CommandRow] = {
-    "peer": CommandRow(peer, "take part in a federation, as one of its peers"),
-    "up": CommandRow(up, "try a federation out: real peers on this machine"),
-    "status": CommandRow(status, "show who is alive in a federation"),
-    "init-federation": CommandRow(init_federation, "write the files of a new federation"),
-}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of these commands; 1 for an error, 2 for usage."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        row = lookup(COMMANDS, args[0] if args else "", "command")
-    except ValueError as error:
-        print(f"plait: {error}", file=sys.stderr)
-        return 2
-    try:
-        return row.call(args[1:])
-    except (ValueError, OSError) as error:
-        print("plait: " + " ".join(str(error).split()), file=sys.stderr)
-        return 1
-
-
 def _parse(
     kind: type[Command], name: str, args: Sequence[str], default: Command | None = None
 ) -> Command:
@@ -215,7 +179,3 @@ def _defaults(args: Sequence[str]) -> Config:
     from plait.cli import defaults
 
     return defaults(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -27,7 +27,7 @@ class Figures:
     """Run folders, comparisons' folders, or folders of such."""
     out: Path = Path("figures")
     """The folder to write."""
-    form: Annotated[Literal["pdf", "png", "svg"], tyro.conf.arg(name="format")] = "pdf"
+    format: Literal["pdf", "png", "svg"] = "pdf"
     """The file format."""
 
 
@@ -66,7 +66,7 @@ def figures(args: list[str]) -> None:
     studies = read_studies(given.dirs)
     for study in studies:
         folder = given.out / slug(study.title) if len(studies) > 1 else given.out
-        written = paper_figures(study.said, folder, given.form)
+        written = paper_figures(study.said, folder, given.format)
         print(f"{folder}: {', '.join(path.name for path in written)}")
 
 

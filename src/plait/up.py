@@ -90,7 +90,7 @@ def start(
         arguments = ["peer", "--config", str(federation_file), "--name", name]
         with (logs / f"{name}.log").open("ab") as log:
             processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "plait.cli_peers", *arguments],
+                [sys.executable, "-m", "plait", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
