@@ -320,7 +320,7 @@ def test_the_options_are_these():
              for kind in (cli_report.Report, cli_report.Figures, cli_report.Dashboard)}  # fmt: skip
     assert names == {
         cli_report.Report: {"dirs", "out"},
-        cli_report.Figures: {"dirs", "out", "form"},
+        cli_report.Figures: {"dirs", "out", "format"},
         cli_report.Dashboard: {"dirs", "host", "port"},
     }
 

@@ -66,6 +66,7 @@ def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
 def test_a_checkpoint_that_cant_be_read_is_set_aside(tmp_path):
     peer = one_peer()
     folder = RunFolder.open(tmp_path / "out", CONFIG, resume=True)
+    folder.create(CONFIG)
     folder.record(peer.job.started)
     folder.save(peer.stack, 1)
     assert take_up(folder, peer.stack)[1] == 1

@@ -71,11 +71,11 @@ class Run(Start):
 class Compare(Start):
     """Compare methods on paired seeds, each at a learning rate of its own."""
 
-    methods: str
+    methods: str = PresetRow.methods
     """The methods, comma-separated; the first is compared with each of the others."""
     seeds: str = "0,1,2"
     """The seeds, comma-separated: one run of each method for each."""
-    lrs: str
+    lrs: str = PresetRow.lrs
     """Learning rates by method, such as `adf=2e-3,ffa=1e-2`; --lr for the others."""
     lr_grid: str = ""
     """Search these rates for each method without one in --lrs, on the validation split."""

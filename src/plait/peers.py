@@ -275,7 +275,9 @@ def open_folder(settings: PeerSettings, config: Config) -> RunFolder:
     """The run folder, new or taken up again; a write that was cut off is cleared away."""
     for partial in settings.out.glob("*.partial"):
         partial.unlink()
-    return RunFolder.open(settings.out, config, resume=True)
+    folder = RunFolder.open(settings.out, config, resume=True)
+    folder.create(config)
+    return folder
 
 
 def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:
