@@ -21,7 +21,7 @@ from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.figures import FIGURES
 from plait.page import PLOTLY, payload, plotly_js, report
 from plait.plan import load_plan
-from plait.series import MEASURES, band, over_rounds, phases, sent_megabytes
+from plait.series import MEASURES, band, over_rounds, phases, remark, sent_megabytes
 from plait.study import compare_command, find_studies, read_studies, run_command
 from plait.track import MOST_DRAWN, Track, meetings
 from said import events
@@ -366,3 +366,14 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
     made = payload(study)
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert "12.0" in made["pieces"]["runs"]
+    assert "plait up --peers 4" in made["pieces"]["settings"]
+    for name in ("apart", "cross_term"):
+        (said,) = made["charts"][name]["layout"]["annotations"]
+        assert said["text"] == "not known (a peer sees itself alone): adf"
+
+
+def test_what_is_zero_is_not_called_unknown():
+    ffa = dataclasses.replace(CONFIG, method="ffa")
+    said = {"adf": [list(events(CONFIG, 0.8))], "ffa": [list(events(ffa, 0.8))]}
+    assert remark(said, MEASURES["cross_term"]) == "0 throughout: ffa"
+    assert remark(said, MEASURES["apart"]) == remark(said, MEASURES["scores"]) == ""

@@ -29,6 +29,7 @@ from plait.series import (
     last_scores,
     over_rounds,
     phases,
+    remark,
     sent_megabytes,
     started,
 )
@@ -43,15 +44,14 @@ Chart = dict[str, Any]
 
 def over_rounds_chart(groups: Mapping[str, Said], measure: Measure, unit: str = "") -> Chart:
     """A measure of every label over the rounds, with the range of its runs as a band."""
-    traces, zero = [], []
+    traces: list[Chart] = []
     for (label, runs), (color, dash) in zip(groups.items(), cycle(STYLES), strict=False):
-        rounds, values = over_rounds(runs, measure)
-        zero += [label] if measure.log and len(rounds) and np.isnan(values).all() else []
-        traces += _banded(label, rounds, values, color, dash)
+        traces += _banded(label, *over_rounds(runs, measure), color, dash)
+    why = remark(groups, measure)
     layout = {
         "xaxis": _axis("rounds done"),
-        "yaxis": _axis(unit or measure.unit, log=measure.log and len(zero) < len(groups)),
-        "annotations": [_remark(f"0 throughout: {', '.join(zero)}")] if zero else [],
+        "yaxis": _axis(unit or measure.unit, log=measure.log and any(map(_positive, traces))),
+        "annotations": [_remark(why)] if why else [],
     }
     return _chart(traces, layout, f"{measure.title} over the rounds")
 
@@ -170,13 +170,16 @@ def consensus_chart(track: Track) -> Chart:
         line = {"color": color, "width": 2, "dash": dash}
         traces.append(_line(names[name], rounds[keep], values[0][keep], line))
     stretches = phases(track.events)
+    words = "shaded: A trains; not shaded: B trains"
+    unknown = bool(stretches) and not any(one.after for one in track.rounds)
+    words = "not known: a peer sees itself alone" if unknown else words
     alternates = 1 < len(stretches) <= MOST_POINTS
     layout = {
         "xaxis": _axis("rounds done"),
         "yaxis": _axis("after mixing, all layers", log=any(_positive(one) for one in traces)),
         "shapes": [_shade(*stretch) for stretch in stretches if stretch[2].startswith("A")]
         if alternates else [],
-        "annotations": [_remark("shaded: A trains; not shaded: B trains")] if alternates else [],
+        "annotations": [_remark(words)] if alternates or unknown else [],
     }  # fmt: skip
     return _chart(traces, layout, "Consensus distance of A and B and the cross term over rounds")
 

@@ -11,8 +11,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from plait.series import (
     MEASURES,
     STYLES,
@@ -23,6 +21,7 @@ from plait.series import (
     last_scores,
     over_rounds,
     phases,
+    remark,
     sent_megabytes,
     started,
 )
@@ -120,18 +119,12 @@ def _draw_scores(axes: Axes, runs: Groups) -> None:
 
 
 def _draw(axes: Axes, runs: Groups, measure: Measure) -> None:
-    zero = []
     for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
-        rounds, values = over_rounds(said, measure)
-        zero += [label] if np.isnan(values).all() else []
-        _draw_band(axes, label, rounds, values, color, dash)
-    if measure.log and len(zero) < len(runs):
+        _draw_band(axes, label, *over_rounds(said, measure), color, dash)
+    if measure.log and axes.dataLim.y1 > 0:
         axes.set_yscale("log")
     axes.set_ylabel(_plain(measure.unit))
-    if zero:
-        axes.annotate(
-            f"0 throughout: {', '.join(zero)}", (0.99, 0.03), xycoords="axes fraction", ha="right"
-        )
+    axes.annotate(remark(runs, measure), (0.99, 0.03), xycoords="axes fraction", ha="right")
 
 
 def _draw_bytes(axes: Axes, runs: Groups) -> None:

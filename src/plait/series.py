@@ -73,6 +73,20 @@ def over_rounds(runs: Said, measure: Measure) -> tuple[Array, Array]:
     return rounds, values
 
 
+def remark(groups: Mapping[str, Said], measure: Measure) -> str:
+    """Why a label has no line where there is a log scale: it is zero, or nobody knows it."""
+    if not measure.log:
+        return ""
+    words: dict[str, list[str]] = {"0 throughout": [], "not known (a peer sees itself alone)": []}
+    for label, runs in groups.items():
+        found = [measure.value(e) for run in runs for e in run if isinstance(e, measure.kind)]
+        if found and np.isnan(found).all():
+            words["not known (a peer sees itself alone)"].append(label)
+        elif found and max(found) < FLOOR:
+            words["0 throughout"].append(label)
+    return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in words.items() if labels)
+
+
 def band(values: Array) -> tuple[Array, Array, Array]:
     """Mean, lowest and highest (R,) of the runs (S, R) that have come to each round."""
     there = ~np.isnan(values)
@@ -145,7 +159,8 @@ def _over_layers(value: Callable[[Any], float]) -> Callable[[RoundDone], float]:
 
 
 def _cross_term(event: RoundDone) -> float:
-    return float(np.sqrt(sum(layer.cross_term**2 for layer in event.after) or np.nan))
+    squares = [layer.cross_term**2 for layer in event.after]
+    return float(np.sqrt(sum(squares))) if squares else np.nan
 
 
 SENT = Measure(RoundDone, lambda event: event.sent_bytes, "Sent in a round", "bytes")

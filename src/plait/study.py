@@ -96,7 +96,12 @@ class Study:
         """What to type to run it again."""
         if self.plan:
             return [compare_command(self.plan)]
-        return [run_command(track.config, track.path.name) for _, track in self.tracks]
+        return [
+            up_command(track.config, track.path.name)
+            if isinstance(track, Federation)
+            else run_command(track.config, track.path.name)
+            for _, track in self.tracks
+        ]
 
 
 # -- finding them
@@ -182,11 +187,12 @@ def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
             found.append(track)
     for parts in peers.values():
         parts.sort(key=lambda track: _natural(track.path))
-        # Under a name of its own beside the peers' folders, so that it is gone on with.
-        place = Path(os.path.commonpath([track.path for track in parts])) / "federation"
+        place = Path(os.path.commonpath([track.path.resolve() for track in parts]))
+        # `plait up` and `plait init-federation` have the peers in a folder of this name.
+        place = place.parent if place.name == "federation" else place
         joined = known.get(place)
         if not isinstance(joined, Federation) or joined.parts != parts:
-            known[place] = Federation(parts)
+            known[place] = Federation(place, parts)
         found.append(known[place])
     return found
 
@@ -232,6 +238,12 @@ def _words(name: str) -> str:
 def run_command(config: Config, out: str) -> str:
     """The `plait run` of a config."""
     return shlex.join(["plait", "run", *flags(config), "--out", out])
+
+
+def up_command(config: Config, out: str) -> str:
+    """The `plait up` that has the peers of a federation on one machine."""
+    words = flags(config, leave_out=("clients",))
+    return shlex.join(["plait", "up", "--peers", str(config.clients), *words, "--out", out])
 
 
 def compare_command(plan: Plan) -> str:

@@ -143,9 +143,9 @@ class Federation(Track):
     clients and the averaged model, which no peer sees, are missing.
     """
 
-    def __init__(self, parts: Sequence[Track]) -> None:
-        """Join the runs of peers, in the order of their numbers."""
-        super().__init__(parts[0].path, parts[0].config)
+    def __init__(self, path: Path, parts: Sequence[Track]) -> None:
+        """Join the runs of peers, in the order of their numbers, in a folder that has them all."""
+        super().__init__(path, parts[0].config)
         self.parts = list(parts)
         self._joined: list[tuple[int, bool]] = []
 
