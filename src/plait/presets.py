@@ -49,8 +49,8 @@ def _demo() -> Config:
         batch_size=8,
         top_layers=3,
         dtype="bfloat16",
-        eval_every=4,
-        eval_rows=100,
+        eval_every=5,
+        eval_rows=64,
     )
 
 
