@@ -216,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for an error, 2 for usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     status = 0
-    # Threads that spin while they wait for each other slow a run down tenfold where another
-    # process wants the cores too; asleep, they cost next to nothing. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP's threads spin while they wait for each other, by default so long that a run slows
+    # down tenfold where another process wants the cores too. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         if not args:
             _greet()
