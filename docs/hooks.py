@@ -65,6 +65,9 @@ class Setting:
 
 def settings_of(kind: type) -> Iterator[Setting]:
     """The fields of a dataclass with the strings and `# --` comments of its source."""
+    for base in kind.__bases__:
+        if dataclasses.is_dataclass(base):
+            yield from settings_of(base)
     source = textwrap.dedent(inspect.getsource(kind))
     marks = [(i, line) for i, line in enumerate(source.splitlines(), 1) if "# -- " in line]
     (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
@@ -98,10 +101,19 @@ def _kind(hint: Any) -> str:
     return kind.replace(" | None", " or None")
 
 
-def options(kind: type) -> str:
-    """The options of a command beside the settings."""
-    rows = [[f"`{_option(kind, one.name)}`", one.text] for one in settings_of(kind)]
-    return table(["option", ""], rows)
+def options() -> str:
+    """The options of each command, beside the settings where it takes them."""
+    parts = []
+    for name, row in cli.COMMANDS.items():
+        found = list(settings_of(row.takes)) if row.takes else []
+        if row.takes and found:
+            own = table(
+                ["option", ""], [[f"`{_option(row.takes, x.name)}`", x.text] for x in found]
+            )
+            takes_settings = Config in get_type_hints(row.takes).values()
+            before = "All [settings](settings.md), and\n\n" if takes_settings else ""
+            parts.append(f"## plait {name}\n\n{before}{own}")
+    return "\n".join(parts)
 
 
 def _option(kind: type, name: str) -> str:
@@ -159,16 +171,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "loggers": lambda: _summaries("logger", LOGGERS),
     "methods": methods,
-    "metrics": lambda: table(["metric", ""], [[f"`{name}`", (inspect.getdoc(metric) or "")]
-                                              for name, metric in METRICS.items()]),
+    "options": options,
+    "metrics": lambda: table(
+        ["metric", ""],
+        [[f"`{name}`", (inspect.getdoc(metric) or "")] for name, metric in METRICS.items()],
+    ),
     "partitions": partitions,
     "presets": lambda: _summaries("preset", PRESETS),
     "settings": settings,
     "tasks": lambda: _summaries("task", TASKS),
     "topologies": topologies,
     "weights": lambda: _summaries("weights", WEIGHTS),
-} | {
-    f"options {name}": lambda kind=row.takes: options(kind)
-    for name, row in cli.COMMANDS.items()
-    if row.takes
-}  # fmt: skip
+}

@@ -20,14 +20,15 @@ import pytest
 from conftest import save_encoder
 from plait import cli
 from plait.cli import COMMANDS, main
-from plait.presets import PRESETS, PresetRow
+from plait.cli_completion import options_of
+from plait.presets import PRESETS
 from plait.tasks import TASKS, Rows, Task, TaskRow, load_task
 from test_examples import TABLES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 PAGES = [page for page in PAGES if "design" not in page.parts]
-OTHERS = {"pip", "python3", "source", "eval", "tensorboard", "experiments/head_ablation.sh"}
+OTHERS = {"pip", "python3", "source", "eval", "tensorboard", "curl", "experiments/head_ablation.sh"}
 """What else a reader is told to type; nothing of plait's to be tested."""
 TAKES = {name: row.takes for name, row in COMMANDS.items() if row.takes}
 
@@ -99,9 +100,14 @@ def do(words: list[str], parsed_only: bool, more: dict[str, list[str]]) -> None:
     if ">" in words:
         words = words[: words.index(">")]
     command, *args = words[1:]
+    if parsed_only and command not in ("run", "compare"):
+        flags = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        assert flags <= set(options_of(TAKES[command])), " ".join(words)
+        return
     if parsed_only:
-        start = cli.defaults(args)
-        cli._parse(TAKES[command], command, args, TAKES[command](settings=start))
+        more_fields = {"methods": "adf", "lrs": ""} if command == "compare" else {}
+        start = TAKES[command](settings=cli.defaults(args), **more_fields)
+        cli._parse(TAKES[command], command, args, start)
         return
     assert main([command, *args, *more.get(command, [])]) == 0, " ".join(words)
 
@@ -146,8 +152,8 @@ def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
     tiny = {"backbone": str(tiny_folder), "rounds": 1, "local_steps": 1, "eval_rows": 8}
     for name, row in PRESETS.items():
         small = row.build().to_json() | tiny
-        row_of = PresetRow(lambda small=small: cli.Config.from_json(small), row.summary)
-        monkeypatch.setitem(PRESETS, name, row_of)
+        build = lambda small=small: cli.Config.from_json(small)  # noqa: E731
+        monkeypatch.setitem(PRESETS, name, dataclasses.replace(row, build=build))
     small_task = TaskRow(few_reviews, "A few film reviews in the place of TREC")
     for name in ("demo", "trec"):
         monkeypatch.setitem(TASKS, name, small_task)

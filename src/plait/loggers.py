@@ -80,7 +80,7 @@ def _of_round(event: RoundDone) -> dict[str, float]:
 
 
 def logged(
-    events: Iterable[Event], loggers: Sequence[str], config: Config, folder: Path
+    events: Iterable[Event], loggers: Sequence[str], config: Config, folder: Path | str
 ) -> Iterator[Event]:
     """Pass a run's events on, and write their numbers to loggers.
 
@@ -97,11 +97,11 @@ def logged(
         ValueError: An unknown logger, or one whose package isn't installed.
 
     Example:
-        >>> config, out = Config(rounds=2), Path("runs/mine")
+        >>> config, out = Config(rounds=2), "runs/mine"
         >>> for event in logged(run(config, out), ["tensorboard"], config, out):  # doctest: +SKIP
         ...     print(event)
     """
-    rows = require(loggers)
+    rows, folder = require(loggers), Path(folder)
     said: list[Event] = []
     writes: list[Write] = []
     with ExitStack() as stack:

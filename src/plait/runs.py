@@ -96,12 +96,13 @@ def carry_out(job: Job, stack: Stack, config: Config, folder: RunFolder | None) 
         folder.finish(summarize(config, events))
 
 
-def load_run(path: Path) -> tuple[Config, list[Event], dict[str, Any]]:
+def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
     """The config, events and summary of a finished run.
 
     Raises:
         ValueError: The folder holds no finished run.
     """
+    path = Path(path)
     summary = load_summary(path)
     return load_config(path), load_events(path), summary
 
