@@ -11,6 +11,7 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plait.lora import Dropout, Site, layer_index
-from plait.tokens import Batch, Places
+from plait.tokens import Batch
 
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+
+
+Way = Callable[[Tensor], Tensor]
 
 
 class FrozenLinear:
@@ -122,30 +126,20 @@ def _by_client(x: Tensor, branch: Branch, batch: Batch) -> Tensor:
     return batch.by_client.spread(kept).view(batch.num_clients, -1, x.shape[1])
 
 
-class _Spread(torch.autograd.Function):
-    """`Places.spread`, with a gather for its gradient: autograd's own would scatter row by row."""
+class _Move(torch.autograd.Function):
+    """Tokens to other places, and the way back as the gradient.
+
+    Each way of `Places` is the other's gradient; autograd's own would scatter row by row.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return places.spread(x)
+    def forward(ctx: Any, x: Tensor, there: Way, back: Way) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.places.gather(grad), None
-
-
-class _Gather(torch.autograd.Function):
-    """The reverse of `_Spread`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return places.gather(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.places.spread(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
 class _Layer:
@@ -258,7 +252,7 @@ class PackedEncoder:
 def _attention(qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:
     """Attention within each text, (T, 3 d) -> (T, d)."""
     count, size, _ = batch.same_text.shape
-    slots = _Spread.apply(qkv, batch.windows)  # type: ignore[no-untyped-call]
+    slots = _Move.apply(qkv, batch.windows.spread, batch.windows.gather)  # type: ignore[no-untyped-call]
     q, k, v = slots.view(count, size, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # (w, H, S, d / H)
     mask = batch.same_text[:, None]
     if q.dtype is torch.float32 or q.device.type != "cpu":
@@ -268,4 +262,4 @@ def _attention(qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:
         scores = (q / math.sqrt(q.shape[-1])) @ k.mT
         context = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
     slots = context.transpose(1, 2).flatten(2).flatten(0, 1)
-    return _Gather.apply(slots, batch.windows)  # type: ignore[no-any-return, no-untyped-call]
+    return _Move.apply(slots, batch.windows.gather, batch.windows.spread)  # type: ignore[no-any-return, no-untyped-call]

@@ -43,15 +43,16 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
         check_finite(losses, everyone, round_, config.lr)
         trained = time.perf_counter()
         W = job.schedule(round_)
+        weights = neighbour_weights(W)
         before = dict(stack.factors)
         shared = job.shared(round_)
         for factor in stack.factors:
             if factor in shared:
                 mine = before[factor]
-                stack.factors[factor] = job.method.mix(mine, mine, neighbour_weights(W))
+                stack.factors[factor] = job.method.mix(mine, mine, weights)
         mixed = time.perf_counter()
         states = layer_states(job.backbone.layout, before, stack.factors, W)
-        edges = [(int(i), int(j), float(W[i, j])) for i, j in np.argwhere(neighbour_weights(W))]
+        edges = [(int(i), int(j), float(W[i, j])) for i, j in np.argwhere(weights)]
         row_bytes = sum(4 * job.backbone.layout.size(f) for f in stack.factors if f in shared)
         yield RoundDone(
             round=round_,
