@@ -28,11 +28,12 @@ from rivals import Steps, Work, in_two_processes, peft_steps, plait_steps, vmap_
 from plait.backbone import Backbone
 from plait.config import Config
 from plait.loading import load_model
+from plait.local import chunks
 from plait.lora import initial_stack
 from plait.mixing import average, neighbour_weights
 from plait.packed import PackedEncoder
 from plait.tasks import load_task
-from plait.tokens import Tokens, tokenize
+from plait.tokens import Tokens, pack, tokenize
 from plait.topology import build_schedule
 
 RANK_SITES = 2  # query and value
@@ -105,7 +106,7 @@ def race(config: Config, tokens: Tokens, model: Any, clients: int, args: Any) ->
     fraction = flops * speed["plait fp32"] / median(rates)
     show(clients, speed, fraction)
     return {"client_steps_per_second": speed, "gemm_flops": median(rates),
-            "gemm_fraction_fp32": fraction, "padding_fraction": 0.0}  # fmt: skip
+            "gemm_fraction_fp32": fraction, "padding_fraction": padding(work)}  # fmt: skip
 
 
 def gemm_rate(backbone: Backbone, tokens: int = 1024) -> float:
@@ -152,6 +153,16 @@ def flops_per_client_step(work: Work, backbone: Backbone, steps: int) -> float:
     return flops
 
 
+def padding(work: Work) -> float:
+    """Share of the tokens computed in a step of all clients that are filler."""
+    config, everyone = work.config, len(work.shares)
+    batches = [
+        pack(work.tokens, np.stack([work.rows(client, 0) for client in chunk]))
+        for chunk in chunks(everyone, config.batch_size * work.tokens.lengths.mean(), config)
+    ]
+    return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)
+
+
 def show(clients: int, speed: dict[str, float], fraction: float) -> None:
     table = Table("system", "client-steps/s", "over peft fp32", title=f"{clients} clients")
     for name, value in sorted(speed.items(), key=lambda item: item[1]):
@@ -176,7 +187,7 @@ def headline(summary: dict[str, Any]) -> dict[str, float]:
             "plait bf16", [run["peft fp32, padded to 128"] for run in runs]
         ),
         "gemm_fraction_fp32": min(summary[f"clients_{n}"]["gemm_fraction_fp32"] for n in (10, 100)),
-        "padding_fraction": 0.0,
+        "padding_fraction": max(summary[f"clients_{n}"]["padding_fraction"] for n in (10, 100)),
     }
 
 

@@ -19,7 +19,7 @@ from latex2mathml.converter import convert
 
 from plait import cli
 from plait.config import Config
-from plait.engines.simulate import names
+from plait.engines.steps import names
 from plait.loggers import LOGGERS
 from plait.methods import METHODS
 from plait.partition import PARTITIONS

@@ -49,13 +49,13 @@ class Job:
     shares: list[np.ndarray]
     started: Started
 
-    def initial_stack(self) -> Stack:
-        """The common start of all N clients."""
+    def initial_stack(self, num_clients: int | None = None) -> Stack:
+        """The common start of all N clients, or of so many."""
         backbone = self.backbone
         return initial_stack(
             backbone.layout,
             backbone.head_start,
-            self.config.clients,
+            num_clients or self.config.clients,
             self.config.seed,
             backbone.device,
         )
@@ -78,6 +78,32 @@ class Job:
         return METRICS[self.task.metric](labels, answers)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What a config says must happen: `Job`'s attributes that need neither data nor a model."""
+
+    config: Config
+    method: Method
+    schedule: Callable[[int], np.ndarray]
+
+    @classmethod
+    def of(cls, config: Config) -> Rules:
+        """The rules of a config, with the topology that its method is defined on."""
+        method = build_method(config)
+        config = dataclasses.replace(config, topology=method.topology or config.topology)
+        return cls(config, method, build_schedule(config))
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run computes with: `Job`'s attributes that come from data and model."""
+
+    task: Task
+    backbone: Backbone
+    train: Tokens
+    held_out: Tokens
+
+
 def prepare(config: Config, own: Task | None = None) -> Job:
     """Load the data, deal it to the clients, load the model, build the topology.
 
@@ -90,46 +116,33 @@ def prepare(config: Config, own: Task | None = None) -> Job:
             what to change.
     """
     begin = time.perf_counter()
-    method = build_method(config)
-    if method.topology:
-        config = dataclasses.replace(config, topology=method.topology)
-    schedule = build_schedule(config)
+    rules = Rules.of(config)
+    config = rules.config
     if own is None:
-        task, backbone, train, held_out = _shared_materials(
-            Config(**{name: getattr(config, name) for name in MATERIAL})
-        )
-        shares = deal(task.train, task.num_labels, config)
+        materials = _shared_materials(Config(**{name: getattr(config, name) for name in MATERIAL}))
+        shares = deal(materials.task.train, materials.task.num_labels, config)
     else:
-        task, backbone, train, held_out = _materials(own, config)
+        materials = _materials(own, config)
         shares = [np.arange(len(own.train))] * config.clients
-    return Job(
-        config=config,
-        task=task,
-        method=method,
-        schedule=schedule,
-        backbone=backbone,
-        train=train,
-        held_out=held_out,
-        shares=shares,
-        started=first_event(config, task, backbone, held_out, shares, begin),
-    )
+    return assemble(rules, materials, shares, begin)
 
 
-def first_event(
-    config: Config,
-    task: Task,
-    backbone: Backbone,
-    held_out: Tokens,
-    shares: list[np.ndarray],
-    begin: float,
+def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
+    """The job of its parts; preparing them began at `perf_counter` time `begin`."""
+    started = _first_event(rules.config, materials, shares, begin)
+    return Job(**vars(rules), **vars(materials), shares=shares, started=started)
+
+
+def _first_event(
+    config: Config, materials: Materials, shares: list[np.ndarray], begin: float
 ) -> Started:
-    """What a run says of itself once everything is prepared, which began at `perf_counter` time."""
+    task, backbone = materials.task, materials.backbone
     return Started(
         task=task.name,
         metric=task.metric,
         label_names=task.label_names,
         label_counts=_label_counts(task, shares),
-        majority=_majority(task, held_out.labels),
+        majority=_majority(task, materials.held_out.labels),
         parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
         rho=rho_of(config),
         device=str(backbone.device),
@@ -146,17 +159,17 @@ MATERIAL = (
 
 
 @lru_cache(maxsize=1)
-def _shared_materials(config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
+def _shared_materials(config: Config) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
     return _materials(load_task(config), config)
 
 
-def _materials(task: Task, config: Config) -> tuple[Task, Backbone, Tokens, Tokens]:
+def _materials(task: Task, config: Config) -> Materials:
     """Task, model, training and evaluated split."""
     backbone = Backbone(load_model(config, task.num_labels), config)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (_tokenized(rows, backbone, config) for rows in (task.train, held_out))
-    return task, backbone, train, evaluated
+    return Materials(task, backbone, train, evaluated)
 
 
 def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:

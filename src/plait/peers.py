@@ -32,7 +32,7 @@ from plait.federation import Federation, PeerSettings, load_federation, load_pee
 from plait.gauges import serve_metrics
 from plait.inbox import Inbox, Rows
 from plait.job import Job, prepare
-from plait.lora import Stack, initial_stack
+from plait.lora import Stack
 from plait.runs import RunFolder
 from plait.tasks import Rows as TaskRows
 from plait.tasks import Task, load_task
@@ -95,7 +95,7 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.leave.set())
         self.job = prepare_peer(federation, settings)
-        self.stack = own_start(self.job)
+        self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
@@ -292,12 +292,6 @@ def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:
         LOG.error("%s can't be read (%s); beginning without it", folder.checkpoint_file, error)
         folder.checkpoint_file.replace(folder.checkpoint_file.with_suffix(".unreadable"))
         return folder.restore(stack), 0
-
-
-def own_start(job: Job) -> Stack:
-    """The common start, of one client."""
-    backbone = job.backbone
-    return initial_stack(backbone.layout, backbone.head_start, 1, job.config.seed, backbone.device)
 
 
 def check_members(federation: Federation) -> None:

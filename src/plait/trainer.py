@@ -27,14 +27,12 @@ from plait.config import Config
 from plait.events import Event
 from plait.export import save_adapters
 from plait.heads import MeanPooledClassifier
-from plait.job import Job, first_event
+from plait.job import Job, Materials, Rules, assemble
 from plait.loading import Loaded
-from plait.methods import build_method
 from plait.names import lookup
 from plait.runs import RunFolder, carry_out
 from plait.tasks import METRICS, Rows, Task
 from plait.tokens import Tokens, tokenize
-from plait.topology import build_schedule
 
 Row = Mapping[str, Any]
 
@@ -148,9 +146,8 @@ def _job(
     metric: str | None,
 ) -> Job:
     begin = time.perf_counter()
-    method = build_method(config)
-    config = dataclasses.replace(config, topology=method.topology or config.topology)
-    schedule = build_schedule(config)
+    rules = Rules.of(config)
+    config = rules.config
     read = _Reader(tokenizer, config, int(model.config.num_labels))
     hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
     held_out = read.all(eval_dataset, "eval_dataset")
@@ -161,17 +158,7 @@ def _job(
     task = _task(model, train, held_out, metric)
     ends = np.cumsum([len(hand) for hand in hands])
     shares = np.split(np.arange(len(train)), ends[:-1])
-    return Job(
-        config=config,
-        task=task,
-        method=method,
-        schedule=schedule,
-        backbone=backbone,
-        train=train,
-        held_out=held_out,
-        shares=shares,
-        started=first_event(config, task, backbone, held_out, shares, begin),
-    )
+    return assemble(rules, Materials(task, backbone, train, held_out), shares, begin)
 
 
 def _task(model: Any, train: Tokens, held_out: Tokens, metric: str | None) -> Task:

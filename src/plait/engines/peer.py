@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from plait.codec import Message
-from plait.engines.simulate import check_finite, evaluation, names, reset_moments
+from plait.engines.steps import evaluation, names, train_round
 from plait.events import Event, RoundDone
 from plait.exchange import Exchange, Left
 from plait.federation import Member
 from plait.inbox import Rows, Turn
 from plait.job import Job
-from plait.local import local_phase
 from plait.lora import Stack
 from plait.methods import Factor
 from plait.metrics import LayerState, layer_states
@@ -141,7 +140,7 @@ class Peer:
     def _round(self, round_: int) -> RoundDone:
         begin = time.perf_counter()
         turn = self.inbox.turn(round_)
-        loss = self._train(round_)
+        loss = float(train_round(self.job, self.stack, round_, [self.me])[0])
         trained = time.perf_counter()
         if self.exchange.leave.is_set():
             raise Left
@@ -167,45 +166,3 @@ class Peer:
             train_seconds=trained - begin,
             mix_seconds=time.perf_counter() - mixing,
         )
-
-    def _train(self, round_: int) -> float:
-        job, active = self.job, self.job.trained(round_)
-        reset_moments(self.stack, active, round_, job)
-        losses = local_phase(
-            job.backbone, self.stack, active, round_, job.train, job.shares, [self.me], job.config
-        ).mean(axis=1)
-        check_finite(losses, [self.me], round_, job.config.lr)
-        return float(losses[0])
-
-    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> list[LayerState]:
-        """Mix with what came.
-
-        Returns:
-            Diagnostics of this peer and those it heard, before mixing; none where not both
-            factors came. A peer can't know them for everyone, nor for anyone after mixing.
-        """
-        if not heard:
-            return []
-        W = turn.weights[list(heard)][None]
-        before = {}
-        for factor in next(iter(heard.values())):
-            mine = self.stack.factors[factor]
-            theirs = torch.stack([rows[factor] for rows in heard.values()]).to(mine.device)
-            before[factor] = torch.cat([mine, theirs])
-            self.stack.factors[factor] = self.job.method.mix(mine, theirs, W)
-        if not {Factor.A, Factor.B} <= before.keys():
-            return []
-        local = np.eye(1 + len(heard))
-        local[0] = [1 - W.sum(), *W[0]]
-        return layer_states(self.job.backbone.layout, before, before, local)[0]
-
-    def _rest(self) -> None:
-        """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""
-        round_ = self.inbox.round
-        travels = Factor.NONE
-        for t in range(min(round_, 2 * self.job.config.switch_every)):
-            travels |= self.job.shared(t)
-        rows = {f: v[0].clone() for f, v in self.stack.factors.items() if f in travels}
-        if rows:
-            active = self.inbox.turn(round_ - 1).active
-            self.desk.resting = lambda: self.write(rows, round_, active, "state")
