@@ -166,3 +166,36 @@ class Peer:
             train_seconds=trained - begin,
             mix_seconds=time.perf_counter() - mixing,
         )
+
+    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> list[LayerState]:
+        """Mix with what came.
+
+        Returns:
+            Diagnostics of this peer and those it heard, before mixing; none where not both
+            factors came. A peer can't know them for everyone, nor for anyone after mixing.
+        """
+        if not heard:
+            return []
+        W = turn.weights[list(heard)][None]
+        before = {}
+        for factor in next(iter(heard.values())):
+            mine = self.stack.factors[factor]
+            theirs = torch.stack([rows[factor] for rows in heard.values()]).to(mine.device)
+            before[factor] = torch.cat([mine, theirs])
+            self.stack.factors[factor] = self.job.method.mix(mine, theirs, W)
+        if not {Factor.A, Factor.B} <= before.keys():
+            return []
+        local = np.eye(1 + len(heard))
+        local[0] = [1 - W.sum(), *W[0]]
+        return layer_states(self.job.backbone.layout, before, before, local)[0]
+
+    def _rest(self) -> None:
+        """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""
+        round_ = self.inbox.round
+        travels = Factor.NONE
+        for t in range(min(round_, 2 * self.job.config.switch_every)):
+            travels |= self.job.shared(t)
+        rows = {f: v[0].clone() for f, v in self.stack.factors.items() if f in travels}
+        if rows:
+            active = self.inbox.turn(round_ - 1).active
+            self.desk.resting = lambda: self.write(rows, round_, active, "state")
