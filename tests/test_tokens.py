@@ -33,17 +33,23 @@ def test_every_token_has_one_place_and_texts_stay_whole(lengths, clients):
         slots = places.spread(x)
         assert torch.equal(places.gather(slots)[:total], x[:total])
         assert (slots != 0).sum() == total
-    count, size, _ = batch.same_text.shape
     text = torch.repeat_interleave(torch.arange(rows.size) + 1.0, batch.lengths)
     text = torch.cat([text, torch.zeros(len(batch.ids) - total)])
-    windows = batch.windows.spread(text[:, None]).view(count, size)
-    assert torch.equal(batch.same_text, windows[:, :, None] == windows[:, None, :])
+    slots = batch.windows.spread(text[:, None])[:, 0]
+    window_of_slot = []
+    for apart, part in zip(
+        batch.apart, slots.split([a.shape[0] * a.shape[1] for a in batch.apart]), strict=True
+    ):
+        windows = part.view(apart.shape[:2])
+        assert torch.equal(apart, windows[:, :, None] != windows[:, None, :])
+        assert (windows != 0).any(dim=1).all()
+        window_of_slot += [len(set(window_of_slot)) + k // apart.shape[1] for k in range(len(part))]
     for k, row in enumerate(rows.ravel()):
         span = slice(int(batch.starts[k]), int(batch.starts[k]) + lengths[row])
         expected = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
         assert batch.ids[span].tolist() == expected.tolist()
         assert batch.positions[span].tolist() == list(range(lengths[row]))
-        assert len(set((batch.windows.inverse[span] // size).tolist())) == 1
+        assert len({window_of_slot[slot] for slot in batch.windows.inverse[span].tolist()}) == 1
     owner = batch.by_client.inverse[:total] // (len(batch.by_client.index) // clients)
     assert torch.equal(owner, torch.repeat_interleave(torch.arange(rows.size) // 3, batch.lengths))
 

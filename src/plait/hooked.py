@@ -9,7 +9,7 @@ Legend: R_g texts of a group, L_g its longest, n clients, d the model's width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ from torch.nn import functional
 
 from plait.lora import Dropout, Site, branch
 from plait.tokens import Batch
+
+
+class _Now(threading.local):
+    """What the hooks add in the group that this thread computes: the texts' branches, dropout."""
+
+    of_text: dict[str, tuple[Tensor, Tensor]]
+    keep: Dropout | None
 
 
 class HookedEncoder:
@@ -29,15 +36,15 @@ class HookedEncoder:
         self.scale = scale
         self.has_types = getattr(base.config, "type_vocab_size", 0) > 1
         self.pad_id = base.config.pad_token_id or 0
-        self._of_text: dict[str, tuple[Tensor, Tensor]] = {}
-        self._keep: Callable[[str, Tensor], Tensor] | None = None
+        self._now = _Now()
         for site in sites:
             model.get_submodule(site.name).register_forward_hook(self._hook(site.name))
 
     def _hook(self, name: str) -> Any:
         def add_branch(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            A, B = self._of_text[name]
-            x = inputs[0] if self._keep is None else inputs[0] * self._keep(name, inputs[0])
+            A, B = self._now.of_text[name]
+            keep = self._now.keep
+            x = inputs[0] if keep is None else inputs[0] * keep(name, inputs[0])
             return output + branch(x, A, B, self.scale)
 
         return add_branch
@@ -59,8 +66,8 @@ class HookedEncoder:
         for texts in similar_lengths(batch.lengths):
             index, mask = _rectangle(batch, texts)
             client = texts // texts_per_client
-            self._of_text = {name: (A[name][client], B[name][client]) for name in A}
-            self._keep = dropout and _arranged(dropout, index)
+            self._now.of_text = {name: (A[name][client], B[name][client]) for name in A}
+            self._now.keep = dropout and _arranged(dropout, index)
             kinds = {"token_type_ids": types[index]} if self.has_types else {}
             out = self.base(input_ids=ids[index], attention_mask=mask.long(), **kinds)
             hidden.append(out.last_hidden_state[mask])

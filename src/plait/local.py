@@ -1,15 +1,18 @@
 """The local phase: K optimizer steps of every client on its own rows, before anyone exchanges.
 
-Clients are computed a chunk at a time, all K steps of a chunk before the next, so that a chunk's
-factors and activations stay in cache; the result does not depend on how they are cut.
+Clients are computed in chunks, all K steps of one together, so that its factors and activations
+stay in cache. On the CPU each core has a chunk of its own: cores that share every product would
+wait for one another after each. The result does not depend on how the clients are cut.
 
 Legend: n clients of a chunk, b texts of each in a step, P parameters of a factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,9 @@ from plait.lora import Dropout, Stack
 from plait.methods import Factor
 from plait.rng import stream, torch_stream
 from plait.tokens import Batch, Tokens, pack
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 
 def local_phase(
@@ -52,7 +58,8 @@ def local_phase(
     """
     active = [factor for factor in stack.factors if factor in train]
     losses = np.empty((len(clients), config.local_steps))
-    for chunk in chunks(len(clients), config.batch_size * tokens.lengths.mean(), config):
+
+    def train_chunk(chunk: range) -> None:
         ids = [clients[k] for k in chunk]
         rows = slice(chunk.start, chunk.stop)
         leaves = {
@@ -71,16 +78,43 @@ def local_phase(
             for factor in active:
                 _step(stack, factor, rows, leaves[factor], step, config)
                 leaves[factor].grad = None
+
+    workers = cores(backbone.device)
+    tokens_per_client = config.batch_size * tokens.lengths.mean()
+    on_cores(train_chunk, chunks(len(clients), tokens_per_client, config, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
     return losses
 
 
-def chunks(num_clients: int, tokens_per_client: float, config: Config) -> Iterator[range]:
-    """Client ranges of equal size, to within one, of about `config.chunk_tokens` tokens each."""
+def chunks(num_clients: int, tokens_per_client: float, config: Config, workers: int) -> list[range]:
+    """Client ranges of equal size, to within one, of at most about `config.chunk_tokens` tokens.
+
+    Where there are clients enough, their number is a multiple of `workers`, so that none waits.
+    """
     pieces = int(np.ceil(num_clients * tokens_per_client / config.chunk_tokens))
-    bounds = np.linspace(0, num_clients, min(max(pieces, 1), num_clients) + 1).astype(int)
-    return (range(*pair) for pair in pairwise(bounds))
+    pieces = -(-pieces // workers) * workers
+    bounds = np.linspace(0, num_clients, min(pieces, num_clients) + 1).astype(int)
+    return [range(*pair) for pair in pairwise(bounds)]
+
+
+def cores(device: torch.device) -> int:
+    """How many chunks are computed at once: PyTorch's number of threads, one on an accelerator."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def on_cores(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
+) -> list[Result]:
+    """`work` of each piece, in order; with several pieces and workers, on a thread each."""
+    if workers == 1 or len(pieces) == 1:
+        return [work(piece) for piece in pieces]
+    torch.set_num_threads(1)  # what new threads begin with
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(work, pieces))
+    finally:
+        torch.set_num_threads(workers)
 
 
 def batch_rows(share: np.ndarray, client: int, position: int, config: Config) -> np.ndarray:
@@ -170,7 +204,6 @@ def _step(
         )
 
 
-@torch.no_grad()
 def evaluate(
     backbone: Backbone, factors: dict[Factor, Tensor], tokens: Tokens, config: Config
 ) -> Tensor:
@@ -188,15 +221,22 @@ def evaluate(
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
     texts_at_once = max(1, int(config.chunk_tokens / tokens.lengths.mean() / 8))
-    parts = []
-    for start in range(0, len(order), texts_at_once):
-        texts = order[start : start + texts_at_once]
-        cost = float(tokens.lengths[texts].sum())
-        by_chunk = []
-        for chunk in chunks(num_clients, cost, config):
-            rows = slice(chunk.start, chunk.stop)
-            batch = pack(tokens, np.tile(texts, (len(chunk), 1))).to(backbone.device)
-            mine = {factor: value[rows] for factor, value in factors.items()}
-            by_chunk.append(backbone.logits(batch, mine).cpu())
-        parts.append(torch.cat(by_chunk))
-    return torch.cat(parts, dim=1)[:, np.argsort(order)]
+    workers = cores(backbone.device)
+    pieces = [
+        (texts, chunk)
+        for texts in np.split(order, range(texts_at_once, len(order), texts_at_once))
+        for chunk in chunks(num_clients, float(tokens.lengths[texts].sum()), config, 1)
+    ]
+
+    def logits_of(piece: tuple[np.ndarray, range]) -> Tensor:
+        texts, chunk = piece
+        batch = pack(tokens, np.tile(texts, (len(chunk), 1))).to(backbone.device)
+        mine = {factor: value[chunk.start : chunk.stop] for factor, value in factors.items()}
+        with torch.no_grad():
+            return backbone.logits(batch, mine).cpu()
+
+    parts = on_cores(logits_of, pieces, workers)
+    logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
+    for (texts, chunk), part in zip(pieces, parts, strict=True):
+        logits[chunk.start : chunk.stop, torch.from_numpy(texts)] = part
+    return logits

@@ -10,8 +10,6 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,11 @@ from plait.tokens import Batch
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
-Way = Callable[[Tensor], Tensor]
+def onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU has oneDNN's products in a type: bfloat16 needs AVX-512 or newer."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class FrozenLinear:
@@ -35,7 +37,7 @@ class FrozenLinear:
         """The layers side by side, as one: (d_out_1 + d_out_2 + ..., d_in)."""
         self.weight = torch.cat([layer.weight for layer in layers]).detach().contiguous()
         self.bias = torch.cat([layer.bias for layer in layers]).detach()
-        self.prepacked = self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.prepacked = self.weight.device.type == "cpu" and onednn_computes(self.weight.dtype)
         if self.prepacked:
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self.packed = reorder(self.weight)
@@ -68,7 +70,7 @@ class _Adapted(torch.autograd.Function):
     """A frozen layer with LoRA branches of n clients, and the gradient written out.
 
     y[:, columns] += s (x A^T) B^T for each branch, token by token with its own client's factors.
-    Kept for the backward pass: x, which is kept anyway, and x A^T, which is r wide. The gradient
+    Kept for the backward pass: x A^T, which is r wide, and x only where an A trains. The gradient
     of a factor that doesn't train, and of inputs below the first adapted layer, is never formed.
     """
 
@@ -83,21 +85,22 @@ class _Adapted(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         y = linear.forward(x)
-        lows = []
-        for branch, A, B in zip(branches, factors[::2], factors[1::2], strict=True):
-            low = torch.bmm(_by_client(x, branch, batch), A.to(x.dtype).mT).mul_(scale)
+        inputs, lows = _inputs(x, branches, batch), []
+        for branch, own, A, B in zip(branches, inputs, factors[::2], factors[1::2], strict=True):
+            low = torch.bmm(own, A.to(x.dtype).mT).mul_(scale)
             delta = torch.bmm(low, B.to(x.dtype).mT)
             y[:, branch.columns] += batch.by_client.gather(delta.flatten(0, 1))
             lows.append(low)
         ctx.linear, ctx.batch, ctx.scale, ctx.branches = linear, batch, scale, branches
-        ctx.save_for_backward(x if factors else None, *factors, *lows)
+        trains_A = any(ctx.needs_input_grad[5::2])
+        ctx.save_for_backward(*factors, *lows, *(inputs if trains_A else ()))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         count = len(ctx.branches)
-        factors, lows = saved[: 2 * count], saved[2 * count :]
+        factors, lows, inputs = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         grad_x = ctx.linear.backward(grad) if needs_x else None
         grads: list[Tensor | None] = []
@@ -111,7 +114,7 @@ class _Adapted(torch.autograd.Function):
             if needs[2 * k] or grad_x is not None:
                 grad_low = torch.bmm(grad_delta, B.to(grad.dtype)).mul_(ctx.scale)
             if needs[2 * k]:
-                grad_A = torch.bmm(grad_low.mT, _by_client(x, branch, ctx.batch)).to(A.dtype)
+                grad_A = torch.bmm(grad_low.mT, inputs[k]).to(A.dtype)
             if grad_x is not None:
                 back = torch.bmm(grad_low, A.to(grad.dtype)).flatten(0, 1)
                 back = ctx.batch.by_client.gather(back)
@@ -120,26 +123,80 @@ class _Adapted(torch.autograd.Function):
         return grad_x, None, None, None, None, *grads
 
 
-def _by_client(x: Tensor, branch: Branch, batch: Batch) -> Tensor:
-    """(T, d_in) -> (n, t, d_in), the branch's input."""
-    kept = x if branch.keep is None else x * branch.keep
-    return batch.by_client.spread(kept).view(batch.num_clients, -1, x.shape[1])
+def _inputs(x: Tensor, branches: list[Branch], batch: Batch) -> list[Tensor]:
+    """What each branch sees of x (T, d_in), by client: (n, t, d_in), one for all if none drops."""
+
+    def by_client(x: Tensor) -> Tensor:
+        return batch.by_client.spread(x).unflatten(0, (batch.num_clients, -1))
+
+    if any(branch.keep is not None for branch in branches):
+        return [by_client(x if b.keep is None else x * b.keep) for b in branches]
+    return [by_client(x)] * len(branches) if branches else []
 
 
-class _Move(torch.autograd.Function):
-    """Tokens to other places, and the way back as the gradient.
+class _Attention(torch.autograd.Function):
+    """Attention within each text, (T, 3 d) -> (T, d), and the gradient written out.
 
-    Each way of `Places` is the other's gradient; autograd's own would scatter row by row.
+    Texts are short, so plain products over small windows take half the time that the fused
+    kernels for long ones do. The softmax (w H S^2 numbers) is kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Way, back: Way) -> Tensor:
-        ctx.back = back
-        return there(x)
+    def forward(ctx: Any, qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:
+        ctx.batch, ctx.num_heads = batch, num_heads
+        ctx.scale = (qkv.shape[1] // 3 // num_heads) ** -0.5
+        contexts, saved = [], []
+        slots = batch.windows.spread(qkv)
+        for apart, part in zip(batch.apart, _by_window(slots, batch), strict=True):
+            heads = _to_heads(part, apart, 3, num_heads)
+            q, k, v = heads
+            scores = torch.bmm(q.mul_(ctx.scale), k.mT)
+            scores.view(len(apart), num_heads, *apart.shape[1:]).masked_fill_(
+                apart[:, None], float("-inf")
+            )
+            weights = scores.softmax(dim=-1)
+            contexts.append(_from_heads(torch.bmm(weights, v)[None], apart))
+            saved += [heads, weights]
+        ctx.save_for_backward(*saved)
+        return batch.windows.gather(torch.cat(contexts))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(grad), None, None
+        batch, saved = ctx.batch, ctx.saved_tensors
+        grads = []
+        slots = batch.windows.spread(grad)
+        for index, (apart, part) in enumerate(
+            zip(batch.apart, _by_window(slots, batch), strict=True)
+        ):
+            (q, k, v), weights = saved[2 * index : 2 * index + 2]
+            (grad_context,) = _to_heads(part, apart, 1, ctx.num_heads)
+            grad_weights = torch.bmm(grad_context, v.mT)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_heads = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
+            torch.bmm(grad_scores, k, out=grad_heads[0]).mul_(ctx.scale)
+            torch.bmm(grad_scores.mT, q, out=grad_heads[1])
+            torch.bmm(weights.mT, grad_context, out=grad_heads[2])
+            grads.append(_from_heads(grad_heads, apart))
+        return batch.windows.gather(torch.cat(grads)), None, None
+
+
+def _by_window(slots: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    """The slots of the windows of each size."""
+    return slots.split([apart.shape[0] * apart.shape[1] for apart in batch.apart])
+
+
+def _to_heads(slots: Tensor, apart: Tensor, parts: int, num_heads: int) -> Tensor:
+    """(w S, parts d) -> (parts, w H, S, d / H), a copy."""
+    count, size, _ = apart.shape
+    slots = slots.view(count, size, parts, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return slots.contiguous().flatten(1, 2)
+
+
+def _from_heads(heads: Tensor, apart: Tensor) -> Tensor:
+    """The reverse of `_to_heads`."""
+    count, size, _ = apart.shape
+    heads = heads.unflatten(1, (count, -1)).permute(1, 3, 0, 2, 4)
+    return heads.reshape(count * size, -1)
 
 
 class _Layer:
@@ -238,7 +295,7 @@ class PackedEncoder:
             return _Adapted.apply(x, frozen, batch, self.scale, branches, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
-        context = _attention(qkv, batch, layer.num_heads)
+        context = _Attention.apply(qkv, batch, layer.num_heads)  # type: ignore[no-untyped-call]
         # Past attention tokens don't meet again. A branch there needs to know whose they are.
         last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
         if first_tokens and not last_branches:
@@ -247,19 +304,3 @@ class PackedEncoder:
         up = layer.activation(adapted(layer.up, [layer.up_name], h))
         h = layer.norm_2(adapted(layer.down, [layer.down_name], up) + h)
         return h[batch.starts] if first_tokens and last_branches else h
-
-
-def _attention(qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:
-    """Attention within each text, (T, 3 d) -> (T, d)."""
-    count, size, _ = batch.same_text.shape
-    slots = _Move.apply(qkv, batch.windows.spread, batch.windows.gather)  # type: ignore[no-untyped-call]
-    q, k, v = slots.view(count, size, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # (w, H, S, d / H)
-    mask = batch.same_text[:, None]
-    if q.dtype is torch.float32 or q.device.type != "cpu":
-        context = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    else:
-        # The CPU's fused attention is several times slower in bfloat16 than these three steps.
-        scores = (q / math.sqrt(q.shape[-1])) @ k.mT
-        context = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
-    slots = context.transpose(1, 2).flatten(2).flatten(0, 1)
-    return _Move.apply(slots, batch.windows.gather, batch.windows.spread)  # type: ignore[no-any-return, no-untyped-call]

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LEAST_WINDOW = 32
+"""Slots of the smallest windows in which attention is computed."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -133,8 +136,9 @@ class Batch:
         lengths: (R,) int64.
         labels: (R,) int64 or float32.
         by_client: Places of the tokens in an (n, t) rectangle, t the most tokens of a client.
-        windows: Places of the tokens in (w, S) windows that each hold a few whole texts.
-        same_text: (w, S, S) bool, whether two slots of a window belong to one text.
+        windows: Places of the tokens in windows that each hold a few whole texts: w_1 windows of
+            S_1 slots, then w_2 larger ones of S_2, and so on.
+        apart: (w_i, S_i, S_i) bool each, whether two slots of a window are of different texts.
         hidden: (T, d), the input of the first adapted layer, where it is known.
     """
 
@@ -149,7 +153,7 @@ class Batch:
     labels: Tensor
     by_client: Places
     windows: Places
-    same_text: Tensor
+    apart: tuple[Tensor, ...]
     hidden: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
@@ -160,6 +164,7 @@ class Batch:
             name: value.to(device) if isinstance(value, Tensor | Places) else value
             for name, value in vars(self).items()
         }
+        moved["apart"] = tuple(apart.to(device) for apart in self.apart)
         return Batch(**moved)
 
 
@@ -173,7 +178,7 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
     positions, source = (np.pad(array, (0, filler)) for array in (positions, source))
-    windows, same_text = _windows(lengths, starts, filler)
+    windows, apart = _windows(lengths, starts, filler)
     return Batch(
         num_clients=len(rows),
         num_tokens=num_tokens,
@@ -186,7 +191,7 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
         labels=torch.from_numpy(tokens.labels[flat]),
         by_client=_by_client(lengths.reshape(rows.shape).sum(axis=1), filler),
         windows=windows,
-        same_text=torch.from_numpy(same_text),
+        apart=apart,
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],
     )
 
@@ -205,25 +210,53 @@ def _by_client(counts: np.ndarray, filler: int) -> Places:
 
 
 def _windows(
-    lengths: np.ndarray, starts: np.ndarray, filler: int, least: int = 64
-) -> tuple[Places, np.ndarray]:
-    """Whole texts, one after another, in windows of `least` slots or the longest text's length.
+    lengths: np.ndarray, starts: np.ndarray, filler: int
+) -> tuple[Places, tuple[Tensor, ...]]:
+    """Whole texts side by side in windows: those of up to 32 tokens, of up to 64, and so on.
 
     Attention over a window of several short texts costs a few wasted products, and far fewer
     calls than a rectangle for each length.
     """
-    size = max(least, int(lengths.max()))
-    window = np.empty(len(lengths), dtype=np.int64)
-    first = np.empty(len(lengths), dtype=np.int64)
-    number, begin = -1, -size - 1
-    for text, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        if number < 0 or start + length - begin > size:
-            number, begin = number + 1, start
-        window[text], first[text] = number, begin
-    slots = np.arange(lengths.sum()) + np.repeat(window * size - first, lengths)
-    text_of_slot = np.full((number + 1) * size, -1)
+    kinds = np.ceil(np.log2(np.maximum(lengths, LEAST_WINDOW) / LEAST_WINDOW)).astype(np.int64)
+    begins = np.empty(len(lengths), dtype=np.int64)
+    shapes = []
+    num_slots = 0
+    for kind in np.unique(kinds):
+        texts = np.flatnonzero(kinds == kind)
+        size = max(LEAST_WINDOW, int(lengths[texts].max()))
+        places, count = _side_by_side(lengths[texts], size)
+        begins[texts] = num_slots + places
+        shapes.append((count, size))
+        num_slots += count * size
+    slots = np.arange(lengths.sum()) + np.repeat(begins - starts, lengths)
+    text_of_slot = np.full(num_slots, -1)
     text_of_slot[slots] = np.repeat(np.arange(len(lengths)), lengths)
-    texts = text_of_slot.reshape(-1, size)
-    # Empty slots attend to each other, which keeps their unused softmax finite.
-    same_text = texts[:, :, None] == texts[:, None, :]
-    return Places.of(slots, text_of_slot.size, filler), same_text
+    apart = []
+    end = 0
+    for count, size in shapes:
+        begin, end = end, end + count * size
+        texts = text_of_slot[begin:end].reshape(count, size)
+        # Empty slots attend to each other, which keeps their unused softmax finite.
+        apart.append(torch.from_numpy(texts[:, :, None] != texts[:, None, :]))
+    return Places.of(slots, num_slots, filler), tuple(apart)
+
+
+def _side_by_side(lengths: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """Where each text begins in windows of `size` slots, end to end, and how many there are.
+
+    A window takes the longest text that is left, and then the shortest ones while they fit.
+    """
+    begins = np.empty(len(lengths), dtype=np.int64)
+    order = lengths.argsort(kind="stable").tolist()
+    shortest, longest, window = 0, len(order) - 1, 0
+    while shortest <= longest:
+        text = order[longest]
+        longest -= 1
+        begins[text] = window * size
+        used = int(lengths[text])
+        while shortest <= longest and used + lengths[order[shortest]] <= size:
+            begins[order[shortest]] = window * size + used
+            used += int(lengths[order[shortest]])
+            shortest += 1
+        window += 1
+    return begins, window
