@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,13 @@ def tiny_job(config: Config) -> Job:
 def ragged_tokens() -> Tokens:
     """Sixty texts of 3 to 20 tokens, three classes."""
     return random_tokens()
+
+
+def tokens_of(lengths: Sequence[int]) -> Tokens:
+    """Texts of these lengths, no two tokens alike."""
+    ids = np.arange(sum(lengths), dtype=np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Tokens(ids=ids, types=ids * 0, offsets=offsets, labels=np.zeros(len(lengths), np.int64))
 
 
 def random_tokens() -> Tokens:

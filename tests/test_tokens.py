@@ -8,15 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import random_tokens
+from conftest import random_tokens, tokens_of
 from plait.hooked import similar_lengths
-from plait.tokens import Tokens, pack
-
-
-def tokens_of(lengths):
-    ids = np.arange(sum(lengths), dtype=np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Tokens(ids=ids, types=ids * 0, offsets=offsets, labels=np.zeros(len(lengths), np.int64))
+from plait.tokens import pack
 
 
 @settings(deadline=None)

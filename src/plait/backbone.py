@@ -18,6 +18,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from plait.attention import Windows
 from plait.config import Config, Head
 from plait.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.hooked import HookedEncoder
@@ -147,9 +148,9 @@ class Backbone:
         hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
-            batch = pack(tokens, texts[None])
-            below = encoder.below(batch.to(self.device)).cpu()
-            hidden[batch.source[: batch.num_tokens]] = below[: batch.num_tokens]
+            batch = pack(tokens, texts[None]).to(self.device)
+            below = encoder.below(batch, Windows(batch, encoder.num_heads)).cpu()
+            hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plait.attention import Windows, attention
 from plait.lora import Dropout, Site, layer_index
 from plait.tokens import Batch
 
@@ -134,87 +135,20 @@ def _inputs(x: Tensor, branches: list[Branch], batch: Batch) -> list[Tensor]:
     return [by_client(x)] * len(branches) if branches else []
 
 
-class _Attention(torch.autograd.Function):
-    """Attention within each text, (T, 3 d) -> (T, d), and the gradient written out.
-
-    Texts are short, so plain products over small windows take half the time that the fused
-    kernels for long ones do. The softmax (w H S^2 numbers) is kept for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, batch: Batch, num_heads: int) -> Tensor:
-        ctx.batch, ctx.num_heads = batch, num_heads
-        ctx.scale = (qkv.shape[1] // 3 // num_heads) ** -0.5
-        contexts, saved = [], []
-        slots = batch.windows.spread(qkv)
-        for apart, part in zip(batch.apart, _by_window(slots, batch), strict=True):
-            heads = _to_heads(part, apart, 3, num_heads)
-            q, k, v = heads
-            scores = torch.bmm(q.mul_(ctx.scale), k.mT)
-            scores.view(len(apart), num_heads, *apart.shape[1:]).masked_fill_(
-                apart[:, None], float("-inf")
-            )
-            weights = scores.softmax(dim=-1)
-            contexts.append(_from_heads(torch.bmm(weights, v)[None], apart))
-            saved += [heads, weights]
-        ctx.save_for_backward(*saved)
-        return batch.windows.gather(torch.cat(contexts))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        batch, saved = ctx.batch, ctx.saved_tensors
-        grads = []
-        slots = batch.windows.spread(grad)
-        for index, (apart, part) in enumerate(
-            zip(batch.apart, _by_window(slots, batch), strict=True)
-        ):
-            (q, k, v), weights = saved[2 * index : 2 * index + 2]
-            (grad_context,) = _to_heads(part, apart, 1, ctx.num_heads)
-            grad_weights = torch.bmm(grad_context, v.mT)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_heads = torch.empty(3, *q.shape, dtype=q.dtype, device=q.device)
-            torch.bmm(grad_scores, k, out=grad_heads[0]).mul_(ctx.scale)
-            torch.bmm(grad_scores.mT, q, out=grad_heads[1])
-            torch.bmm(weights.mT, grad_context, out=grad_heads[2])
-            grads.append(_from_heads(grad_heads, apart))
-        return batch.windows.gather(torch.cat(grads)), None, None
-
-
-def _by_window(slots: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    """The slots of the windows of each size."""
-    return slots.split([apart.shape[0] * apart.shape[1] for apart in batch.apart])
-
-
-def _to_heads(slots: Tensor, apart: Tensor, parts: int, num_heads: int) -> Tensor:
-    """(w S, parts d) -> (parts, w H, S, d / H), a copy."""
-    count, size, _ = apart.shape
-    slots = slots.view(count, size, parts, num_heads, -1).permute(2, 0, 3, 1, 4)
-    return slots.contiguous().flatten(1, 2)
-
-
-def _from_heads(heads: Tensor, apart: Tensor) -> Tensor:
-    """The reverse of `_to_heads`."""
-    count, size, _ = apart.shape
-    heads = heads.unflatten(1, (count, -1)).permute(1, 3, 0, 2, 4)
-    return heads.reshape(count * size, -1)
-
-
 class _Layer:
     """One encoder layer's frozen weights, and the names of the places where LoRA may sit."""
 
     def __init__(self, name: str, layer: Any) -> None:
-        attention, output = layer.attention, layer.output
+        inner, merge = layer.attention.self, layer.attention.output
         self.qkv_names = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
         self.merge_name = f"{name}.attention.output.dense"
         self.up_name = f"{name}.intermediate.dense"
         self.down_name = f"{name}.output.dense"
-        inner = attention.self
         self.qkv = FrozenLinear([inner.query, inner.key, inner.value])
-        self.merge = FrozenLinear([attention.output.dense])
+        self.merge = FrozenLinear([merge.dense])
         self.up = FrozenLinear([layer.intermediate.dense])
-        self.down = FrozenLinear([output.dense])
-        self.num_heads = int(inner.num_attention_heads)
-        self.norm_1, self.norm_2 = attention.output.LayerNorm, output.LayerNorm
+        self.down = FrozenLinear([layer.output.dense])
+        self.norm_1, self.norm_2 = merge.LayerNorm, layer.output.LayerNorm
         self.activation = layer.intermediate.intermediate_act_fn
 
 
@@ -227,6 +161,7 @@ class PackedEncoder:
         self.embeddings = base.embeddings
         self.project = getattr(base, "embeddings_project", None)
         self.scale = scale
+        self.num_heads = int(base.config.num_attention_heads)
         self.layers = [
             _Layer(f"{prefix}encoder.layer.{index}", layer)
             for index, layer in enumerate(base.encoder.layer)
@@ -252,16 +187,17 @@ class PackedEncoder:
             dropout: The LoRA branches' dropout.
             first_tokens: Only these are wanted, so the last layer computes little else.
         """
-        h = self.below(batch) if batch.hidden is None else batch.hidden
+        windows = Windows(batch, self.num_heads)
+        h = self.below(batch, windows) if batch.hidden is None else batch.hidden
         for layer in self.layers[self.first_adapted : -1]:
-            h = self._layer(layer, h, batch, A, B, dropout)
-        return self._layer(self.layers[-1], h, batch, A, B, dropout, first_tokens)
+            h = self._layer(layer, h, batch, windows, A, B, dropout)
+        return self._layer(self.layers[-1], h, batch, windows, A, B, dropout, first_tokens)
 
-    def below(self, batch: Batch) -> Tensor:
+    def below(self, batch: Batch, windows: Windows) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
         h = self.embed(batch)
         for layer in self.layers[: self.first_adapted]:
-            h = self._layer(layer, h, batch, {}, {}, None)
+            h = self._layer(layer, h, batch, windows, {}, {}, None)
         return h
 
     def embed(self, batch: Batch) -> Tensor:
@@ -278,6 +214,7 @@ class PackedEncoder:
         layer: _Layer,
         h: Tensor,
         batch: Batch,
+        windows: Windows,
         A: Any,
         B: Any,
         dropout: Dropout | None,
@@ -295,7 +232,7 @@ class PackedEncoder:
             return _Adapted.apply(x, frozen, batch, self.scale, branches, *factors)  # type: ignore[no-any-return, no-untyped-call]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
-        context = _Attention.apply(qkv, batch, layer.num_heads)  # type: ignore[no-untyped-call]
+        context = attention(qkv, windows)
         # Past attention tokens don't meet again. A branch there needs to know whose they are.
         last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
         if first_tokens and not last_branches:

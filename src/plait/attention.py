@@ -1,0 +1,113 @@
+"""Attention within each of many short texts: small windows, and the gradient written out.
+
+Texts lie side by side in windows (tokens.py), and every product is a batched one over all windows
+of a size. Fused attention kernels are made for long texts: on these they take twice the time.
+
+Legend: T tokens, d the model's width, H heads; w windows of S slots, for each size of window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.tokens import Batch
+
+
+class Slices:
+    """Where each head's slice of each token lies in the windows: one move there, one back.
+
+    A slot without a text gets some token's slice; no text attends to it.
+    """
+
+    def __init__(self, batch: Batch, num_heads: int, parts: int) -> None:
+        """Places for arrays (T, parts d): 3 for query, key and value, 1 for one alone."""
+        device = batch.ids.device
+        part = torch.arange(parts, device=device).view(-1, 1, 1, 1)
+        head = torch.arange(num_heads, device=device).view(1, 1, -1, 1)
+        sizes = [(apart.shape[0], apart.shape[1]) for apart in batch.apart]
+        tokens = batch.windows.index.split([w * S for w, S in sizes])
+        self.per_token = parts * num_heads
+        self.shapes = [(parts, w * num_heads, S) for w, S in sizes]
+        there, back = [], []
+        for token, (w, S) in zip(tokens, sizes, strict=True):
+            rows = token.view(1, w, 1, S) * self.per_token + part * num_heads + head
+            places = torch.arange(rows.numel(), device=device).view(rows.shape)
+            back.append(sum(map(len, there)) + places.permute(1, 3, 0, 2).reshape(w * S, -1))
+            there.append(rows.flatten())
+        self._there = torch.cat(there)
+        self._back = torch.cat(back)[batch.windows.inverse].flatten()
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """(T, parts d) -> for each size of window (parts, w H, S, d / H)."""
+        width = x.shape[1] // self.per_token
+        return self.views(x.reshape(-1, width).index_select(0, self._there))
+
+    def room(self, like: Tensor) -> Tensor:
+        """(all slices, d / H), what `join` wants, not yet filled; `like` is what `split` gives."""
+        return like.new_empty(len(self._there), like.shape[-1])
+
+    def views(self, slices: Tensor) -> list[Tensor]:
+        """All slices in the arrangement of `split`, without a copy."""
+        pieces = slices.split([parts * wH * S for parts, wH, S in self.shapes])
+        return [piece.view(*shape, -1) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def join(self, slices: Tensor) -> Tensor:
+        """The reverse of `split`, (T, parts d)."""
+        return slices.index_select(0, self._back).view(-1, self.per_token * slices.shape[1])
+
+
+class Windows:
+    """The windows of a batch, as attention with so many heads needs them."""
+
+    def __init__(self, batch: Batch, num_heads: int) -> None:
+        """Work out all places, once for all layers."""
+        self.num_heads = num_heads
+        self.apart = batch.apart
+        self.qkv = Slices(batch, num_heads, 3)
+        self.one = Slices(batch, num_heads, 1)
+
+
+def attention(qkv: Tensor, windows: Windows) -> Tensor:
+    """softmax(q k^T / sqrt(d / H)) v within each text, (T, 3 d) -> (T, d)."""
+    return _Attention.apply(qkv, windows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Attention(torch.autograd.Function):
+    """The softmax, w H S^2 numbers, is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, windows: Windows) -> Tensor:
+        heads = windows.qkv.split(qkv)
+        contexts = windows.one.room(heads[0])
+        ctx.windows, ctx.scale = windows, heads[0].shape[-1] ** -0.5
+        saved = []
+        for (q, k, v), apart, (context,) in zip(
+            heads, windows.apart, windows.one.views(contexts), strict=True
+        ):
+            scores = torch.bmm(q.mul_(ctx.scale), k.mT)
+            by_head = scores.view(len(apart), windows.num_heads, *apart.shape[1:])
+            by_head.masked_fill_(apart[:, None], float("-inf"))
+            weights = scores.softmax(dim=-1)
+            torch.bmm(weights, v, out=context)
+            saved += [q, k, v, weights]
+        ctx.save_for_backward(*saved)
+        return windows.one.join(contexts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        windows, saved = ctx.windows, iter(ctx.saved_tensors)
+        grad_contexts = windows.one.split(grad)
+        grads = windows.qkv.room(grad_contexts[0])
+        for (grad_context,), (grad_q, grad_k, grad_v) in zip(
+            grad_contexts, windows.qkv.views(grads), strict=True
+        ):
+            q, k, v, weights = (next(saved) for _ in range(4))
+            grad_weights = torch.bmm(grad_context, v.mT)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            torch.bmm(grad_scores, k, out=grad_q).mul_(ctx.scale)
+            torch.bmm(grad_scores.mT, q, out=grad_k)
+            torch.bmm(weights.mT, grad_context, out=grad_v)
+        return windows.qkv.join(grads), None
