@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,12 @@ def random_tokens() -> Tokens:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         labels=rng.integers(0, 3, 60),
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests tokenise isn't left in the user's cache."""
+    os.environ["PLAIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 WORDS = [

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from plait.backbone import TARGET_MODULES, Backbone
+from plait.backbone import TARGET_MODULES, Backbone, resolve_dtype
 from plait.config import Config
 from plait.loading import Loaded
 from plait.local import evaluate, local_phase
 from plait.lora import initial_stack
 from plait.methods import Factor
+from plait.packed import bfloat16_units
 from twin import peft_client, twin_local_phase, twin_logits
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
@@ -103,6 +104,31 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
         results.append((losses, stack.factors[Factor.B]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monkeypatch):
+    if units and not bfloat16_units():
+        pytest.skip("this CPU doesn't multiply in bfloat16")
+    monkeypatch.setattr("plait.packed.bfloat16_units", lambda: units)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config = Config(clients=4, local_steps=5, batch_size=5, rank=4, lr=5e-3, dtype=dtype)
+        _, backbone, stack, shares, _ = setup("bert", config, ragged_tokens)
+        args = (Factor.AB, 0, ragged_tokens, shares, range(4), config)
+        losses[dtype] = local_phase(backbone, stack, *args)
+        assert stack.factors[Factor.A].dtype is torch.float32
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0, atol=0.02)
+    assert not np.array_equal(losses["bfloat16"], losses["float32"])
+
+
+def test_auto_takes_bfloat16_only_where_there_are_units(monkeypatch):
+    monkeypatch.setattr("plait.backbone.bfloat16_units", lambda: True)
+    assert resolve_dtype("auto", torch.device("cpu")) is torch.bfloat16
+    assert resolve_dtype("float32", torch.device("cpu")) is torch.float32
+    assert resolve_dtype("auto", torch.device("mps")) is torch.float32
+    monkeypatch.setattr("plait.backbone.bfloat16_units", lambda: False)
+    assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -31,12 +31,15 @@ class Slices:
         tokens = batch.windows.index.split([w * S for w, S in sizes])
         self.per_token = parts * num_heads
         self.shapes = [(parts, w * num_heads, S) for w, S in sizes]
-        there, back = [], []
+        there: list[Tensor] = []
+        back: list[Tensor] = []
+        begin = 0
         for token, (w, S) in zip(tokens, sizes, strict=True):
             rows = token.view(1, w, 1, S) * self.per_token + part * num_heads + head
-            places = torch.arange(rows.numel(), device=device).view(rows.shape)
-            back.append(sum(map(len, there)) + places.permute(1, 3, 0, 2).reshape(w * S, -1))
+            places = torch.arange(begin, begin + rows.numel(), device=device).view(rows.shape)
             there.append(rows.flatten())
+            back.append(places.permute(1, 3, 0, 2).reshape(w * S, -1))
+            begin += rows.numel()
         self._there = torch.cat(there)
         self._back = torch.cat(back)[batch.windows.inverse].flatten()
 

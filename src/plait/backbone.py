@@ -9,6 +9,7 @@ Legend: R texts of a batch, n clients, C labels, d the model's width.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from plait.hooked import HookedEncoder
 from plait.loading import Loaded
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.methods import Factor
-from plait.packed import PACKED_MODEL_TYPES, PackedEncoder
+from plait.packed import PACKED_MODEL_TYPES, PackedEncoder, bfloat16_units
 from plait.tokens import Batch, Tokens, pack
 
 HEAD_NAMES = ("classifier", "score")
@@ -36,8 +37,6 @@ TARGET_MODULES: dict[str, Sequence[str]] = {
     "albert": ["query", "value"],
 } | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 """Architecture -> names of the linear layers that are adapted by default, as PEFT has them."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Backbone:
@@ -64,7 +63,7 @@ class Backbone:
             ValueError: No linear layer matches the targets.
         """
         self.device = resolve_device(config.device)
-        self.dtype = DTYPES[config.dtype]
+        self.dtype = resolve_dtype(config.dtype, self.device)
         self.tokenizer = loaded.tokenizer
         model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)
@@ -97,6 +96,7 @@ class Backbone:
         )
         self.head: MeanHead | OwnHead = MeanHead(model) if mean_pooled else OwnHead(model)
         self._head_prefix = "" if mean_pooled else "model."
+        self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
@@ -115,22 +115,21 @@ class Backbone:
         B = self.layout.views(Factor.B, factors[Factor.B])
         hidden = self.encoder(batch, A, B, dropout, self.head.first_tokens)
         features = self.head.pool(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        with self._head_lock:
+            return self._head_logits(features, factors).float()
+
+    def _head_logits(self, features: Tensor, factors: dict[Factor, Tensor]) -> Tensor:
+        """(n, b, d) -> (n, b, C), by one head for all or by each client's own."""
         if not self.layout.head:
-            logits = self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])
-        else:
-            heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD])
-            logits = torch.stack(
-                [
-                    functional_call(
-                        self.head,
-                        {self._head_prefix + name: part[i].to(self.dtype)
-                         for name, part in heads.items()},
-                        (features[i],),
-                    )
-                    for i in range(batch.num_clients)
-                ]
-            )  # fmt: skip
-        return logits.float()  # type: ignore[no-any-return]
+            return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # type: ignore[no-any-return]
+        heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD])
+        own = [
+            {self._head_prefix + name: part[i].to(self.dtype) for name, part in heads.items()}
+            for i in range(len(features))
+        ]
+        return torch.stack(
+            [functional_call(self.head, *call) for call in zip(own, features, strict=True)]
+        )
 
     @torch.no_grad()
     def with_hidden(self, tokens: Tokens, limit_gib: float) -> Tokens:
@@ -202,3 +201,11 @@ def resolve_device(name: str) -> torch.device:
     if not available[name]:
         raise ValueError(f"There is no {name} device here; take --device cpu or auto.")
     return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device has units for it, else float32."""
+    if name == "auto":
+        units = {"cuda": torch.cuda.is_bf16_supported, "cpu": bfloat16_units}.get(device.type)
+        name = "bfloat16" if units and units() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

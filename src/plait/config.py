@@ -15,7 +15,7 @@ from typing import Any, Literal
 Head = Literal["frozen", "mixed", "local"]
 Pooling = Literal["auto", "model", "mean"]
 OptimizerState = Literal["reset_each_round", "reset_each_phase", "keep"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "auto"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
@@ -116,14 +116,18 @@ class Config:
     save_every: int = 10
     """Rounds between checkpoints."""
     dtype: Dtype = "float32"
-    """Type of the frozen weights; the factors are always float32."""
+    """Type of the frozen weights; the factors are always float32. `auto` takes bfloat16 where the
+    device multiplies in it, which is about twice as fast."""
     device: Device = "auto"
     """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
     cache_gib: float = 2.0
     """Memory for what the layers below the first adapted one (`--top-layers`) make of the texts;
     computed anew in every step when it takes more."""
     chunk_tokens: int = 2048
-    """About so many tokens are computed at once: bounds memory and fits the cache."""
+    """About so many tokens are computed at once by each core: few enough to stay in its cache."""
+    memory_gib: float | None = None
+    """Memory for the clients' state and local training, beside the model; chunks get smaller and
+    fewer at once where they need more. Not limited when not given."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, with the reason and the fix."""
@@ -138,6 +142,8 @@ class Config:
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(f"memory_gib is {self.memory_gib}; it must be above 0, or left out.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or None.")
         if not 0 <= self.p <= 1:

@@ -84,6 +84,7 @@ def check_device() -> Finding:
     import torch
 
     from plait.backbone import resolve_device
+    from plait.packed import bfloat16_units
 
     device = resolve_device("auto")
     if device.type == "cuda":
@@ -91,7 +92,10 @@ def check_device() -> Finding:
         text = f"cuda: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         return Finding("device", "ok", text)
     if device.type == "cpu":
-        text = f"cpu, {os.cpu_count()} cores: fine for MiniLM, slow for large models"
+        units = "with" if bfloat16_units() else "without"
+        text = (
+            f"cpu, {os.cpu_count()} cores {units} bfloat16: fine for MiniLM, slow for large models"
+        )
         return Finding("device", "ok", text)
     return Finding("device", "ok", str(device))
 

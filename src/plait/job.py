@@ -18,6 +18,7 @@ from plait.lora import Stack, initial_stack
 from plait.methods import Factor, Method, build_method
 from plait.partition import deal
 from plait.rng import stream
+from plait.store import stored_tokens
 from plait.tasks import METRICS, Rows, Task, load_task
 from plait.tokens import Tokens, tokenize
 from plait.topology import build_schedule, rho_of
@@ -122,7 +123,7 @@ def prepare(config: Config, own: Task | None = None) -> Job:
         materials = _shared_materials(Config(**{name: getattr(config, name) for name in MATERIAL}))
         shares = deal(materials.task.train, materials.task.num_labels, config)
     else:
-        materials = _materials(own, config)
+        materials = _materials(own, config, tokenize)
         shares = [np.arange(len(own.train))] * config.clients
     return assemble(rules, materials, shares, begin)
 
@@ -161,15 +162,19 @@ MATERIAL = (
 @lru_cache(maxsize=1)
 def _shared_materials(config: Config) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
-    return _materials(load_task(config), config)
+    return _materials(load_task(config), config, stored_tokens)
 
 
-def _materials(task: Task, config: Config) -> Materials:
-    """Task, model, training and evaluated split."""
+def _materials(task: Task, config: Config, to_tokens: Callable[..., Tokens]) -> Materials:
+    """Task, model, training and evaluated split, tokenised by `to_tokens`."""
     backbone = Backbone(load_model(config, task.num_labels), config)
     held_out = task.validation if config.eval_split == "validation" else task.test
-    train, evaluated = (_tokenized(rows, backbone, config) for rows in (task.train, held_out))
-    return Materials(task, backbone, train, evaluated)
+
+    def tokenized(rows: Rows) -> Tokens:
+        tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+        return backbone.with_hidden(tokens, config.cache_gib)
+
+    return Materials(task, backbone, tokenized(task.train), tokenized(held_out))
 
 
 def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
@@ -177,11 +182,6 @@ def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
     if count is None or count >= len(tokens):
         return np.arange(len(tokens))
     return np.sort(stream(0, "eval_rows").choice(len(tokens), count, replace=False))
-
-
-def _tokenized(rows: Rows, backbone: Backbone, config: Config) -> Tokens:
-    tokens = tokenize(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
-    return backbone.with_hidden(tokens, config.cache_gib)
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:

@@ -23,6 +23,7 @@ from torch.optim.adamw import adamw
 from plait.backbone import Backbone
 from plait.config import Config
 from plait.lora import Dropout, Stack
+from plait.memory import tokens_at_once
 from plait.methods import Factor
 from plait.rng import stream, torch_stream
 from plait.tokens import Batch, Tokens, pack
@@ -79,42 +80,47 @@ def local_phase(
                 _step(stack, factor, rows, leaves[factor], step, config)
                 leaves[factor].grad = None
 
-    workers = cores(backbone.device)
-    tokens_per_client = config.batch_size * tokens.lengths.mean()
-    on_cores(train_chunk, chunks(len(clients), tokens_per_client, config, workers), workers)
+    tokens_per_client = config.batch_size * float(tokens.lengths.mean())
+    most = tokens_at_once(backbone, stack, tokens, config)
+    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_per_client)))
+    chunk_tokens = min(config.chunk_tokens, most / workers)
+    on_cores(train_chunk, chunks(len(clients), tokens_per_client, chunk_tokens, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
     return losses
 
 
-def chunks(num_clients: int, tokens_per_client: float, config: Config, workers: int) -> list[range]:
-    """Client ranges of equal size, to within one, of at most about `config.chunk_tokens` tokens.
+def chunks(
+    num_clients: int, tokens_per_client: float, chunk_tokens: float, workers: int = 1
+) -> list[range]:
+    """Client ranges of equal size, to within one, of at most about `chunk_tokens` tokens.
 
     Where there are clients enough, their number is a multiple of `workers`, so that none waits.
     """
-    pieces = int(np.ceil(num_clients * tokens_per_client / config.chunk_tokens))
-    pieces = -(-pieces // workers) * workers
-    bounds = np.linspace(0, num_clients, min(pieces, num_clients) + 1).astype(int)
+    largest = max(1, int(chunk_tokens / tokens_per_client))
+    rounds = -(-num_clients // (largest * workers))
+    bounds = np.linspace(0, num_clients, min(rounds * workers, num_clients) + 1).astype(int)
     return [range(*pair) for pair in pairwise(bounds)]
 
 
 def cores(device: torch.device) -> int:
-    """How many chunks are computed at once: PyTorch's number of threads, one on an accelerator."""
+    """How many chunks can be computed at once: PyTorch's threads, or one on an accelerator."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def on_cores(
     work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
 ) -> list[Result]:
-    """`work` of each piece, in order; with several pieces and workers, on a thread each."""
-    if workers == 1 or len(pieces) == 1:
+    """`work` of each piece, in order, so many at once, each with its share of the cores."""
+    if min(workers, len(pieces)) == 1:
         return [work(piece) for piece in pieces]
-    torch.set_num_threads(1)  # what new threads begin with
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads // workers)  # what new threads begin with
     try:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(work, pieces))
     finally:
-        torch.set_num_threads(workers)
+        torch.set_num_threads(threads)
 
 
 def batch_rows(share: np.ndarray, client: int, position: int, config: Config) -> np.ndarray:
@@ -221,11 +227,10 @@ def evaluate(
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
     texts_at_once = max(1, int(config.chunk_tokens / tokens.lengths.mean() / 8))
-    workers = cores(backbone.device)
     pieces = [
         (texts, chunk)
         for texts in np.split(order, range(texts_at_once, len(order), texts_at_once))
-        for chunk in chunks(num_clients, float(tokens.lengths[texts].sum()), config, 1)
+        for chunk in chunks(num_clients, float(tokens.lengths[texts].sum()), config.chunk_tokens)
     ]
 
     def logits_of(piece: tuple[np.ndarray, range]) -> Tensor:
@@ -235,7 +240,7 @@ def evaluate(
         with torch.no_grad():
             return backbone.logits(batch, mine).cpu()
 
-    parts = on_cores(logits_of, pieces, workers)
+    parts = on_cores(logits_of, pieces, min(cores(backbone.device), len(pieces)))
     logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
     for (texts, chunk), part in zip(pieces, parts, strict=True):
         logits[chunk.start : chunk.stop, torch.from_numpy(texts)] = part

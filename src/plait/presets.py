@@ -48,7 +48,7 @@ def _demo() -> Config:
         local_steps=3,
         batch_size=8,
         top_layers=3,
-        dtype="bfloat16",
+        dtype="auto",
         eval_every=5,
         eval_rows=64,
     )

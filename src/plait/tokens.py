@@ -235,9 +235,9 @@ def _windows(
     end = 0
     for count, size in shapes:
         begin, end = end, end + count * size
-        texts = text_of_slot[begin:end].reshape(count, size)
+        windows = text_of_slot[begin:end].reshape(count, size)
         # Empty slots attend to each other, which keeps their unused softmax finite.
-        apart.append(torch.from_numpy(texts[:, :, None] != texts[:, None, :]))
+        apart.append(torch.from_numpy(windows[:, :, None] != windows[:, None, :]))
     return Places.of(slots, num_slots, filler), tuple(apart)
 
 

@@ -1,0 +1,100 @@
+"""Cores and memory: how many chunks are computed at once, and how large they may be."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from plait import local
+from plait.config import Config
+from plait.local import chunks, local_phase, on_cores
+from plait.memory import activation_bytes, tokens_at_once
+from plait.methods import Factor
+from test_twin import setup
+
+CONFIG = Config(clients=5, local_steps=2, batch_size=4, rank=2)
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("clients", "workers"), [(10, 1), (10, 4), (3, 3), (1000, 8)])
+def test_chunks_hold_every_client_once_and_no_worker_waits(clients, workers):
+    parts = chunks(clients, 200, 1000, workers)
+    assert [i for part in parts for i in part] == list(range(clients))
+    assert len(parts) % workers == 0
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert max(map(len, parts)) * 200 <= 1000
+
+
+def test_pieces_are_computed_at_once_each_with_its_share_of_the_cores(four_threads):
+    barrier = threading.Barrier(2, timeout=30)
+
+    def work(piece):
+        barrier.wait()  # passes only if two are at work
+        return piece, torch.get_num_threads()
+
+    assert on_cores(work, range(6), 2) == [(piece, 2) for piece in range(6)]
+    assert torch.get_num_threads() == 4
+
+
+def test_a_failing_piece_fails_the_whole_and_gives_the_cores_back(four_threads):
+    with pytest.raises(ZeroDivisionError):
+        on_cores(lambda piece: 1 // piece, [1, 0, 2], 3)
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cores_do_not_change_the_result(packed, ragged_tokens, four_threads):
+    results = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        _, backbone, stack, shares, _ = setup("bert", CONFIG, ragged_tokens, packed)
+        losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), CONFIG)
+        results.append((losses, stack.factors[Factor.A]))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_activations_are_what_a_step_leaves_behind(packed, ragged_tokens):
+    _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens, packed)
+    per_token = activation_bytes(backbone, stack, ragged_tokens)
+    width, layers = 32, len(stack.factors)
+    assert per_token > 4 * 10 * width  # ten vectors in a layer are the least
+    assert per_token < 4 * 60 * width * layers
+
+
+def test_a_budget_makes_chunks_small_enough_and_fewer_at_once(
+    ragged_tokens, four_threads, monkeypatch
+):
+    _, backbone, stack, shares, _ = setup("bert", CONFIG, ragged_tokens)
+    per_token = activation_bytes(backbone, stack, ragged_tokens)
+    state = 3 * sum(value.nbytes for value in stack.factors.values())
+    batch = CONFIG.batch_size * ragged_tokens.lengths.mean()
+    seen = []
+    monkeypatch.setattr(
+        local, "on_cores", lambda _work, pieces, workers: seen.append((pieces, workers))
+    )
+    for batches, expected in ((2.5, 2), (1.2, 1), (100, 4)):
+        budget = (state + batches * batch * per_token) / 2**30
+        limited = dataclasses.replace(CONFIG, memory_gib=budget)
+        local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), limited)
+        pieces, workers = seen.pop()
+        assert workers == expected
+        assert workers * max(map(len, pieces)) * batch <= batches * batch
+
+
+def test_a_budget_that_holds_no_batch_says_what_is_needed(ragged_tokens):
+    _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens)
+    small = dataclasses.replace(CONFIG, memory_gib=1e-6)
+    with pytest.raises(ValueError, match=r"5 clients and one batch need 0\.0\d GiB"):
+        tokens_at_once(backbone, stack, ragged_tokens, small)
+    assert tokens_at_once(backbone, stack, ragged_tokens, CONFIG) == float("inf")
