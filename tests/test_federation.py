@@ -216,6 +216,7 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
     for other in (
         with_config(lr=0.5),
         with_config(seed=1),
+        with_config(mix="trimmed-mean:1"),
         federation(id="g"),
         federation(peers=late),
         federation(peers=PEERS[::-1]),

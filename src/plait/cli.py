@@ -203,6 +203,7 @@ COMMANDS: dict[str, CommandRow] = {
     ),
     "status": CommandRow(cli_peers.status, "show who is alive in a federation", cli_peers.Status),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
+    "mixes": CommandRow(cli_lists.mixes, "list what a client can make of what it hears"),
     "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
     "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
     "partitions": CommandRow(cli_lists.partitions, "list the ways to deal rows to clients"),

@@ -30,6 +30,9 @@ class Config:
     """What trains and what travels in each round; `plait methods` lists them."""
     switch_every: int = 5
     """Rounds between switches of the active factor, T (methods that alternate)."""
+    mix: str = "average"
+    """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
+    liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0
