@@ -147,10 +147,10 @@ def losses_of_the_honest(monkeypatch, mix, lie):
     stack = job.initial_stack()
     honest = engine.train_round
 
-    def train_round(job, stack, round_, clients):
+    def train_round(job, stack, round_, *rest):
         for value in stack.factors.values():
             value[0] = value[1]  # what the liar makes of it for itself is nobody's concern
-        losses = honest(job, stack, round_, clients)
+        losses = honest(job, stack, round_, *rest)
         for value in stack.factors.values():
             value[0] = lie(value[1], round_)
         return losses

@@ -359,3 +359,8 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
         f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
         f"{out}: summary.json, events.jsonl, adapters/"
     )
+    if "dp_epsilon" in summary:
+        print(
+            f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g} for each client,"
+            " were the noise secret; a simulation's comes from the seed"
+        )
