@@ -105,14 +105,11 @@ def test_three_machines_from_nothing_to_an_adapter(machines, tmp_path, monkeypat
     def command(name: str, what: str) -> list[str]:
         return [*machines[name], *(name if word == "ada" else word for word in said(what))]
 
-    peers = {
-        name: subprocess.Popen(
-            command(name, "plait peer"),
-            cwd=tmp_path / name,
-            stderr=(tmp_path / f"{name}.log").open("w"),
-        )
-        for name in NAMES
-    }
+    peers = {}
+    for name in NAMES:
+        with (tmp_path / f"{name}.log").open("w") as log:
+            words = command(name, "plait peer")
+            peers[name] = subprocess.Popen(words, cwd=tmp_path / name, stderr=log)
     try:
         for _ in itertools.takewhile(lambda _: peers["ben"].poll() is None, range(600)):
             words = [*command("ben", "plait status"), "--json"]
