@@ -10,7 +10,10 @@ The TLS side moves bytes from buffer to buffer and answers with one byte.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
+import platform
 import queue
 import socket
 import ssl
@@ -173,6 +176,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5, help="of each kind in a block")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON too")
     given = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     barrier, results = spawn.Barrier(given.peers), spawn.SimpleQueue()
@@ -193,15 +197,22 @@ def main() -> None:
             one.join()
         assert not any(one.exitcode for one in workers), "a peer failed"
         reader.join(10)
-    report(collected, given)
+    figures = report(collected, given)
+    if given.out:
+        given.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def report(collected: list[tuple[str, int, float, float]], given: argparse.Namespace) -> None:
+def report(collected: list[tuple[str, int, float, float]], given: argparse.Namespace) -> dict:
+    """Print the figures, and return them."""
     values_bytes = 4 * (LAYOUT.size(Factor.A) + LAYOUT.size(Factor.B))
     moved = values_bytes * 2 * given.peers
     print(f"{given.peers} peers on a ring, {values_bytes / 2**20:.1f} MiB to each neighbour,")
     print(f"{given.blocks} blocks of {given.rounds} rounds of each kind, interleaved")
     medians: dict[str, list[float]] = {}
+    figures: dict = {
+        "peers": given.peers, "blocks": given.blocks, "rounds_in_a_block": given.rounds,
+        "message_bytes": values_bytes, "cores": os.cpu_count(), "machine": platform.platform(),
+    }  # fmt: skip
     for name in ("raw TLS", "gRPC mTLS"):
         # A round is as long as its slowest peer takes.
         per_peer = [
@@ -213,6 +224,11 @@ def report(collected: list[tuple[str, int, float, float]], given: argparse.Names
         blocks = [statistics.median(seconds[i : i + size]) for i in range(0, len(seconds), size)]
         medians[name] = [moved / block / 1e6 for block in blocks]
         median = statistics.median(seconds)
+        figures[name] = {
+            "mb_per_s": moved / median / 1e6,
+            "round_ms": 1e3 * median,
+            "cpu_s_per_gib": cpu / (moved * len(seconds) / 2**30),
+        }
         print(
             f"{name:>10}: {moved / median / 1e6:6.0f} MB/s  round {1e3 * median:5.1f} ms  "
             f"cpu {cpu / (moved * len(seconds) / 2**30):4.2f} s/GiB"
@@ -222,6 +238,7 @@ def report(collected: list[tuple[str, int, float, float]], given: argparse.Names
         f"gRPC / raw TLS by block: median {statistics.median(ratios):.2f}, "
         f"from {min(ratios):.2f} to {max(ratios):.2f}; the target is 0.70"
     )
+    return figures | {"ratio": statistics.median(ratios), "ratio_by_block": ratios}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from plait.config import Config
 from plait.engines.steps import names
 from plait.loggers import LOGGERS
 from plait.methods import METHODS
+from plait.mixing import MIXES
 from plait.partition import PARTITIONS
 from plait.presets import PRESETS
 from plait.tasks import METRICS, TASKS
@@ -162,6 +163,16 @@ def partitions() -> str:
     return _summaries("label skew", shown)
 
 
+def mixes() -> str:
+    """The mixes, with an argument where they take one."""
+    rows = [
+        [f"`{name}:{row.example}`" if row.example else f"`{name}`",
+         "yes" if row.conserves_mean else "no", row.summary]
+        for name, row in MIXES.items()
+    ]  # fmt: skip
+    return table(["mix", "conserves the mean", ""], rows)
+
+
 def commands() -> str:
     """The commands."""
     return _summaries("command", {f"plait {n}": row for n, row in cli.COMMANDS.items()})
@@ -172,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loggers": lambda: _summaries("logger", LOGGERS),
     "methods": methods,
     "options": options,
+    "mixes": mixes,
     "metrics": lambda: table(
         ["metric", ""],
         [[f"`{name}`", (inspect.getdoc(metric) or "")] for name, metric in METRICS.items()],

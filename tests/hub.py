@@ -18,6 +18,7 @@ from plait.exchange import Exchange, Terms
 from plait.federation import Member
 from plait.inbox import Inbox
 from plait.lora import initial_stack
+from plait.privacy import seeded_noise
 from plait.refusal import Reason, Refused
 from plait.transport import Reply
 
@@ -91,7 +92,15 @@ def member(name: str, **span) -> Member:
 
 
 def start_peer(
-    hub: Hub, me: int, config: Config, members, *, terms=TERMS, keep_rounds=8, symmetric=False
+    hub: Hub,
+    me: int,
+    config: Config,
+    members,
+    *,
+    terms=TERMS,
+    keep_rounds=8,
+    symmetric=False,
+    noise=None,
 ) -> Peer:
     """A peer that can be reached over the hub; its rounds are not begun."""
     job = tiny_job(config)
@@ -111,7 +120,13 @@ def start_peer(
         name=names[me], federation="f", config_digest="d", layout=layout, max_message_bytes=1 << 20
     )
     hub.desks[names[me]] = desk
-    return Peer(job, stack, Exchange(desk, hub.transport(names[me]), terms), write)
+    return Peer(
+        job,
+        stack,
+        Exchange(desk, hub.transport(names[me]), terms),
+        write,
+        noise or seeded_noise(config.seed),
+    )
 
 
 class Bugs(logging.Handler):

@@ -13,6 +13,7 @@ from plait import cli, runs
 from plait.cli import COMMANDS, defaults, main
 from plait.config import Config
 from plait.methods import METHODS
+from plait.mixing import MIXES
 from plait.partition import PARTITIONS
 from plait.presets import PRESETS, build_preset, start_from
 from plait.tasks import TASKS
@@ -80,6 +81,7 @@ def test_help_mentions_every_setting(capsys, command):
     ("command", "names"),
     [
         ("methods", METHODS),
+        ("mixes", MIXES),
         ("topologies", TOPOLOGIES),
         ("tasks", TASKS),
         ("presets", PRESETS),

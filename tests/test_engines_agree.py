@@ -77,6 +77,17 @@ def test_peers_and_a_simulation_agree_bit_for_bit(method, topology):
         assert (event.active, event.shared) == (rounds[0].active, rounds[0].shared)
 
 
+@pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])
+def test_they_mix_robustly_bit_for_bit_alike(mix):
+    config = Config(topology="ring", mix=mix, **SETTINGS)
+    stack, _ = simulated(config)
+    plain, _ = simulated(Config(topology="ring", **SETTINGS))
+    peers = peers_of(config)
+    together(peers, config.rounds)
+    assert far(stack, peers) == 0
+    assert far(plain, peers) > 1e-4
+
+
 def test_with_several_clients_to_a_chunk_they_agree_to_rounding():
     config = Config(topology="ring", **SETTINGS | {"chunk_tokens": 2048})
     stack, _ = simulated(config)

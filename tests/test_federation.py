@@ -49,18 +49,21 @@ def files(tmp_path):
 def test_what_is_written_is_read_again(tmp_path):
     limits = Limits(round_timeout_s=5, norm_bound=2.5, symmetric_loss=True)
     path = init_federation(
-        tmp_path / "f", ["ann", "bob"], CONFIG, ports=[7600, 7601], federation_id="x", limits=limits
-    )
+        tmp_path / "f", ["ann", "bob"], CONFIG, federation_id="x", limits=limits,
+        labels=["no", "yes"], addresses=["127.0.0.1:7600", "bob.example.org:7601"],
+    )  # fmt: skip
     read = load_federation(path)
     assert read.id == "x"
     assert read.config == dataclasses.replace(CONFIG, clients=2)
     assert read.limits == limits
+    assert read.labels == ("no", "yes")
     assert [(p.name, p.address) for p in read.peers] == [
         ("ann", "127.0.0.1:7600"),
-        ("bob", "127.0.0.1:7601"),
+        ("bob", "bob.example.org:7601"),
     ]
     settings = load_peer(path, "bob")
-    assert settings.listen == "127.0.0.1:7601"
+    assert settings.listen == "0.0.0.0:7601"
+    assert load_peer(path, "ann").listen == "127.0.0.1:7600"
     assert settings.out.resolve() == path.parent / "bob" / "out"
     assert settings.apply(read.config) == read.config
     read_credentials(settings)
@@ -216,6 +219,7 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
     for other in (
         with_config(lr=0.5),
         with_config(seed=1),
+        with_config(mix="trimmed-mean:1"),
         federation(id="g"),
         federation(peers=late),
         federation(peers=PEERS[::-1]),

@@ -21,7 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from plait.config import Config
-from plait.federation import Federation, Limits, Member, PeerSettings
+from plait.federation import Federation, Limits, Member, PeerSettings, is_loopback, split_address
+
+METRICS = "127.0.0.1:9600"
+"""Where a peer on a machine of its own shows its figures."""
 
 DAY = dt.timedelta(days=1)
 KEY_USAGES = (
@@ -101,18 +104,23 @@ def init_federation(
     names: Sequence[str],
     config: Config,
     *,
-    ports: Sequence[int] | None = None,
+    addresses: Sequence[str] | None = None,
     federation_id: str = "trial",
+    labels: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> Path:
-    """Write the files of a new federation on this machine: configs, a test CA, certificates.
+    """Write the files of a new federation: configs, a test CA, certificates.
+
+    Without addresses all peers are on this machine. With them each listens on its address's port,
+    on all of its machine's interfaces unless the address is of the machine itself.
 
     Args:
         directory: A new or empty folder.
         names: The peers.
         config: The settings of the run; the number of clients becomes that of the peers.
-        ports: One for each peer; free ones if not given.
+        addresses: `host:port` for each peer; free ports of this machine if not given.
         federation_id: Its name.
+        labels: The classes, when peers bring data of their own.
         limits: Sizes and times.
 
     Returns:
@@ -124,15 +132,19 @@ def init_federation(
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} is not an empty folder; take another.")
-    ports = free_ports(2 * len(names)) if ports is None else ports
-    addresses = [f"127.0.0.1:{port}" for port in ports]
-    members = tuple(Member(name=n, address=a) for n, a in zip(names, addresses, strict=False))
+    if addresses is None:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(names))]
+        metrics = [f"127.0.0.1:{port}" for port in free_ports(len(names))]
+    else:
+        metrics = [METRICS] * len(names)
+    members = tuple(Member(name=n, address=a) for n, a in zip(names, addresses, strict=True))
     values = config.to_json() | {"clients": len(names)}
     federation = Federation(
         id=federation_id,
         config=Config.from_json(values),
         peers=members,
         limits=limits or Limits(),
+        labels=tuple(labels) or None,
     )
     directory.mkdir(parents=True, exist_ok=True)
     authority = make_authority(federation_id)
@@ -140,9 +152,8 @@ def init_federation(
     write_secret(directory / "ca.key", authority.key)
     path = directory / "federation.toml"
     path.write_text(federation_toml(federation), encoding="utf-8")
-    spare = [None] * len(names) if len(addresses) < 2 * len(names) else addresses[len(names) :]
-    for member, metrics in zip(members, spare, strict=False):
-        _write_peer(directory / member.name, member, authority, metrics)
+    for member, here in zip(members, metrics, strict=True):
+        _write_peer(directory / member.name, member, authority, here)
     return path
 
 
@@ -177,18 +188,20 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def _write_peer(folder: Path, member: Member, authority: Pair, metrics: str | None) -> None:
+def _write_peer(folder: Path, member: Member, authority: Pair, metrics: str) -> None:
     pair = make_certificate(authority, member.name)
+    host, port = split_address(member.address)
     folder.mkdir()
     (folder / "cert.pem").write_bytes(pair.certificate)
     write_secret(folder / "key.pem", pair.key)
     lines = {
-        "listen": member.address,
+        "listen": member.address if is_loopback(host) else f"0.0.0.0:{port}",
         "ca": "../ca.pem",
         "certificate": "cert.pem",
         "key": "key.pem",
         "out": "out",
-    } | ({} if metrics is None else {"metrics": metrics})
+        "metrics": metrics,
+    }
     text = "\n".join([f"# What peer {member.name} has of its own.", *_lines(lines)]) + "\n"
     (folder / "peer.toml").write_text(text, encoding="utf-8")
 

@@ -203,6 +203,7 @@ COMMANDS: dict[str, CommandRow] = {
     ),
     "status": CommandRow(cli_peers.status, "show who is alive in a federation", cli_peers.Status),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
+    "mixes": CommandRow(cli_lists.mixes, "list what a client can make of what it hears"),
     "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
     "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
     "partitions": CommandRow(cli_lists.partitions, "list the ways to deal rows to clients"),
@@ -358,3 +359,8 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
         f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
         f"{out}: summary.json, events.jsonl, adapters/"
     )
+    if "dp_epsilon" in summary:
+        print(
+            f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g} for each client,"
+            " were the noise secret; a simulation's comes from the seed"
+        )

@@ -24,6 +24,18 @@ def methods(_args: list[str]) -> None:
     )  # fmt: skip
 
 
+def mixes(_args: list[str]) -> None:
+    """Print the ways to mix, each with an argument where it takes one."""
+    from plait.mixing import MIXES
+
+    print_table(
+        ("mix", "conserves the mean", "summary"),
+        [(f"{name}:{row.example}" if row.example else name,
+          "yes" if row.conserves_mean else "no", row.summary)
+         for name, row in MIXES.items()],
+    )  # fmt: skip
+
+
 def topologies(_args: list[str]) -> None:
     """Print the topologies, and what holds for their matrices."""
     from plait.topology import TOPOLOGIES

@@ -74,7 +74,10 @@ class InitFederation:
     directory: tyro.conf.Positional[Path]
     """A new folder."""
     peers: str
-    """The peers' names, comma-separated."""
+    """The peers' names, comma-separated; for machines of their own with addresses,
+    `ada=ada.example.org:7600,ben=...`."""
+    labels: str = ""
+    """The classes, comma-separated, when peers bring data of their own."""
     id: str = "trial"
     """The federation's name."""
     preset: str | None = None
@@ -117,6 +120,9 @@ def up(args: list[str]) -> int:
         f"{out}: summary.json, adapters/, <name>.log",
         highlight=False,
     )
+    if "dp_epsilon" in summary:
+        bound = f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g}"
+        console.print(f"{bound} for each client", highlight=False)
     return 0
 
 
@@ -158,14 +164,24 @@ def init_federation(args: list[str]) -> int:
     )  # fmt: skip
     from plait.certificates import init_federation as write
 
-    names = [name.strip() for name in given.peers.split(",") if name.strip()]
-    path = write(given.directory, names, given.settings, federation_id=given.id)
+    pairs = [one.partition("=") for one in _split(given.peers)]
+    names, addresses = [name for name, _, _ in pairs], [address for _, _, address in pairs]
+    if any(addresses) and not all(addresses):
+        raise ValueError("Some of --peers have an address and some have none; give all, or none.")
+    path = write(
+        given.directory, names, given.settings, federation_id=given.id,
+        addresses=addresses if all(addresses) else None, labels=_split(given.labels),
+    )  # fmt: skip
     print(
         f"{path}: addresses and settings, the same at every peer\n"
         f"{given.directory}/NAME: what each peer has of its own; its key stays with it\n"
         f"Start each with: plait peer --config {path} --name NAME"
     )
     return 0
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _parse(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ class Config:
     """What trains and what travels in each round; `plait methods` lists them."""
     switch_every: int = 5
     """Rounds between switches of the active factor, T (methods that alternate)."""
+    mix: str = "average"
+    """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
+    liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0
@@ -96,6 +100,15 @@ class Config:
     optimizer_state: OptimizerState = "reset_each_round"
     """When AdamW's moments start anew."""
 
+    # -- privacy
+    dp_clip: float | None = None
+    """Differential privacy: a client's change of a round, over all factors that travel, is scaled
+    down to this L2 norm before noise is added; no privacy if not given."""
+    dp_noise: float | None = None
+    """Standard deviation of the noise in units of `dp_clip`, z."""
+    dp_delta: float = 1e-5
+    """Probability with which the bound epsilon, told at the end, may fail."""
+
     # -- the topology
     topology: str = "pairs"
     """Who meets whom; `plait topologies` lists them."""
@@ -146,6 +159,14 @@ class Config:
             raise ValueError(f"memory_gib is {self.memory_gib}; it must be above 0, or left out.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or None.")
+        if (self.dp_clip is None) != (self.dp_noise is None):
+            raise ValueError("dp_clip and dp_noise belong together: give both, or neither.")
+        for name in ("dp_clip", "dp_noise"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be above 0, or left out.")
+        if not 0 < self.dp_delta < 1:
+            raise ValueError(f"dp_delta is {self.dp_delta}; it lies between 0 and 1.")
         if not 0 <= self.p <= 1:
             raise ValueError(f"p is {self.p}; a probability lies between 0 and 1.")
         if not 0 <= self.lora_dropout < 1:

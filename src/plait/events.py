@@ -15,6 +15,7 @@ import numpy as np
 
 from plait.config import Config
 from plait.metrics import LayerState
+from plait.privacy import spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,4 +185,5 @@ def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
         "eval_seconds": sum(event.seconds for event in evaluations),
         "wall_seconds": started.seconds + sum(times) + sum(e.seconds for e in evaluations),
         "config_digest": config.digest(),
+        **spent(config, rounds),
     }

@@ -6,7 +6,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, reduce
+from operator import or_
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from plait.loading import load_model
 from plait.lora import Stack, initial_stack
 from plait.methods import Factor, Method, build_method
 from plait.partition import deal
+from plait.privacy import check_accounting
 from plait.rng import stream
 from plait.store import stored_tokens
 from plait.tasks import METRICS, Rows, Task, load_task
@@ -72,6 +74,11 @@ class Job:
         mixed = self.backbone.head_policy == "mixed" and shared is not Factor.NONE
         return shared | Factor.HEAD if mixed else shared
 
+    @cached_property
+    def travels(self) -> Factor:
+        """What is sent in some round of the run."""
+        return reduce(or_, map(self.shared, range(self.config.rounds)))
+
     def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
         """The task's metric of logits (R, C) against labels (R,)."""
         regression = not self.task.label_names
@@ -90,6 +97,7 @@ class Rules:
     @classmethod
     def of(cls, config: Config) -> Rules:
         """The rules of a config, with the topology that its method is defined on."""
+        check_accounting(config)
         method = build_method(config)
         config = dataclasses.replace(config, topology=method.topology or config.topology)
         return cls(config, method, build_schedule(config))

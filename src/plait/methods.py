@@ -10,12 +10,12 @@ RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Flag
 from typing import Literal
 
 from plait.config import Config
-from plait.mixing import Mix, average
+from plait.mixing import Mix, average, build_mix
 from plait.names import lookup
 
 
@@ -55,8 +55,9 @@ class Method:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
         share: Which of A and B travel in a round; this also fixes the bytes on the wire.
-        mix: What a client makes of its own rows and its neighbours'.
-        conserves: Whether mixing leaves the mean of the shared factors over clients unchanged.
+        mix: What a client makes of its own rows and its neighbours'; where a row says nothing, the
+            one that the config names.
+        conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
         topology: The topology that the method is defined on, when it isn't the user's choice.
     """
 
@@ -107,9 +108,15 @@ METHODS: dict[str, Callable[[Config], Method]] = {
 
 
 def build_method(config: Config) -> Method:
-    """The method that `config` names.
+    """The method that `config` names, with the mix that it names.
 
     Raises:
-        ValueError: There is no such method; the message has the nearest names.
+        ValueError: There is no such method or mix, or the method has a mix of its own.
     """
-    return lookup(METHODS, config.method, "method")(config)
+    method = lookup(METHODS, config.method, "method")(config)
+    mix = build_mix(config.mix)
+    if mix is average:
+        return method
+    if method.mix is not average:
+        raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
+    return replace(method, mix=mix)

@@ -1,18 +1,30 @@
 """Mixing: what a client makes of its own state and of what its neighbours sent.
 
-A mix is a pure function of one neighbourhood; it knows no round, rank or clock.
+A mix is a pure function of one neighbourhood; it knows no round, rank or clock. `MIXES` has them
+by name: gossip averaging, and two rules that a few liars among the neighbours can't steer.
+
+Each takes one factor at a time, so A, B and a head are judged apart. What a robust rule doesn't
+take leaves its weight with the receiver, as a message does that never came.
 
 Shapes: m own clients, n clients that were heard (own ones included), P parameters of a factor.
+
+Sources: coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498), in gossip BRIDGE
+(1908.08098); clipped gossip (He, Karimireddy, Jaggi 2022, 2202.01545).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plait.names import lookup
+
+Number = TypeVar("Number", int, float)
 Mix = Callable[[Tensor, Tensor, np.ndarray], Tensor]
 """(mine (m, P), theirs (n, P), W (m, n)) -> mine after mixing (m, P). W holds the weights of the
 *others* only: what a client keeps of itself is the rest, 1 - sum(W[i])."""
@@ -49,6 +61,131 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
         kept = 1 - weights.sum(dim=1, keepdim=True)
         mixed[torch.from_numpy(many)] = kept * mine[torch.from_numpy(many)] + weights @ theirs
     return mixed
+
+
+def trimmed_mean(count: int) -> Mix:
+    """Averaging without the values at the edges, coordinate by coordinate.
+
+    Of a coordinate's values, one's own and those heard, the `count` lowest and highest mark out a
+    range; a neighbour's value outside it is left out. With at most `count` liars among those heard
+    the range lies within the honest values, so whatever they send, the result does too. One's own
+    state always stays part of it: a lone neighbour's in its place would undo the local training.
+
+    A client that hears fewer than twice `count` others keeps its state. The mean of all clients
+    moves, even when everybody is honest.
+
+    Args:
+        count: Values cut off at each end, and so the number of liars that can be stood.
+    """
+
+    def mix(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
+        mixed = mine.clone()
+        for i, weights in enumerate(W):
+            heard = np.flatnonzero(weights)
+            if len(heard) < 2 * count:
+                continue
+            ordered = torch.cat([mine[i : i + 1], theirs[heard]]).sort(dim=0).values
+            low, high = ordered[count], ordered[len(heard) - count]
+            for j in heard:
+                kept = (low <= theirs[j]) & (theirs[j] <= high)
+                step = torch.where(kept, theirs[j] - mine[i], 0.0)
+                mixed[i].add_(step, alpha=float(weights[j]))
+        return mixed
+
+    return mix
+
+
+def clipped_gossip(radius: float) -> Mix:
+    """Averaging with bounded steps, x_i + sum_j w_ij clip(x_j - x_i, radius).
+
+    A neighbour moves a factor by at most its weight times `radius`, whatever it sends. The paper's
+    radius is each client's own and follows the spread of the honest ones, which nobody knows; here
+    all have the same, so that with a symmetric W the mean of all clients is conserved: what one
+    side of a link gains the other one loses.
+
+    Args:
+        radius: The largest L2 norm of the difference to a neighbour, over a factor of all layers.
+    """
+
+    def mix(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
+        mixed = mine.clone()
+        for i, j in zip(*np.nonzero(W), strict=True):
+            step = theirs[j] - mine[i]
+            # In float64, where the square of the largest float32 is still a number.
+            norm = float(torch.linalg.vector_norm(step, dtype=torch.float64))
+            mixed[i].add_(step, alpha=float(W[i, j]) * (radius / max(norm, radius)))
+        return mixed
+
+    return mix
+
+
+@dataclass(frozen=True)
+class MixRow:
+    """A line of `MIXES`.
+
+    Attributes:
+        build: Makes the mix of what follows the colon in its name.
+        summary: What it is, in one line.
+        conserves_mean: Whether a symmetric W leaves the mean of all clients where it is.
+        example: An argument to show; none if the mix takes none.
+    """
+
+    build: Callable[[str], Mix]
+    summary: str
+    conserves_mean: bool
+    example: str = ""
+
+
+MIXES: dict[str, MixRow] = {
+    "average": MixRow(
+        lambda _: average,
+        "Gossip averaging with the weights of W; one liar can send everybody anywhere",
+        conserves_mean=True,
+    ),
+    "trimmed-mean": MixRow(
+        lambda argument: trimmed_mean(_above_zero("trimmed-mean", argument, int)),
+        "In each coordinate without the so many lowest and highest values of those heard",
+        conserves_mean=False,
+        example="1",
+    ),
+    "clipped-gossip": MixRow(
+        lambda argument: clipped_gossip(_above_zero("clipped-gossip", argument, float)),
+        "Differences to a neighbour cut down to this L2 norm",
+        conserves_mean=True,
+        example="0.5",
+    ),
+}
+
+
+def build_mix(name: str) -> Mix:
+    """The mix that `name` or `name:argument` means.
+
+    Raises:
+        ValueError: There is no such mix, or its argument can't be; the message has the fix.
+
+    Example:
+        >>> build_mix("trimmed-mean")
+        Traceback (most recent call last):
+        ValueError: Mix 'trimmed-mean': write `trimmed-mean:1`.
+    """
+    key, _, argument = name.partition(":")
+    row = lookup(MIXES, key, "mix")
+    if bool(argument) != bool(row.example):
+        raise ValueError(f"Mix {name!r}: write `{key}{row.example and f':{row.example}'}`.")
+    return row.build(argument)
+
+
+def _above_zero(name: str, argument: str, kind: type[Number]) -> Number:
+    try:
+        value = kind(argument)
+    except ValueError:
+        value = kind(0)
+    if not 0 < value < np.inf:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(
+            f"Mix {name}:{argument} needs {what} above 0, as in {name}:{MIXES[name].example}."
+        )
+    return value
 
 
 def neighbour_weights(W: np.ndarray) -> np.ndarray:

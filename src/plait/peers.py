@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from plait.certificates import write_secret
 from plait.codec import Message, encode
 from plait.config import Config
 from plait.desk import Desk, JsonLines
@@ -33,6 +35,7 @@ from plait.gauges import serve_metrics
 from plait.inbox import Inbox, Rows
 from plait.job import Job, prepare
 from plait.lora import Stack
+from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs import RunFolder
 from plait.tasks import Rows as TaskRows
 from plait.tasks import Task, load_task
@@ -42,6 +45,7 @@ from plait.transport import GrpcTransport
 LOG = logging.getLogger("plait.peer")
 
 GREET_AGAIN_S = 1.0
+KEY_BYTES = 32
 
 
 def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) -> bool:
@@ -120,7 +124,8 @@ class Process:
             ),
         )
         self.exchange.leave = self.leave
-        self.peer = Peer(self.job, self.stack, self.exchange, self.write)
+        noise = noise_of(self.folder, self.job.config)
+        self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
         self.end = min(rounds, self.member.leaves or rounds)
         self.others = [k for k in range(len(federation.peers)) if k != self.me]
 
@@ -213,7 +218,8 @@ class Process:
         self.folder.record(event)
         match event:
             case RoundDone():
-                self.desk.facts |= {"loss": event.train_losses[0], "phase": event.active}
+                self.desk.facts["phase"] = event.active
+                self._tell(loss=event.train_losses[0])
                 LOG.info(
                     "round %d done: loss %.4f, %d of %d neighbours, %.1f s of training",
                     event.round, event.train_losses[0], len(event.edges),
@@ -223,9 +229,14 @@ class Process:
                 if not self.peer.evaluates_after(event.round):
                     self._save(event.round + 1)
             case Evaluated():
-                self.desk.facts["score"] = event.scores[0]
+                self._tell(score=event.scores[0])
                 if event.round >= 0:
                     self._save(event.round + 1)
+
+    def _tell(self, **facts: float) -> None:
+        """Say how it goes to neighbours who ask; with differential privacy that is not theirs."""
+        if self.job.config.dp_clip is None:
+            self.desk.facts |= facts
 
     def _save(self, rounds_done: int) -> None:
         try:
@@ -240,8 +251,10 @@ class Process:
         row = {factor: value[0] for factor, value in self.stack.factors.items()}
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
         save_adapter(self.job.backbone, row, self.job.config, adapter)
-        self.folder.finish(self._summary())
-        LOG.info("done: %s", adapter)
+        summary = self._summary()
+        self.folder.finish(summary)
+        spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
+        LOG.info("done: %s%s", adapter, spent)
 
     def _summary(self) -> dict[str, Any]:
         config = self.job.config
@@ -268,6 +281,7 @@ class Process:
             },
             "train_seconds": sum(event.train_seconds for event in rounds),
             "config_digest": self.federation.digest(),
+            **spent(config, rounds),
         }
 
 
@@ -278,6 +292,20 @@ def open_folder(settings: PeerSettings, config: Config) -> RunFolder:
     folder = RunFolder.open(settings.out, config, resume=True)
     folder.create(config)
     return folder
+
+
+def noise_of(folder: RunFolder, config: Config) -> Noise:
+    """The noise of a peer: from a key of its own, made when its folder is begun, kept for restarts.
+
+    A key that was cut off while it was written has not been used yet.
+    """
+    if config.dp_clip is None:
+        return seeded_noise(config.seed)
+    path = folder.path / "noise.key"
+    if not path.exists() or path.stat().st_size != KEY_BYTES:
+        path.unlink(missing_ok=True)
+        write_secret(path, secrets.token_bytes(KEY_BYTES))
+    return secret_noise(path.read_bytes())
 
 
 def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:

@@ -11,7 +11,6 @@ declared. gRPC's own limit on a frame holds for whatever comes before that.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from torch import Tensor
 from plait.background import BACKGROUND
 from plait.certificates import read_credentials
 from plait.codec import Ack, Answer, Header, Identity, Message, Question, decode
-from plait.federation import Federation, PeerSettings, split_address
+from plait.federation import Federation, PeerSettings, is_loopback, split_address
 from plait.frames import (
     FRAME_BYTES,
     Assembly,
@@ -414,11 +413,7 @@ async def _add_health(server: aio.Server) -> None:
 
 def _check_loopback(address: str) -> None:
     host, _ = split_address(address)
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name may lead anywhere
-        loopback = False
-    if not loopback:
+    if not is_loopback(host):
         raise ValueError(
             f"--insecure-loopback takes addresses such as 127.0.0.1:7600 only, not {address}. "
             "Between machines there is no mode without TLS."

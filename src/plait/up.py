@@ -164,6 +164,9 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
         "incidents": incidents,
     }
+    if "dp_epsilon" in summaries[0]:
+        summary["dp_epsilon"] = max(one["dp_epsilon"] for one in summaries)
+        summary["dp_delta"] = summaries[0]["dp_delta"]
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -17,6 +17,7 @@ from safetensors.torch import load as safe_load
 from safetensors.torch import save as safe_save
 
 import plait.engines.peer as engine
+import plait.engines.steps as steps
 from plait import peers, runs, transport
 from plait.certificates import Pair
 from plait.codec import Message
@@ -51,15 +52,15 @@ def killed_at(stage: str, round_: int) -> None:
 
 
 def _in_training(round_: int) -> None:
-    original = engine.local_phase
+    original = engine.train_round
 
-    def local_phase(backbone, stack, active, t, *rest):
-        losses = original(backbone, stack, active, t, *rest)
+    def train_round(job, stack, t, *rest):
+        losses = original(job, stack, t, *rest)
         if t == round_:
             die()
         return losses
 
-    engine.local_phase = local_phase
+    engine.train_round = train_round
 
 
 def _while_sending(round_: int) -> None:
@@ -152,24 +153,24 @@ STAGES: dict[str, Callable[[int], None]] = {
 
 def slow(seconds: float) -> None:
     """Training takes so much longer."""
-    original = engine.local_phase
+    original = engine.train_round
 
-    def local_phase(*args):
+    def train_round(*args):
         time.sleep(seconds)
         return original(*args)
 
-    engine.local_phase = local_phase
+    engine.train_round = train_round
 
 
 def diverging(round_: int) -> None:
     """The loss of a round is not a number."""
-    original = engine.local_phase
+    original = steps.local_phase
 
     def local_phase(backbone, stack, active, t, *rest):
         losses = original(backbone, stack, active, t, *rest)
         return losses * float("nan") if t == round_ else losses
 
-    engine.local_phase = local_phase
+    steps.local_phase = local_phase
 
 
 def careless_about_certificates() -> None:
@@ -208,6 +209,19 @@ def hostile(kind: str) -> None:
     if kind == "random bytes":
         transport.frames = _noise(transport.frames)
     transport.GrpcTransport.send = send
+
+
+def lying(size: float) -> None:
+    """What the peer sends is made up: random numbers, nothing wrong with their form."""
+    original = engine.train_round
+
+    def train_round(job, stack, t, *rest):
+        losses = original(job, stack, t, *rest)
+        for value in stack.factors.values():
+            value.copy_(size * torch.randn(value.shape))
+        return losses
+
+    engine.train_round = train_round
 
 
 def _with_body(message: Message, body: bytes) -> Message:
@@ -284,6 +298,7 @@ FAULTS: dict[str, Fault] = {
     "killed": killed_at,
     "slow": slow,
     "diverging": diverging,
+    "lying": lying,
     "careless": careless_about_certificates,
     "without certificate": without_certificate,
     "hostile": hostile,

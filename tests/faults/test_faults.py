@@ -344,6 +344,16 @@ def peak_mib(pid: int) -> int:
     raise AssertionError(pid)
 
 
+@pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])
+def test_a_member_that_lies(stage, faultless, mix):
+    play = stage(SHORT, mix=mix)
+    play.start("cai", "lying", 100.0)
+    for name in ("ada", "ben"):
+        play.start(name)
+    play.all_end(("ada", "ben"))
+    near(play, faultless, ("ada", "ben"))
+
+
 def test_training_that_diverges_stops_its_own_peer_only(stage, faultless):
     play = stage(SHORT)
     play.start("cai", "diverging", 2)

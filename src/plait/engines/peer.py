@@ -27,6 +27,7 @@ from plait.lora import Stack
 from plait.methods import Factor
 from plait.metrics import LayerState, layer_states
 from plait.mixing import neighbour_weights
+from plait.privacy import Noise
 from plait.topology import rho_of_round
 
 Write = Callable[[Rows, int, str, str], Message]
@@ -73,12 +74,14 @@ class Peer:
         stack: The state of this client, a stack of one.
         exchange: What connects it with the others.
         write: Makes its messages.
+        noise: Where the noise of differential privacy comes from.
     """
 
     job: Job
     stack: Stack
     exchange: Exchange
     write: Write
+    noise: Noise
 
     def __post_init__(self) -> None:
         """Take the parts that are used all the time."""
@@ -140,7 +143,7 @@ class Peer:
     def _round(self, round_: int) -> RoundDone:
         begin = time.perf_counter()
         turn = self.inbox.turn(round_)
-        loss = float(train_round(self.job, self.stack, round_, [self.me])[0])
+        loss = float(train_round(self.job, self.stack, round_, [self.me], self.noise)[0])
         trained = time.perf_counter()
         if self.exchange.leave.is_set():
             raise Left

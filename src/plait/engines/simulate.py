@@ -13,6 +13,7 @@ from plait.job import Job
 from plait.lora import Stack
 from plait.metrics import apart, layer_states
 from plait.mixing import neighbour_weights
+from plait.privacy import seeded_noise
 from plait.topology import rho_of_round
 
 
@@ -27,13 +28,14 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
     """
     config = job.config
     everyone = range(config.clients)
+    noise = seeded_noise(config.seed)
     if first_round == 0:
         yield job.started
         yield evaluation(job, stack, -1)
     for round_ in range(first_round, config.rounds):
         begin = time.perf_counter()
         active = job.trained(round_)
-        losses = train_round(job, stack, round_, everyone)
+        losses = train_round(job, stack, round_, everyone, noise)
         trained = time.perf_counter()
         W = job.schedule(round_)
         weights = neighbour_weights(W)

@@ -15,16 +15,20 @@ from plait.local import batch_losses, evaluate, local_phase
 from plait.lora import Stack
 from plait.methods import Factor
 from plait.mixing import mean
+from plait.privacy import Noise, privatise
 
 
-def train_round(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
-    """The local phase of a round, changing `stack` in place.
+def train_round(
+    job: Job, stack: Stack, round_: int, clients: Sequence[int], noise: Noise
+) -> np.ndarray:
+    """The local phase of a round, changing `stack` in place; with `dp_clip` it ends private.
 
     Args:
         job: The prepared run.
         stack: The state of these clients; row k belongs to client `clients[k]`.
         round_: The round's number.
         clients: Which clients the stack holds.
+        noise: Where the noise of differential privacy comes from.
 
     Returns:
         (n,) float64, each client's loss, mean over the steps.
@@ -34,10 +38,14 @@ def train_round(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> 
     """
     active = job.trained(round_)
     reset_moments(stack, active, round_, job)
+    private = active & job.travels if job.config.dp_clip is not None else Factor.NONE
+    before = {factor: value.clone() for factor, value in stack.factors.items() if factor in private}
     losses: np.ndarray = local_phase(
         job.backbone, stack, active, round_, job.train, job.shares, clients, job.config
     ).mean(axis=1)
     check_finite(losses, clients, round_, job.config.lr)
+    if before:
+        privatise(before, stack.factors, round_, clients, job.config, noise)
     return losses
 
 
