@@ -43,8 +43,15 @@ def events(config: Config, score: float) -> Iterator[Event]:
             train_seconds=1.5,
             mix_seconds=0.5,
             apart=[0.5, 1.0] * (config.clients // 2),
+            pairs_apart=pairs_apart(config, round_),
         )
         yield evaluated(config, round_, 0.5 + (score - 0.5) * (round_ + 1) / config.rounds)
+
+
+def pairs_apart(config: Config, round_: int) -> list[tuple[int, int, float]]:
+    """Farther for clients whose numbers are farther from each other, and less in each round."""
+    n = min(config.clients, 100)
+    return [(i, j, (j - i) ** 2 / 4**round_) for i in range(n) for j in range(i + 1, n)]
 
 
 def evaluated(config: Config, round_: int, score: float) -> Evaluated:

@@ -103,7 +103,9 @@ def test_the_tables_numbers_are_those_of_summary_json(browser, comparison):
 
 
 def lines_of(page) -> list:
-    return page.evaluate("byId('graph').data[0].x")
+    """x, colour and width of the lines of the topology; the last trace is the clients."""
+    lines = "byId('graph').data.slice(0, -1)"
+    return page.evaluate(f"{lines}.map((one) => [one.x, one.line.color, one.line.width])")
 
 
 def test_the_slider_moves_the_topology(browser, comparison):
@@ -120,8 +122,30 @@ def test_the_slider_moves_the_topology(browser, comparison):
         assert slider.get_attribute("aria-valuetext") == "round 2"
         assert len({str(lines_of(page)), str(first), str(last)}) > 1
         assert lines_of(page) != first
+        assert "farthest from each other: clients 0 and 3." in page.locator("#said").inner_text()
         row = page.locator("#round-table tbody tr").nth(0)
-        assert row.locator("td").all_inner_texts()[:2] == ["2", "0.707"]
+        assert row.locator("td").all_inner_texts() == ["2", "0.707", "0.5", "3", "1.5"]
+
+
+def test_the_slider_shows_who_disagrees_with_whom(browser, comparison):
+    with opened(browser, f"file://{comparison}/report.html") as page:
+        page.wait_for_selector("#between-plot .main-svg")
+        levels = "byId('between-plot').data[0].z"
+        last = page.evaluate(levels)
+        page.locator("#round").focus()
+        page.keyboard.press("Home")
+        first = page.evaluate(levels)
+        assert first[0][3] == first[3][0] == 1  # the farthest of the run
+        assert first[0][0] is None
+        assert first[0][1] < first[0][2] < first[0][3]
+        assert last[0][1] == 0  # the nearest of the run
+        # A line has the colour of its pair: here one of less distance in each round.
+        colours = []
+        for _ in range(6):
+            ((_, colour, _),) = lines_of(page)
+            colours.append(colour)
+            page.keyboard.press("ArrowRight")
+        assert len(set(colours)) > 3
 
 
 def test_it_plays_by_itself(browser, comparison):

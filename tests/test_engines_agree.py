@@ -47,6 +47,10 @@ def far(stack, peers):
     )
 
 
+def apart_of(event):
+    return {(i, j): apart for i, j, apart in event.pairs_apart}
+
+
 @pytest.mark.parametrize(
     ("method", "topology"),
     [
@@ -75,6 +79,11 @@ def test_peers_and_a_simulation_agree_bit_for_bit(method, topology):
         assert event.edges == [edge for part in rounds for edge in part.edges]
         assert event.sent_bytes == sum(part.sent_bytes for part in rounds)
         assert (event.active, event.shared) == (rounds[0].active, rounds[0].shared)
+        for part in rounds:
+            for i, j, apart in part.pairs_apart:
+                assert apart == pytest.approx(apart_of(event)[i, j], rel=1e-3)
+            met = len(part.edges) if {"A", "B"} <= set(event.shared) else 0
+            assert len(part.pairs_apart) == met
 
 
 @pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])

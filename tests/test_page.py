@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import re
 import shlex
 import sys
@@ -19,12 +20,13 @@ from plait import charts, cli, cli_report
 from plait.cli import defaults, main
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.figures import FIGURES
+from plait.graph import topology
 from plait.page import PLOTLY, payload, plotly_js, report
 from plait.plan import load_plan
 from plait.series import MEASURES, band, over_rounds, phases, remark, sent_megabytes
 from plait.study import compare_command, find_studies, read_studies, run_command
 from plait.track import MOST_DRAWN, Track, meetings
-from said import events
+from said import events, pairs_apart
 
 
 def read(*paths):
@@ -111,17 +113,26 @@ def test_the_summary_so_far_becomes_the_written_one(tmp_path):
 
 
 def test_meetings_forget_the_direction_and_the_clients_that_are_not_drawn():
-    found = meetings([(0, 1, 0.5), (1, 0, 0.5), (MOST_DRAWN, 2, 0.1), (2, 0, 0.1)])
+    said = next(e for e in events(CONFIG, 0.8) if isinstance(e, RoundDone))
+    edges = [(0, 1, 0.5), (1, 0, 0.25), (MOST_DRAWN, 2, 0.1), (2, 0, 0.1)]
+    apart = [(0, 2, 4.0), (1, MOST_DRAWN, 9.0)]
+    found = meetings(dataclasses.replace(said, edges=edges, pairs_apart=apart), MOST_DRAWN + 1)
     assert found.pairs.tolist() == [[0, 1], [0, 2]]
+    assert found.weights.tolist() == pytest.approx([0.5, 0.1])
     assert found.count == 3
-    assert meetings([]).count == 0
+    assert found.apart.shape == (MOST_DRAWN, MOST_DRAWN)
+    assert found.apart[0, 2] == found.apart[2, 0] == 4
+    assert np.isfinite(found.apart).sum() == 2
+    nobody = meetings(dataclasses.replace(said, edges=[], pairs_apart=[]), 4)
+    assert (nobody.count, nobody.pairs.shape) == (0, (0, 2))
 
 
 def test_events_of_before_there_were_distances_are_read(tmp_path):
     line = next(to_line(e) for e in events(CONFIG, 0.8) if isinstance(e, RoundDone))
     values = json.loads(line)
-    del values["apart"]
-    assert from_line(json.dumps(values)).apart == []
+    del values["apart"], values["pairs_apart"]
+    found = from_line(json.dumps(values))
+    assert found.apart == found.pairs_apart == []
 
 
 # -- series
@@ -206,14 +217,14 @@ def test_every_chart_is_one_that_plotly_takes(tmp_path, monkeypatch):
 
 
 def test_the_library_is_the_one_that_plotly_checks_against():
-    version = re.search(r"plotly-basic-(.*)\.min", PLOTLY).group(1)
+    version = re.search(r"plotly-cartesian-(.*)\.min", PLOTLY).group(1)
     assert f"v{version}" in plotly_js()[:100]
     assert f"v{version}" in plotly.offline.get_plotlyjs()[:100]
 
 
 def test_the_topology_holds_who_met_whom(tmp_path):
     (study,) = read(write_run(tmp_path / "run"))
-    drawn = charts.topology(study.tracks[0][1])
+    drawn = topology(study.tracks[0][1])
     pairs = [
         np.frombuffer(base64.b64decode(drawn["pairs"][at]), np.uint16).reshape(-1, 2).tolist()
         for at in drawn["drawn"]
@@ -222,12 +233,35 @@ def test_the_topology_holds_who_met_whom(tmp_path):
     assert len(drawn["pairs"]) == 3
     assert drawn["apart"][0] == [0.70711, 1.0, 0.70711, 1.0]
     assert drawn["rounds"] == [1, 2, 3, 4, 5, 6]
+    assert [base64.b64decode(one) for one in drawn["weights"]] == [b"\xff"] * 3
+    assert drawn["heaviest"] == 0.5
+
+
+def test_the_topology_holds_who_disagreed_with_whom(tmp_path):
+    (study,) = read(write_run(tmp_path / "run"))
+    drawn = topology(study.tracks[0][1])
+    assert (drawn["least"], drawn["most"]) == pytest.approx((1 / 32, 3), rel=1e-6)
+    for round_, code in enumerate(drawn["between"]):
+        levels = np.frombuffer(base64.b64decode(code), np.uint8).astype(float)
+        distances = drawn["least"] * (drawn["most"] / drawn["least"]) ** ((levels - 2) / 253)
+        expected = [math.sqrt(apart) for _, _, apart in pairs_apart(CONFIG, round_)]
+        assert distances == pytest.approx(expected, rel=0.01)
+
+
+def test_distances_that_are_not_known_are_told_from_those_that_are_nothing(tmp_path):
+    said = [dataclasses.replace(e, pairs_apart=[(0, 1, 0.0), (2, 3, 1.0)])
+            if isinstance(e, RoundDone) else e for e in events(CONFIG, 0.8)]  # fmt: skip
+    folder = write_run(tmp_path / "run")
+    (folder / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
+    (study,) = read(folder)
+    found = base64.b64decode(topology(study.tracks[0][1])["between"][0])
+    assert list(found) == [1, 0, 0, 0, 0, 2]
 
 
 def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "MOST_POINTS", 3)
     (study,) = read(write_run(tmp_path / "run"))
-    drawn = charts.topology(study.tracks[0][1])
+    drawn = topology(study.tracks[0][1])
     assert drawn["step"] == 2
     assert drawn["rounds"] == [1, 3, 5, 6]
     chart = charts.over_rounds_chart(study.said, MEASURES["scores"])
@@ -337,8 +371,10 @@ def write_peer(folder, client: int, rounds: int) -> None:
             said.append(dataclasses.replace(event, scores=scores, losses=losses))
         elif isinstance(event, RoundDone) and event.round < rounds:
             edges = [edge for edge in event.edges if edge[0] == client]
+            met = {tuple(sorted(edge[:2])) for edge in edges}
+            pairs = [one for one in event.pairs_apart if one[:2] in met]
             alone = {"train_losses": [0.7], "before": [], "after": [], "apart": []}
-            said.append(dataclasses.replace(event, edges=edges, **alone))
+            said.append(dataclasses.replace(event, edges=edges, pairs_apart=pairs, **alone))
         elif isinstance(event, Started):
             said.append(event)
     folder.mkdir(parents=True, exist_ok=True)
@@ -349,8 +385,8 @@ def write_peer(folder, client: int, rounds: int) -> None:
 def test_the_peers_of_a_federation_are_one_run(tmp_path):
     for client in range(4):
         write_peer(tmp_path / "federation" / f"peer-{client}" / "out", client, 3 if client else 2)
-    known: dict = {}
-    (study,) = find_studies([tmp_path], known)
+    seen: dict = {}
+    (study,) = find_studies([tmp_path], seen)
     ((label, track),) = study.tracks
     track.read()
     assert label == "adf"
@@ -358,8 +394,10 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
     assert track.evaluations[-1].scores == pytest.approx([0.5, 0.7, 0.5, 0.7])
     assert track.rounds[0].sent_bytes == 4_000_000
     assert [one.pairs.tolist() for one in track.meetings] == [[[0, 1]], [[0, 2]]]
+    known = [np.argwhere(np.isfinite(one.apart)).tolist() for one in track.meetings]
+    assert known == [[[0, 1], [1, 0]], [[0, 2], [2, 0]]]
     write_peer(tmp_path / "federation" / "peer-0" / "out", 0, 3)
-    (study,) = find_studies([tmp_path], known)
+    (study,) = find_studies([tmp_path], seen)
     assert study.tracks[0][1] is track
     track.read()
     assert len(track.rounds) == 3

@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from conftest import tiny_job, tiny_model
 from plait import runs
 from plait.config import Config
+from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
 from plait.export import export
 from plait.local import evaluate
+from plait.methods import Factor
+from plait.metrics import MOST_PAIRED, pair_distances
 from plait.runs import load_run, run
 from twin import twin_logits
 
@@ -68,6 +71,33 @@ def test_the_clients_distances_from_the_mean_average_to_the_consensus_distances(
             assert len(event.apart) == CONFIG.clients
             consensus = sum(layer.consensus_A + layer.consensus_B for layer in event.after)
             assert np.mean(event.apart) == pytest.approx(consensus, rel=1e-12)
+
+
+def test_the_distances_of_pairs_are_those_of_their_factors_before_mixing():
+    job = tiny_job(CONFIG)
+    told = []
+    for event in simulate(job, job.initial_stack()):
+        if isinstance(event, RoundDone):
+            assert [(i, j) for i, j, _ in event.pairs_apart] == [(0, 1), (0, 2), (1, 2)]
+            consensus = sum(layer.consensus_A + layer.consensus_B for layer in event.before)
+            # The sum over pairs is N times the sum of the squared distances from the mean.
+            told.append(sum(far for *_, far in event.pairs_apart))
+            assert told[-1] == pytest.approx(CONFIG.clients**2 * consensus, rel=1e-3)
+    assert min(told) > 0
+
+
+def test_the_distances_of_pairs_are_as_if_taken_one_by_one():
+    layout = tiny_job(CONFIG).backbone.layout
+    generator = torch.Generator().manual_seed(0)
+    # All near one far point, where products would leave only rounding; the last two are the same.
+    rows = {f: 100 + 1e-3 * torch.randn(MOST_PAIRED + 1, layout.size(f), generator=generator)
+            for f in (Factor.A, Factor.B)}  # fmt: skip
+    for row in rows.values():
+        row[MOST_PAIRED - 1] = row[MOST_PAIRED - 2]
+    found = pair_distances(layout, rows)
+    whole = torch.cat([row.double() for row in rows.values()], dim=1)[:MOST_PAIRED]
+    expected = torch.cdist(whole, whole, compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_events_survive_a_line_of_json(tmp_path):

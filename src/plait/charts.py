@@ -1,13 +1,11 @@
 """The pictures of the web page: plotly figures as plain JSON values, with no colour of the page.
 
-The page (templates/page.js) adds background, text and grid in the reader's light or dark scheme,
-and the round slider of the topology. Everything is thinned out so that a page stays small: at most
-`MOST_POINTS` rounds on a line, at most `MOST_PAIRS` meetings for a run.
+The page (templates/page.js) adds background, text and grid in the reader's light or dark scheme.
+Everything is thinned out so that a page stays small: at most `MOST_POINTS` rounds on a line.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -15,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from plait.events import RoundDone
 from plait.paired import Difference, Estimate
 from plait.series import (
     FILLS,
-    FLOOR,
     MEASURES,
     STYLES,
     Array,
@@ -36,7 +32,6 @@ from plait.series import (
 from plait.track import MOST_DRAWN, Track
 
 MOST_POINTS = 300
-MOST_PAIRS = 30_000
 
 Chart = dict[str, Any]
 """What plotly.js takes: `data` and `layout`, and `alt`, which says in words what is drawn."""
@@ -64,8 +59,8 @@ def _banded(label: str, x: Array, values: Array, color: str, dash: str) -> list[
     if len(values) > 1:
         fill = {"fill": "toself", "fillcolor": color + "22", "line": {"width": 0}}
         there = ~np.isnan(mean)
-        around = {"x": _numbers(np.concatenate([x[there], x[there][::-1]])),
-                  "y": _numbers(np.concatenate([low[there], high[there][::-1]]))}  # fmt: skip
+        around = {"x": numbers(np.concatenate([x[there], x[there][::-1]])),
+                  "y": numbers(np.concatenate([low[there], high[there][::-1]]))}  # fmt: skip
         quiet = {"hoverinfo": "skip", "showlegend": False, "legendgroup": label, "mode": "lines"}
         traces.append({"type": "scatter", "name": f"{label}, range", **around, **fill, **quiet})
     line = {"color": color, "dash": dash, "width": 2}
@@ -107,9 +102,9 @@ def intervals_chart(estimates: Mapping[str, Estimate], unit: str, zero: bool) ->
     trace = {
         "type": "scatter",
         "mode": "markers",
-        "x": _numbers([one.mean for one in estimates.values()]),
+        "x": numbers([one.mean for one in estimates.values()]),
         "y": labels,
-        "error_x": {"type": "data", "array": _numbers(reach), "thickness": 2, "width": 6},
+        "error_x": {"type": "data", "array": numbers(reach), "thickness": 2, "width": 6},
         "marker": {"size": 11, "color": STYLES[0][0]},
         "name": unit,
         "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
@@ -219,43 +214,6 @@ def partition_chart(track: Track) -> Chart:
     return _chart(traces, layout, "Rows of each class at each client")
 
 
-def topology(track: Track) -> Chart:
-    """Who met whom in each round, how far each client was from the mean, and its score.
-
-    `pairs` has uint16 numbers in base64, two for each meeting; a round names its entry in `drawn`.
-    """
-    rounds = track.rounds
-    clients = min(track.config.clients, MOST_DRAWN)
-    step = max(1, math.ceil(sum(len(one.pairs) for one in track.meetings) / MOST_PAIRS))
-    step = max(step, math.ceil(len(rounds) / MOST_POINTS))
-    chosen = list(range(0, len(rounds), step))
-    if rounds and chosen[-1] != len(rounds) - 1:
-        chosen.append(len(rounds) - 1)
-    codes = [base64.b64encode(track.meetings[i].pairs.tobytes()).decode() for i in chosen]
-    # Graphs that stay the same, or come again, are kept once.
-    unique = {code: number for number, code in enumerate(dict.fromkeys(codes))}
-    scores = {one.round: one.scores for one in track.evaluations}
-    latest = [max((r for r in scores if r <= rounds[i].round), default=-1) for i in chosen]
-    return {
-        "clients": clients,
-        "all_clients": track.config.clients,
-        "step": step,
-        "pairs": list(unique),
-        "rounds": [rounds[i].round + 1 for i in chosen],
-        "drawn": [unique[code] for code in codes],
-        "count": [track.meetings[i].count for i in chosen],
-        "trains": [rounds[i].active for i in chosen],
-        "apart": [_numbers(_distances(rounds[i])[:clients]) for i in chosen],
-        "scores": [_numbers(scores.get(r, [])[:clients]) for r in latest],
-    }
-
-
-def _distances(done: RoundDone) -> Array:
-    """(N,) each client's distance from the mean; what is rounding is 0."""
-    squared = np.array(done.apart)
-    return np.sqrt(np.where(squared < FLOOR, 0.0, squared))
-
-
 # -- parts
 
 
@@ -271,14 +229,14 @@ def _line(name: str, x: Any, y: Any, line: Chart) -> Chart:
         "marker": {"size": 4, "color": line["color"]},
         "name": name,
         "legendgroup": name,
-        "x": _numbers(x),
-        "y": _numbers(y),
+        "x": numbers(x),
+        "y": numbers(y),
         "line": line,
     }
 
 
 def _area(name: str, x: Any, low: Array, high: Array, fill: str) -> Chart:
-    around = {"x": _numbers([*x, *x[::-1]]), "y": _numbers([*low, *high[::-1]])}
+    around = {"x": numbers([*x, *x[::-1]]), "y": numbers([*low, *high[::-1]])}
     look = {"fill": "toself", "fillcolor": fill, "line": {"width": 0}, "mode": "lines"}
     return {"type": "scatter", "name": name, **around, **look, "hoverinfo": "skip"}
 
@@ -304,6 +262,6 @@ def _thinned(count: int) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, count - 1, MOST_POINTS)})
 
 
-def _numbers(values: Any) -> list[float | None]:
+def numbers(values: Any) -> list[float | None]:
     """Five significant digits; None for a gap."""
     return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]

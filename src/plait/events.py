@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.metrics import LayerState
+from plait.metrics import LayerState, Pair
 from plait.privacy import spent
 
 
@@ -62,6 +62,9 @@ class RoundDone:
         after: Every layer after mixing.
         apart: (N,) each client's squared distance from the mean of all clients after mixing, over
             all adapted layers; its mean is Xi_A + Xi_B. Empty where nobody sees all clients.
+        pairs_apart: (i, j, squared distance) of clients i < j as they met, before mixing, over all
+            adapted layers; to four digits. Of the first hundred clients; of a peer itself and those
+            that it heard both factors from.
         train_seconds: Time of the local phase.
         mix_seconds: Time of mixing.
     """
@@ -78,6 +81,7 @@ class RoundDone:
     train_seconds: float
     mix_seconds: float
     apart: list[float] = dataclasses.field(default_factory=list)
+    pairs_apart: list[Pair] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +145,8 @@ def from_line(line: str) -> Event:
     if kind is RoundDone:
         for moment in ("before", "after"):
             values[moment] = [LayerState(**layer) for layer in values[moment]]
-        values["edges"] = [tuple(edge) for edge in values["edges"]]
+        for triples in ("edges", "pairs_apart"):
+            values[triples] = [tuple(triple) for triple in values.get(triples, [])]
     if kind is Started:
         values["label_names"] = tuple(values["label_names"])
     return kind(**values)

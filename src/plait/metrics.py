@@ -100,6 +100,49 @@ def mixing_errors(A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.
     return torch.tensor(errors, dtype=torch.float64)
 
 
+Pair = tuple[int, int, float]
+"""(i, j, ||x_i - x_j||^2), i < j."""
+
+MOST_PAIRED = 100
+"""Clients of which each pair's distance is measured: the pairs grow with the square."""
+
+
+def pair_distances(layout: Layout, state: dict[Factor, Tensor]) -> Tensor:
+    """(n, n) ||x_i - x_j||^2 of each pair of the first n <= `MOST_PAIRED` clients, all layers.
+
+    One Gram matrix for each layer, ||x||^2 + ||y||^2 - 2 <x, y>. Seen from the mean client, since
+    what all have in common, the greater part, would leave nothing but rounding.
+
+    Args:
+        layout: Where the layers lie.
+        state: Factor -> (N, P).
+    """
+    gram = torch.zeros((), dtype=torch.float64, device=state[Factor.A].device)
+    for factor in (Factor.A, Factor.B):
+        for view in layout.views(factor, state[factor][:MOST_PAIRED]).values():
+            flat = view.flatten(1).double()
+            flat = flat - flat.mean(dim=0)
+            gram = gram + flat @ flat.T
+    norms = gram.diagonal()
+    return (norms[:, None] + norms - 2 * gram).clamp(min=0)
+
+
+def pair(i: int, j: int, distance: float) -> Pair:
+    """Two clients, to four digits: there are many pairs.
+
+    Example:
+        >>> pair(3, 1, 0.123456)
+        (1, 3, 0.1235)
+    """
+    return min(i, j), max(i, j), float(f"{distance:.4g}")
+
+
+def all_pairs(distances: Tensor) -> list[Pair]:
+    """The pairs of `pair_distances` (n, n)."""
+    rows = distances.tolist()
+    return [pair(i, j, row[j]) for i, row in enumerate(rows) for j in range(i + 1, len(rows))]
+
+
 def layer_states(
     layout: Layout,
     before: dict[Factor, Tensor],

@@ -20,6 +20,7 @@ from plait import charts
 from plait.charts import Chart
 from plait.comparison import Conclusion, Outcome, verdict
 from plait.events import Started
+from plait.graph import topology
 from plait.report import notes, table
 from plait.series import MEASURES, Said, started
 from plait.study import Study, settings
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Payload = dict[str, Any]
 
-PLOTLY = "vendor/plotly-basic-4.1.1.min.js"
+PLOTLY = "vendor/plotly-cartesian-4.1.1.min.js"
 MEASURES_OF_CONVERGENCE = ("scores", "worst", "averaged", "loss")
 
 
@@ -68,10 +69,10 @@ def render(payloads: Sequence[Payload], live: bool = False) -> str:
 
 @cache
 def plotly_js() -> str:
-    """The library that draws: plotly.js with lines, bars and pies alone, a quarter of the whole.
+    """The library that draws: plotly.js without maps and 3D, a third of the whole.
 
-    It lies beside the templates as npm's `plotly.js-basic-dist-min` has it, so that a report opens
-    in a second and nothing is fetched.
+    It lies beside the templates as npm's `plotly.js-cartesian-dist-min` has it, so that nothing is
+    fetched.
     """
     # The escape is for what would end the script element that it stands in.
     return _text(PLOTLY).replace("</script", "<\\/script")
@@ -229,7 +230,7 @@ def _run(key: str, track: Track, metric: str) -> Payload:
             "consensus": charts.consensus_chart(track),
             "partition": charts.partition_chart(track),
         },
-        "topology": charts.topology(track),
+        "topology": topology(track),
     }
 
 

@@ -2,8 +2,8 @@
 
 `Track.read` takes up the lines that came since it was last called, so the same object serves a
 report, which reads once, and the dashboard, which reads twice a second. What would not fit in
-memory for a thousand clients is not kept: of each round's edges only those among the first
-`MOST_DRAWN` clients stay, and how many there were.
+memory for a thousand clients is not kept: of each round's pairs of clients only those among the
+first `MOST_DRAWN` stay, as arrays, and how many met.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ import numpy as np
 
 from plait.config import Config
 from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, summarize
+from plait.metrics import MOST_PAIRED
 
-MOST_DRAWN = 100
+MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
 
 Pairs = np.ndarray[Any, np.dtype[np.uint16]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
 class Meetings:
-    """Who met whom in a round.
+    """Who met whom in a round, and how far apart they and the others were then.
 
     Attributes:
         pairs: (E, 2) clients i < j, among the first `MOST_DRAWN`.
+        weights: (E,) what they gave each other in mixing; the larger where the two differ.
         count: Pairs among all clients.
+        apart: (n, n) squared distances of the first n clients; NaN where not known.
     """
 
     pairs: Pairs
+    weights: Floats
     count: int
+    apart: Floats
 
 
 @dataclass
@@ -66,8 +72,8 @@ class Track:
     def see(self, event: Event) -> None:
         """Take note of one event."""
         if isinstance(event, RoundDone):
-            self.meetings.append(meetings(event.edges))
-            event = dataclasses.replace(event, edges=[])
+            self.meetings.append(meetings(event, self.config.clients))
+            event = dataclasses.replace(event, edges=[], pairs_apart=[])
         self.events.append(event)
 
     def read(self) -> bool:
@@ -181,9 +187,7 @@ class Federation(Track):
         if not there:
             return
         said = [part.rounds[k] for part, k in there]
-        pairs = np.concatenate([part.meetings[k].pairs for part, k in there])
-        pairs = np.unique(pairs, axis=0) if len(pairs) else pairs
-        self.meetings.append(Meetings(pairs, len(pairs)))
+        self.meetings.append(_joined([part.meetings[k] for part, k in there]))
         joined = dataclasses.replace(
             said[0],
             train_losses=[loss for one in said for loss in one.train_losses],
@@ -209,20 +213,44 @@ class Federation(Track):
             self.events.append(joined)
 
 
-def meetings(edges: list[tuple[int, int, float]]) -> Meetings:
-    """The pairs of a round's edges, whichever way they point.
+def meetings(event: RoundDone, clients: int) -> Meetings:
+    """The pairs of a round's edges, whichever way they point, and the distances of pairs.
 
-    Example:
-        >>> meetings([(0, 1, 0.5), (1, 0, 0.5), (3, 2, 0.5)]).pairs.tolist()
-        [[0, 1], [2, 3]]
+    Args:
+        event: The round.
+        clients: N.
     """
-    if not edges:
-        return Meetings(np.zeros((0, 2), np.uint16), 0)
-    flat = np.fromiter(chain.from_iterable(edges), dtype=np.float64, count=3 * len(edges))
-    ends = flat.reshape(-1, 3)[:, :2].astype(np.int64)
-    clients = int(ends.max()) + 1
+    ends, weights = _pairs(event.edges)
     # A pair as one number, which is much faster to tell from others than two.
-    numbers = np.unique(ends.min(axis=1) * clients + ends.max(axis=1))
-    pairs = np.stack([numbers // clients, numbers % clients], axis=1)
-    drawn = pairs[(pairs < MOST_DRAWN).all(axis=1)]
-    return Meetings(drawn.astype(np.uint16), len(pairs))
+    count = len(np.unique(ends[:, 0] * clients + ends[:, 1]))
+    drawn = (ends < MOST_DRAWN).all(axis=1)
+    n = min(clients, MOST_DRAWN)
+    apart = np.full((n, n), np.nan, dtype=np.float32)
+    of, distances = _pairs(event.pairs_apart)
+    known = (of < n).all(axis=1)
+    apart[of[known, 0], of[known, 1]] = apart[of[known, 1], of[known, 0]] = distances[known]
+    return Meetings(*_once(ends[drawn], weights[drawn]), count, apart)
+
+
+def _joined(parts: Sequence[Meetings]) -> Meetings:
+    """What several peers saw of a round."""
+    pairs = np.concatenate([one.pairs for one in parts])
+    pairs, weights = _once(pairs.astype(int), np.concatenate([one.weights for one in parts]))
+    apart = np.fmax.reduce([one.apart for one in parts])  # a number wins over NaN
+    return Meetings(pairs, weights, len(pairs), apart)
+
+
+def _pairs(triples: Sequence[tuple[int, int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """(i, j, number) as (E, 2) i < j and (E,)."""
+    flat = np.fromiter(chain.from_iterable(triples), dtype=np.float64, count=3 * len(triples))
+    table = flat.reshape(-1, 3)
+    return np.sort(table[:, :2].astype(int), axis=1), table[:, 2]
+
+
+def _once(ends: np.ndarray, weights: np.ndarray) -> tuple[Pairs, Floats]:
+    """Each pair of (E, 2) once, with the largest of its weights (E,)."""
+    numbers, place = np.unique(ends[:, 0] * MOST_DRAWN + ends[:, 1], return_inverse=True)
+    largest = np.zeros(len(numbers), dtype=np.float32)
+    np.maximum.at(largest, place, weights.astype(np.float32))
+    pairs = np.stack([numbers // MOST_DRAWN, numbers % MOST_DRAWN], axis=1)
+    return pairs.astype(np.uint16), largest

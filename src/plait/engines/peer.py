@@ -25,7 +25,7 @@ from plait.inbox import Rows, Turn
 from plait.job import Job
 from plait.lora import Stack
 from plait.methods import Factor
-from plait.metrics import LayerState, layer_states
+from plait.metrics import LayerState, Pair, layer_states, pair, pair_distances
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise
 from plait.topology import rho_of_round
@@ -154,7 +154,7 @@ class Peer:
             self.exchange.wait()
         mixing = time.perf_counter()
         heard = self.exchange.close()
-        before = self._mix(turn, heard)
+        before, pairs_apart = self._mix(turn, heard)
         self._rest()
         return RoundDone(
             round=round_,
@@ -166,19 +166,21 @@ class Peer:
             sent_bytes=4 * sum(len(row) for row in mine.values()) * len(turn.heard_by),
             before=before,
             after=[],
+            pairs_apart=pairs_apart,
             train_seconds=trained - begin,
             mix_seconds=time.perf_counter() - mixing,
         )
 
-    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> list[LayerState]:
+    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> tuple[list[LayerState], list[Pair]]:
         """Mix with what came.
 
         Returns:
-            Diagnostics of this peer and those it heard, before mixing; none where not both
-            factors came. A peer can't know them for everyone, nor for anyone after mixing.
+            Diagnostics of this peer and those it heard, and its distance from each of them, before
+            mixing; none where not both factors came. A peer can't know them for everyone, nor for
+            anyone after mixing.
         """
         if not heard:
-            return []
+            return [], []
         W = turn.weights[list(heard)][None]
         before = {}
         for factor in next(iter(heard.values())):
@@ -187,10 +189,14 @@ class Peer:
             before[factor] = torch.cat([mine, theirs])
             self.stack.factors[factor] = self.job.method.mix(mine, theirs, W)
         if not {Factor.A, Factor.B} <= before.keys():
-            return []
+            return [], []
         local = np.eye(1 + len(heard))
         local[0] = [1 - W.sum(), *W[0]]
-        return layer_states(self.job.backbone.layout, before, before, local)[0]
+        layout = self.job.backbone.layout
+        distances = pair_distances(layout, before)[0, 1:].tolist()
+        # Not strict: of very many neighbours only the first are measured.
+        pairs = [pair(self.me, peer, far) for peer, far in zip(heard, distances, strict=False)]
+        return layer_states(layout, before, before, local)[0], pairs
 
     def _rest(self) -> None:
         """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""

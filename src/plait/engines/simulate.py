@@ -11,7 +11,7 @@ from plait.engines.steps import evaluation, names, train_round
 from plait.events import Event, RoundDone
 from plait.job import Job
 from plait.lora import Stack
-from plait.metrics import apart, layer_states
+from plait.metrics import all_pairs, apart, layer_states, pair_distances
 from plait.mixing import neighbour_weights
 from plait.privacy import seeded_noise
 from plait.topology import rho_of_round
@@ -60,6 +60,7 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
             before=states[0],
             after=states[1],
             apart=apart(job.backbone.layout, stack.factors),
+            pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
             train_seconds=trained - begin,
             mix_seconds=mixed - trained,
         )

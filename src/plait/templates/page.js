@@ -122,15 +122,51 @@ function runNow() {
 }
 
 const unpacked = new WeakMap();
+function bytesOf(code) {
+  return Uint8Array.from(atob(code), (c) => c.charCodeAt(0));
+}
+
+// The meetings of a round: [i, j, share of the run's largest weight].
 function pairsOf(topology, at) {
   if (!unpacked.has(topology)) unpacked.set(topology, new Map());
   const known = unpacked.get(topology), number = topology.drawn[at];
   if (!known.has(number)) {
-    const bytes = Uint8Array.from(atob(topology.pairs[number]), (c) => c.charCodeAt(0));
-    const ends = new Uint16Array(bytes.buffer);
-    known.set(number, Array.from({length: ends.length / 2}, (_, k) => [ends[2 * k], ends[2 * k + 1]]));
+    const ends = new Uint16Array(bytesOf(topology.pairs[number]).buffer);
+    const weights = bytesOf(topology.weights[number]);
+    known.set(number, Array.from(weights, (w, k) => [ends[2 * k], ends[2 * k + 1], w / 255]));
   }
   return known.get(number);
+}
+
+// The distances of all pairs in a round: level(i, j) is null where not known, else from 0, for none
+// but rounding, to 1, for the largest of the run, on a logarithmic scale.
+function betweenOf(t, at) {
+  const bytes = bytesOf(t.between[at]), n = t.clients;
+  const level = (i, j) => {
+    if (i === j || !bytes.length) return null;
+    const [a, b] = i < j ? [i, j] : [j, i];
+    const byte = bytes[a * n - a * (a + 1) / 2 + b - a - 1];
+    return byte ? Math.max(0, byte - 2) / 253 : null;
+  };
+  const distance = (i, j) => {
+    const at = level(i, j);
+    return at === null ? null : t.least * (t.most / t.least) ** at;
+  };
+  return {known: bytes.length > 0, level, distance};
+}
+
+// Of each client: who is farthest from it, [other, distance].
+function farthest(t, at) {
+  const {known, distance} = betweenOf(t, at);
+  if (!known) return null;
+  return Array.from({length: t.clients}, (_, i) => {
+    let most = [null, null];
+    for (let j = 0; j < t.clients; j += 1) {
+      const far = distance(i, j);
+      if (far !== null && far > (most[1] ?? -1)) most = [j, far];
+    }
+    return most;
+  });
 }
 
 function place(client, clients) {
@@ -156,6 +192,7 @@ function drawTopology() {
   select.options[0].disabled = !hasApart;
   if (!hasApart) select.value = "scores";
   drawGraph(t, at, select.value, words);
+  drawBetween(t, at);
   byId("round-table").replaceChildren(roundTable(t, at));
 }
 
@@ -167,6 +204,11 @@ function sentence(t, at) {
     words += `; farthest from the mean${t.clients < t.all_clients ? " of those drawn" : ""}: `
       + `client ${far.indexOf(Math.max(...far))}`;
   }
+  const most = farthest(t, at);
+  if (most) {
+    const one = most.reduce((best, next, i) => (next[1] ?? 0) > (most[best][1] ?? 0) ? i : best, 0);
+    if (most[one][0] !== null) words += `; farthest from each other: clients ${one} and ${most[one][0]}`;
+  }
   return words + ".";
 }
 
@@ -176,16 +218,73 @@ function drawnWords(t) {
     parts.push(`the first ${t.clients} of ${t.all_clients} clients and the meetings among them`);
   }
   if (t.step > 1) parts.push(`every ${t.step}th round`);
-  return parts.length ? `drawn: ${parts.join("; ")}` : "a line: the two exchanged their factors";
+  if (t.most !== null) parts.push("colour of a line: how far apart the two were as they met");
+  parts.push(`width: weight in mixing, up to ${t.heaviest}`);
+  return `a line: the two exchanged their factors; ${parts.join("; ")}`;
+}
+
+// From agreement, which hardly shows, to the largest distance, which stands out.
+function heat() {
+  return dark.matches ? ["#3b4650", "#c2571a", "#ffd7ab"] : ["#d3dbe2", "#e08a4f", "#7d2600"];
+}
+
+function heatOf(level) {
+  const stops = heat().map((hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16)));
+  const at = Math.min(.999, level) * 2, [from, to] = stops.slice(Math.floor(at));
+  return `rgb(${from.map((c, k) => Math.round(c + (to[k] - c) * (at % 1))).join(",")})`;
+}
+
+// A trace has one colour and one width: the lines are sorted into a few of each.
+function linesOf(t, at) {
+  const {level} = betweenOf(t, at), few = t.clients <= 24, groups = new Map();
+  for (const [i, j, weight] of pairsOf(t, at)) {
+    const far = level(i, j), step = far === null ? null : Math.min(6, Math.floor(7 * far));
+    const width = (few ? 1.5 : .6) * Math.max(1, Math.round(3 * weight));
+    const key = `${step} ${width}`;
+    if (!groups.has(key)) groups.set(key, {step, width, x: [], y: []});
+    const [a, b] = [place(i, t.clients), place(j, t.clients)], group = groups.get(key);
+    group.x.push(a[0], b[0], null);
+    group.y.push(a[1], b[1], null);
+  }
+  // Who disagrees most is drawn last, on top.
+  return [...groups.values()].sort((a, b) => a.step - b.step).map(({step, width, x, y}) => ({
+    type: "scatter", mode: "lines", hoverinfo: "skip", x, y,
+    line: {width, color: step === null ? colour("--soft") : heatOf(step / 6)},
+    opacity: few ? 1 : step === null ? .45 : .8,
+  }));
+}
+
+function drawBetween(t, at) {
+  const box = byId("between"), n = t.clients;
+  box.hidden = t.most === null;
+  if (box.hidden) return;
+  const {level, distance} = betweenOf(t, at);
+  const clients = Array.from({length: n}, (_, i) => i);
+  const row = (what) => clients.map((i) => clients.map((j) => what(i, j)));
+  const ticks = [0, 1 / 3, 2 / 3, 1];
+  const stops = heat();
+  const trace = {
+    type: "heatmap", x: clients, y: clients, z: row(level), zmin: 0, zmax: 1, xgap: n <= 24 ? 2 : 0,
+    ygap: n <= 24 ? 2 : 0, hoverongaps: false,
+    text: row((i, j) => `clients ${i} and ${j}<br>distance about ${rounded(distance(i, j), 2)}`),
+    hovertemplate: "%{text}<extra></extra>",
+    colorscale: [[0, stops[0]], [.5, stops[1]], [1, stops[2]]],
+    colorbar: {thickness: 12, len: .8, outlinewidth: 0, tickvals: ticks, title: {text: "of a pair", side: "top"},
+               ticktext: ticks.map((tick) => rounded(t.least * (t.most / t.least) ** tick, 2))},
+  };
+  const layout = layoutOf({layout: {xaxis: {title: {text: "client"}}, yaxis: {title: {text: "client"}}}});
+  Object.assign(layout, {showlegend: false, margin: {l: 8, r: 8, t: 8, b: 8}});
+  const axis = {showgrid: false, zeroline: false, fixedrange: true, constrain: "domain"};
+  Object.assign(layout.xaxis, axis);
+  Object.assign(layout.yaxis, axis, {scaleanchor: "x", autorange: "reversed"});
+  const plot = byId("between-plot");
+  plot.setAttribute("role", "img");
+  plot.setAttribute("aria-label", `The distance of each pair of clients in round ${t.rounds[at]}, before `
+    + "mixing. The table below has who disagrees with whom the most.");
+  Plotly.react(plot, [trace], layout, {...CONFIG, displayModeBar: false});
 }
 
 function drawGraph(t, at, by, words) {
-  const xs = [], ys = [];
-  for (const [i, j] of pairsOf(t, at)) {
-    const [a, b] = [place(i, t.clients), place(j, t.clients)];
-    xs.push(a[0], b[0], null);
-    ys.push(a[1], b[1], null);
-  }
   const spots = Array.from({length: t.clients}, (_, i) => place(i, t.clients));
   const all = t[by].flat();
   const few = t.clients <= 24;
@@ -203,11 +302,9 @@ function drawGraph(t, at, by, words) {
       size, color: shade, cmin: low, cmax: high > low ? high : low + 1,
       colorscale: "Cividis", line: {width: 1.5, color: colour("--card")},
       colorbar: {thickness: 12, tickformat: ".2~g", len: .8, outlinewidth: 0,
-                 title: {text: by === "apart" ? "distance" : "score", side: "top"}},
+                 title: {text: by === "apart" ? "from mean" : "score", side: "top"}},
     },
   };
-  const lines = {type: "scatter", mode: "lines", hoverinfo: "skip", x: xs, y: ys,
-                 line: {width: few ? 2 : 1, color: colour("--soft")}, opacity: few ? .8 : .45};
   const hide = {visible: false, range: [-1.15, 1.15], fixedrange: true};
   const layout = {
     ...layoutOf({layout: {}}), showlegend: false, margin: {l: 8, r: 8, t: 8, b: 8},
@@ -216,19 +313,22 @@ function drawGraph(t, at, by, words) {
   const graph = byId("graph");
   graph.setAttribute("role", "img");
   graph.setAttribute("aria-label", `Clients on a circle. ${words}`);
-  Plotly.react(graph, [lines, nodes], layout, {...CONFIG, displayModeBar: false});
+  Plotly.react(graph, [...linesOf(t, at), nodes], layout, {...CONFIG, displayModeBar: false});
 }
 
-function rounded(value) {
-  return value == null ? "" : value.toPrecision(3);
+function rounded(value, digits = 3) {
+  return value == null ? "" : String(+value.toPrecision(digits));
 }
 
 function roundTable(t, at) {
   const met = Array.from({length: t.clients}, () => []);
   for (const [i, j] of pairsOf(t, at)) { met[i].push(j); met[j].push(i); }
-  return tableOf(["client", "met", "distance from the mean", "score"],
-    met.map((those, i) => [i, those.join(", ") || "nobody", rounded(t.apart[at][i]),
-                           rounded(t.scores[at][i])]));
+  const most = farthest(t, at);
+  const rows = met.map((those, i) => [i, those.join(", ") || "nobody", rounded(t.apart[at][i]),
+                                      rounded(t.scores[at][i])]);
+  if (most) rows.forEach((row, i) => row.push(most[i][0], rounded(most[i][1], 2)));
+  return tableOf(["client", "met", "distance from the mean", "score",
+                  ...(most ? ["farthest client", "distance from it"] : [])], rows);
 }
 
 function moveTo(next) {
