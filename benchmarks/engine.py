@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """Sizes of models that come with random weights: speed doesn't depend on them."""
 MODEL_CLIENTS = 8
-console = Console()
+console = Console(width=100)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--glue-dir", type=Path, help="a folder with SST-2/train.tsv")
     parser.add_argument("--backbone", default="minilm", help="as of `plait run`")
-    parser.add_argument("--clients", type=int, nargs="*", default=[10, 100], help="races")
+    parser.add_argument("--clients", type=int, nargs="+", default=[10, 100], help="races")
     parser.add_argument("--scale", type=int, nargs="*", default=[10, 30, 100, 300, 1000])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(limit_table("where the time goes", races[n]["limit"], races[n]["profile"]))
         console.print(arithmetic(races[n]["limit"]), "\n")
     rows = scale(model, tokens, config, args.scale, (args.repeats + 1) // 2) if args.scale else {}
-    console.print(scale_table(rows))
+    if rows:
+        console.print(scale_table(rows))
     sizes = {}
     for name in args.models:
         work = work_of(random_model(name), tokens, config, MODEL_CLIENTS)

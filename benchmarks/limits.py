@@ -39,7 +39,7 @@ GROUPS = {
     "GELU": ("gelu",),
     "layer norms": ("layer_norm",),
     "optimizer, clipping": ("adam", "norm", "clamp"),
-    "gathers, copies": ("index", "copy", "cat", "embedding", "gather", "fill", "zero"),
+    "gathers": ("index", "copy", "cat", "embedding", "gather", "fill", "zero"),
     "additions": ("add", "mul"),
 }
 """Kind of operation -> parts of its operators' names; the first that fits counts."""
@@ -284,8 +284,8 @@ def arithmetic(result: dict[str, Any]) -> str:
         f"limit = {1e3 * flop / rate:.2f} / ({1e3 * frozen:.2f} frozen products + "
         f"{1e3 * rest:.2f} the rest) = {result['limit']:.1%} of the GEMM rate\n"
         f"plait reaches {result['reached']:.1%}, {result['reached_of_limit']:.1%} of the limit.\n"
-        f"The best PEFT loop reaches {result['peft_reached']:.1%}: an engine in the same type that "
-        f"did nothing but products\nat full rate would be 1 / {result['peft_reached']:.3f} = "
+        f"The best PEFT loop in fp32 reaches {result['peft_reached']:.1%}: an engine of "
+        f"nothing but products at full rate\nwould be 1 / {result['peft_reached']:.3f} = "
         f"{result['speedup_ceiling']:.2f} times as fast, one at the limit "
         f"{result['speedup_limit']:.2f} times."
     )

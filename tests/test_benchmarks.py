@@ -32,8 +32,8 @@ def work():
     """Four clients with texts of unequal lengths, a few to a chunk."""
     from work import config_of, work_of
 
-    config = dataclasses.replace(config_of(None, batch_size=6), lr=5e-3, chunk_tokens=150,
-                                 clip_norm=0.05)  # fmt: skip
+    config = dataclasses.replace(config_of(None, batch_size=6), lr=3e-2, chunk_tokens=150,
+                                 clip_norm=1e-3)  # fmt: skip
     return work_of(tiny_model("bert"), random_tokens(), config, 4)
 
 
