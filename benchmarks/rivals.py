@@ -1,58 +1,39 @@
 """What a skilled user would write today: loops over clients around PEFT, and vmap.
 
-Every rival trains the same adapters on the same texts of the same model as plait does, with its
-own AdamW, and gets the same batches. `steps(count)` does that many optimizer steps for each client.
+Every rival trains the same adapters from the same start on the same texts of the same model as
+plait does, with an AdamW of its own and each client's gradient clipped, and gets the same losses.
 """
 
 from __future__ import annotations
 
 import copy
-import multiprocessing as mp
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
+from work import Steps, Work, workers
 
 from plait.backbone import Backbone
-from plait.config import Config
 from plait.loading import Loaded
-from plait.local import batch_rows, local_phase
-from plait.lora import initial_stack
+from plait.local import local_phase
+from plait.lora import Stack
 from plait.methods import Factor
-from plait.tokens import Tokens
-
-Steps = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Work:
-    """The job that all of them do: texts, the shares of the clients, the model, the settings."""
-
-    model: Any
-    tokens: Tokens
-    shares: list[np.ndarray]
-    config: Config
-
-    def rows(self, client: int, step: int) -> np.ndarray:
-        return batch_rows(self.shares[client], client, step, self.config)
-
-
-def plait_steps(work: Work) -> Steps:
-    """plait's stacked engine."""
+def plait_steps(work: Work, stack: Stack | None = None) -> Steps:
+    """plait's stacked engine; on a stack of one's own, where that is to be mixed too."""
     backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config)
-    clients = len(work.shares)
-    stack = initial_stack(backbone.layout, backbone.head_start, clients, 0, backbone.device)
+    stack = stack or work.stack()
     tokens = backbone.with_hidden(work.tokens, work.config.cache_gib)
 
-    def steps(count: int) -> None:
-        config = Config(**(work.config.to_json() | {"local_steps": count}))
-        args = (Factor.AB, 0, tokens, work.shares, range(clients), config)
-        local_phase(backbone, stack, *args)
+    def steps(count: int) -> np.ndarray:
+        config = dataclasses.replace(work.config, local_steps=count)
+        return local_phase(backbone, stack, Factor.AB, 0, tokens, work.shares, work.clients, config)
 
     return steps
 
@@ -61,7 +42,7 @@ def padded_batch(work: Work, rows: np.ndarray, length: int | None) -> dict[str, 
     """(b, L) ids and mask, padded to the batch's longest or to `length`, and labels."""
     lengths = work.tokens.lengths[rows]
     width = length or int(lengths.max())
-    ids = np.zeros((len(rows), width), dtype=np.int64)
+    ids = np.full((len(rows), width), work.model.config.pad_token_id, dtype=np.int64)
     for k, row in enumerate(rows):
         begin = work.tokens.offsets[row]
         ids[k, : lengths[k]] = work.tokens.ids[begin : begin + lengths[k]]
@@ -73,23 +54,41 @@ def padded_batch(work: Work, rows: np.ndarray, length: int | None) -> dict[str, 
     }
 
 
-def peft_steps(work: Work, bfloat16: bool = False, length: int | None = None) -> Steps:
-    """One PEFT model; each client's factors are swapped in by pointer, with an AdamW of its own."""
+def adapted(work: Work, model: Any) -> Any:
+    """PEFT's model, its adapters where every client starts."""
     config = work.config
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=["query", "value"])
-    model = get_peft_model(copy.deepcopy(work.model), lora).eval()
+    peft_model = get_peft_model(model, lora).eval()
+    parameters = dict(peft_model.named_parameters())
+    for name, value in work.start().items():
+        parameters[name].data.copy_(value)
+    return peft_model
+
+
+def peft_steps(work: Work, bfloat16: bool = False, length: int | None = None) -> Steps:
+    """One PEFT model; each client's factors are swapped in by pointer, with an AdamW of its own.
+
+    In bfloat16 the frozen weights are stored so, since autocast would cast them in every step.
+    """
+    config = work.config
+    model = copy.deepcopy(work.model).to(torch.bfloat16 if bfloat16 else torch.float32)
+    model = adapted(work, model)
     slots = [p for name, p in model.named_parameters() if "lora_" in name]
     clients = []
-    for _ in work.shares:
+    for number in work.clients:
         own = [torch.nn.Parameter(p.detach().clone()) for p in slots]
-        clients.append((own, torch.optim.AdamW(own, lr=config.lr, fused=True)))
+        optimizer = torch.optim.AdamW(
+            own, lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        clients.append((number, own, optimizer))
 
-    def steps(count: int) -> None:
-        for client, (own, optimizer) in enumerate(clients):
+    def steps(count: int) -> np.ndarray:
+        losses = np.empty((len(clients), count))
+        for k, (number, own, optimizer) in enumerate(clients):
             for slot, value in zip(slots, own, strict=True):
                 slot.data = value.data
             for step in range(count):
-                batch = padded_batch(work, work.rows(client, step), length)
+                batch = padded_batch(work, work.rows(number, step), length)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     loss = model(**batch).loss
                 loss.backward()
@@ -97,6 +96,8 @@ def peft_steps(work: Work, bfloat16: bool = False, length: int | None = None) ->
                     value.grad, slot.grad = slot.grad, None
                 torch.nn.utils.clip_grad_norm_(own, config.clip_norm)
                 optimizer.step()
+                losses[k, step] = loss.item()
+        return losses
 
     return steps
 
@@ -106,14 +107,15 @@ def vmap_steps(work: Work) -> Steps:
     config = work.config
     model = copy.deepcopy(work.model)
     model.set_attn_implementation("eager")  # fused attention has no batching rule
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=["query", "value"])
-    peft_model = get_peft_model(model, lora).eval()
-    names = [name for name, p in peft_model.named_parameters() if p.requires_grad]
-    start = dict(peft_model.named_parameters())
-    stacks = {n: torch.stack([start[n].detach()] * len(work.shares)) for n in names}
-    for stack in stacks.values():
-        stack.requires_grad_()
-    optimizer = torch.optim.AdamW(list(stacks.values()), lr=config.lr, fused=True)
+    peft_model = adapted(work, model)
+    start = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    stacks = {
+        name: torch.stack([p.detach()] * len(work.clients)).requires_grad_()
+        for name, p in start.items()
+    }
+    optimizer = torch.optim.AdamW(
+        list(stacks.values()), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
 
     def loss(factors: Any, ids: Any, mask: Any, labels: Any) -> Any:
         # A mask of four dimensions is taken as it is; into a flat one transformers looks first.
@@ -122,49 +124,40 @@ def vmap_steps(work: Work) -> Steps:
         logits = functional_call(peft_model, factors, (), inputs).logits
         return functional.cross_entropy(logits, labels)
 
-    gradient = vmap(grad(loss))
+    gradient = vmap(grad_and_value(loss))
 
-    def steps(count: int) -> None:
+    def steps(count: int) -> np.ndarray:
+        losses = np.empty((len(work.clients), count))
         for step in range(count):
-            rows = [work.rows(client, step) for client in range(len(work.shares))]
+            rows = [work.rows(client, step) for client in work.clients]
             longest = max(int(work.tokens.lengths[r].max()) for r in rows)
             batches = [padded_batch(work, r, longest) for r in rows]
             stacked = {key: torch.stack([b[key] for b in batches]) for key in batches[0]}
-            grads = gradient(
+            grads, values = gradient(
                 {n: s.detach() for n, s in stacks.items()},
                 stacked["input_ids"],
                 stacked["attention_mask"],
                 stacked["labels"],
             )
+            norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+            factor = (config.clip_norm / (norms + 1e-6)).clamp(max=1.0)
             for name, stack in stacks.items():
-                stack.grad = grads[name]
+                stack.grad = grads[name] * factor.view(-1, 1, 1)
             optimizer.step()
+            losses[:, step] = values.detach().numpy()
+        return losses
 
     return steps
 
 
-def in_two_processes(work: Work, **how: Any) -> Steps:
-    """The PEFT loop as two processes of one thread, each with half of the clients."""
-    context = mp.get_context("fork")
-    pipes = []
-    for half in range(2):
-        ours, theirs = context.Pipe()
-        part = Work(work.model, work.tokens, work.shares[half::2], work.config)
-        context.Process(target=_serve, args=(theirs, part, how), daemon=True).start()
-        pipes.append(ours)
+def a_process_each(stack: ExitStack, work: Work, processes: int, *how: Any) -> Steps:
+    """The PEFT loop as processes of one thread, each with its part of the clients."""
+    parts = [part.tolist() for part in np.array_split(work.clients, processes)]
+    made = workers(stack, 1, peft_steps, [(work.only(part), *how) for part in parts])
 
-    def steps(count: int) -> None:
-        for pipe in pipes:
-            pipe.send(count)
-        for pipe in pipes:
-            pipe.recv()
+    def steps(count: int) -> np.ndarray:
+        for worker in made:
+            worker.ask(count)
+        return np.concatenate([worker.answer() for worker in made])
 
     return steps
-
-
-def _serve(pipe: Any, work: Work, how: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    steps = peft_steps(work, **how)
-    while True:
-        steps(pipe.recv())
-        pipe.send(True)

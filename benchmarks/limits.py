@@ -1,0 +1,291 @@
+"""What this machine could reach at most: the rate of its matrix products, and all the rest.
+
+A step is the frozen layers' products, and operations that are none: attention's softmax, GELU,
+layer norms, additions, gathers, the thin products of LoRA, the optimizer. Each is timed alone, at
+the height of one of plait's chunks, with the fastest of torch's ways to do it, once as one process
+with all threads and once as a process of one thread for each core, all at the same time. A step
+can't be shorter than the sum:
+
+    limit = model FLOP / rate / (time in frozen products at full rate + time of the rest)
+
+where the rate is that of the frozen products alone, in whichever of the two manners is faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.table import Table
+from rivals import plait_steps
+from torch.nn import functional
+from torch.optim.adamw import adamw
+from work import Work, workers
+
+WINDOW = 64
+"""Slots of the rectangles in which attention is computed."""
+SITES = 2
+"""Adapted linear layers in a layer of the model: query and value."""
+GROUPS = {
+    "frozen products": ("linear", "aten::mm", "addmm", "matmul"),
+    "LoRA's products": ("bmm",),
+    "attention": ("attention", "softmax", "masked_fill"),
+    "GELU": ("gelu",),
+    "layer norms": ("layer_norm",),
+    "optimizer, clipping": ("adam", "norm", "clamp"),
+    "gathers": ("index", "copy", "cat", "embedding", "gather", "fill", "zero"),
+    "additions": ("add", "mul"),
+}
+"""Kind of operation -> parts of its operators' names; the first that fits counts."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a step: T tokens of n clients, b texts each, in layers d wide, f inside."""
+
+    height: int
+    clients: int
+    texts: int
+    layers: int
+    d: int
+    f: int
+    heads: int
+    rank: int
+    parameters: int
+
+    @classmethod
+    def of(cls, work: Work, tokens: float) -> Shape:
+        """A chunk of as many clients, of `tokens` a step, as come nearest to its height."""
+        model, config = work.model.config, work.config
+        clients = max(1, min(len(work.clients), round(config.chunk_tokens / tokens)))
+        return cls(
+            height=round(clients * tokens), clients=clients, texts=config.batch_size,
+            layers=model.num_hidden_layers, d=model.hidden_size, f=model.intermediate_size,
+            heads=model.num_attention_heads, rank=config.rank,
+            parameters=sum(value.numel() for value in work.start().values()),
+        )  # fmt: skip
+
+    @property
+    def whole_layers(self) -> float:
+        """Layers past attention, of which the last computes one token of each text."""
+        return self.layers - 1 + self.clients * self.texts / self.height
+
+    def products(self) -> Iterator[tuple[int, int, float, float]]:
+        """Frozen products of a step: d_out, d_in, how often forward and how often backward.
+
+        The first layer's input needs no gradient.
+        """
+        yield 3 * self.d, self.d, self.layers, self.layers - 1
+        for d_out, d_in in ((self.d, self.d), (self.f, self.d), (self.d, self.f)):
+            yield d_out, d_in, self.whole_layers, self.whole_layers
+
+    def frozen_flop(self) -> float:
+        """Operations of the frozen products; frozen weights have no gradient."""
+        return sum(
+            2 * self.height * d_out * d_in * (forward + backward)
+            for d_out, d_in, forward, backward in self.products()
+        )
+
+    def model_flop(self) -> float:
+        """All operations of products in a chunk's step; LoRA's weights have gradients.
+
+        Attention's own products are left out: under a hundredth at a sentence's length.
+        """
+        lora = 6 * self.height * SITES * self.rank * 2 * self.d * self.layers
+        return self.frozen_flop() + lora
+
+
+def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
+    """The median time of a call."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def product_seconds(shape: Shape) -> float:
+    """A chunk's frozen products, each in the faster of torch's two ways."""
+    prepack = torch.ops.mkldnn._reorder_linear_weight
+    total = 0.0
+    for d_out, d_in, forward, backward in shape.products():
+        for rows, columns, often in ((d_out, d_in, forward), (d_in, d_out, backward)):
+            x = torch.randn(shape.height, columns)
+            weight = torch.randn(rows, columns)
+            plain = partial(functional.linear, x, weight)
+            linear = torch.ops.mkldnn._linear_pointwise
+            packed = partial(linear, x, prepack(weight), None, "none", [], "")
+            total += often * min(seconds(plain), seconds(packed))
+    return total
+
+
+def rest_seconds(shape: Shape) -> dict[str, float]:
+    """Everything else of a chunk's step, by kind: forward and backward, without gradients of W."""
+    T, d, r = shape.height, shape.d, shape.rank
+    narrow, wide, inner = (torch.randn(T, width) for width in (d, 3 * d, shape.f))
+    ones, places = torch.ones(d), torch.randperm(T)
+    _, mean, rstd = torch.native_layer_norm(narrow, [d], ones, ones, 1e-12)
+    norm_back = partial(torch.ops.aten.native_layer_norm_backward, narrow, narrow, [d], mean, rstd,
+                        ones, ones, [True, False, False])  # fmt: skip
+    low = torch.randn(shape.clients, T // shape.clients, r)
+    x = torch.randn(shape.clients, T // shape.clients, d)
+    A = torch.randn(shape.clients, r, d)
+    whole, every = shape.whole_layers, shape.layers
+    return {
+        "attention": every * seconds(_attention(shape)),
+        "GELU": whole * seconds(partial(functional.gelu, inner))
+        + whole * seconds(partial(torch.ops.aten.gelu_backward, inner, inner)),
+        "layer norms": 2 * whole * seconds(partial(functional.layer_norm, narrow, [d], ones, ones))
+        + 2 * whole * seconds(norm_back),
+        "additions": 4 * whole * seconds(partial(torch.add, narrow, narrow)),
+        # To rectangles and back, forward and backward, and the input from its cache.
+        "gathers": 2 * every * seconds(partial(torch.index_select, wide, 0, places))
+        + (2 * every + 1) * seconds(partial(torch.index_select, narrow, 0, places)),
+        # Forward and backward, one product each with x, A and B has the shape of one of these.
+        "LoRA's products": SITES * every * 3 * seconds(partial(torch.bmm, x, A.mT))
+        + SITES * every * 3 * seconds(partial(torch.bmm, low, A)),
+        "optimizer, clipping": seconds(_optimizer(shape)),
+    }
+
+
+def _attention(shape: Shape) -> Callable[[], Any]:
+    size = (-(-shape.height // WINDOW), shape.heads, WINDOW, shape.d // shape.heads)
+    q, k, v = (torch.randn(size, requires_grad=True) for _ in range(3))
+    text = torch.arange(WINDOW) // (WINDOW // 4)
+    mask = (text[:, None] == text).expand(size[0], 1, -1, -1)
+    grad = torch.randn(size)
+
+    def fused() -> None:
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        torch.autograd.grad(y, (q, k, v), grad)
+
+    return fused
+
+
+def _optimizer(shape: Shape) -> Callable[[], Any]:
+    value, grad, first, second = torch.rand(4, shape.clients, shape.parameters).unbind()
+    step = torch.tensor(1.0)
+
+    def update() -> None:
+        grad.mul_((1 / (grad.norm(dim=1) + 1e-6)).clamp(max=1.0)[:, None])
+        adamw(
+            [value], [grad], [first], [second], [], [step], fused=True, amsgrad=False,
+            beta1=0.9, beta2=0.999, lr=1e-3, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+    return update
+
+
+def alone(shape: Shape) -> Callable[[], dict[str, float]]:
+    """For a worker: the seconds of a chunk's step by kind of operation, on its threads."""
+
+    def measure() -> dict[str, float]:
+        return {"frozen products": product_seconds(shape)} | rest_seconds(shape)
+
+    return measure
+
+
+class Limits:
+    """Measures, again and again, in both manners; keeps what each said."""
+
+    def __init__(self, stack: ExitStack, shape: Shape) -> None:
+        self.shape = shape
+        cores = torch.get_num_threads()
+        self._crews = {"all threads": workers(stack, cores, alone, [(shape,)])}
+        if cores > 1:
+            self._crews["a thread per core"] = workers(stack, 1, alone, [(shape,)] * cores)
+        self._heard: dict[str, list[dict[str, float]]] = {manner: [] for manner in self._crews}
+
+    def measure(self) -> None:
+        """Once in each manner."""
+        for manner, crew in self._crews.items():
+            for worker in crew:
+                worker.ask()
+            answers = [worker.answer() for worker in crew]
+            # Workers side by side do a chunk each: seconds a chunk are one over the summed rates.
+            self._heard[manner].append(
+                {kind: 1 / sum(1 / answer[kind] for answer in answers) for kind in answers[0]}
+            )
+
+    def result(self, client_steps_per_second: float, best_peft: float) -> dict[str, Any]:
+        """The arithmetic: rates, seconds of a client's step by kind, limit, what was reached."""
+        manners = {
+            manner: {kind: statistics.median(one[kind] for one in heard) for kind in heard[0]}
+            for manner, heard in self._heard.items()
+        }
+        frozen, model = self.shape.frozen_flop(), self.shape.model_flop()
+        rates = {manner: frozen / kinds["frozen products"] for manner, kinds in manners.items()}
+        rate = max(rates.values())
+        # Of each kind, too, the faster of the two manners: nothing can be faster.
+        floor = {
+            kind: min(kinds[kind] for kinds in manners.values()) / self.shape.clients
+            for kind in manners["all threads"]
+        }
+        at_rate = model / self.shape.clients / rate
+        reached = at_rate * client_steps_per_second
+        limit = at_rate / sum(floor.values())
+        peft = at_rate * best_peft
+        return {
+            "gemm_flops": rate, "gemm_flops_by_manner": rates, "height": self.shape.height,
+            "model_flop_per_client_step": model / self.shape.clients,
+            "seconds_per_client_step": floor, "limit": limit, "reached": reached,
+            "reached_of_limit": reached / limit, "peft_reached": peft,
+            "speedup_ceiling": 1 / peft, "speedup_limit": limit / peft,
+        }  # fmt: skip
+
+
+def profile(work: Work) -> dict[str, float]:
+    """The share of each kind of operation in plait's step, as torch's profiler has it."""
+    steps = plait_steps(work)
+    steps(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        steps(1)
+    spent = dict.fromkeys([*GROUPS, "other"], 0.0)
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        kinds = (kind for kind, parts in GROUPS.items() if any(part in name for part in parts))
+        spent[next(kinds, "other")] += event.self_cpu_time_total
+    return {kind: value / sum(spent.values()) for kind, value in spent.items()}
+
+
+def table(title: str, result: dict[str, Any], shares: dict[str, float]) -> Table:
+    """Where a client's step goes: at best, and by plait's own profile."""
+    shown = Table("a client's step", "ms at best", "share", "share in plait", title=title)
+    floor = result["seconds_per_client_step"]
+    for kind in dict.fromkeys([*floor, *shares]):
+        least = floor.get(kind)
+        shown.add_row(
+            kind,
+            "" if least is None else f"{1e3 * least:.2f}",
+            "" if least is None else f"{least / sum(floor.values()):.1%}",
+            f"{shares[kind]:.1%}" if kind in shares else "",
+        )
+    return shown
+
+
+def arithmetic(result: dict[str, Any]) -> str:
+    """The limit in words and figures."""
+    floor = result["seconds_per_client_step"]
+    flop, rate = result["model_flop_per_client_step"], result["gemm_flops"]
+    frozen = floor["frozen products"]
+    rest = sum(floor.values()) - frozen
+    manners = ", ".join(f"{n} {v / 1e9:.0f}" for n, v in result["gemm_flops_by_manner"].items())
+    return (
+        f"GEMM rate {rate / 1e9:.0f} GFLOP/s at {result['height']} tokens ({manners}).\n"
+        f"A client's step is {flop / 1e9:.2f} GFLOP on real tokens: {1e3 * flop / rate:.2f} ms at "
+        f"that rate.\n"
+        f"limit = {1e3 * flop / rate:.2f} / ({1e3 * frozen:.2f} frozen products + "
+        f"{1e3 * rest:.2f} the rest) = {result['limit']:.1%} of the GEMM rate\n"
+        f"plait reaches {result['reached']:.1%}, {result['reached_of_limit']:.1%} of the limit.\n"
+        f"The best PEFT loop in fp32 reaches {result['peft_reached']:.1%}: an engine of "
+        f"nothing but products at full rate\nwould be 1 / {result['peft_reached']:.3f} = "
+        f"{result['speedup_ceiling']:.2f} times as fast, one at the limit "
+        f"{result['speedup_limit']:.2f} times."
+    )

@@ -1,0 +1,87 @@
+"""The benchmarks are fair: every rival does the same work. And the one command runs to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import random_tokens, save_encoder, tiny_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+KEYS = {
+    "speedup_fp32_vs_peft", "speedup_best_vs_peft", "speedup_best_vs_padded128",
+    "gemm_fraction_fp32", "padding_fraction", "cost_per_client_1000_over_30",
+    "mixing_fraction_1000",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def work():
+    """Four clients with texts of unequal lengths, a few to a chunk."""
+    from work import config_of, work_of
+
+    config = dataclasses.replace(config_of(None, batch_size=6), lr=3e-2, chunk_tokens=150,
+                                 clip_norm=1e-3)  # fmt: skip
+    return work_of(tiny_model("bert"), random_tokens(), config, 4)
+
+
+@pytest.mark.parametrize("rival", ["loop", "padded", "vmap", "a process each"])
+def test_a_rival_has_the_losses_of_plait(rival, work):
+    from rivals import a_process_each, peft_steps, plait_steps, vmap_steps
+
+    with ExitStack() as stack:
+        steps = {
+            "loop": lambda: peft_steps(work),
+            "padded": lambda: peft_steps(work, False, 40),
+            "vmap": lambda: vmap_steps(work),
+            "a process each": lambda: a_process_each(stack, work, 2),
+        }[rival]()
+        theirs = np.concatenate([steps(4), steps(3)], axis=1)
+    ours = plait_steps(work)
+    np.testing.assert_allclose(theirs, np.concatenate([ours(4), ours(3)], axis=1), atol=1e-5)
+
+
+def test_bench_writes_its_summary(tmp_path, monkeypatch, capsys):
+    import engine
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text('{"frameworks": {"flower": 1}}')
+    folder = save_encoder("bert", tmp_path / "model")
+    engine.main(
+        f"--backbone {folder} --clients 3 --scale 2 --models --repeats 1 --client-steps 3 "
+        f"--batch-size 2 --max-length 32 --out {tmp_path / 'out'}".split()
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary.keys() >= KEYS | {"frameworks"}
+    (race,) = summary["races"].values()
+    assert max(race["losses_apart"].values()) < 1e-5
+    assert summary["speedup_fp32_vs_peft"] > 0
+    assert summary["cost_per_client_1000_over_30"] is None
+    half = race["client_steps_per_second"]["plait bf16"]
+    assert (half is None) == (not summary["machine"]["bfloat16"])
+    assert "limit =" in capsys.readouterr().out
+    assert sys.path[0] == str(BENCHMARKS)
+
+
+def test_a_race_without_bfloat16_is_won_in_fp32():
+    from race import LOOPS, PLAIT, ratio
+
+    speed = {"plait fp32": 6.0, "plait bf16": None, "peft fp32": 2.0, "peft bf16": None}
+    speed |= dict.fromkeys(LOOPS["fp32"][1:], 3.0) | dict.fromkeys(LOOPS["bf16"][1:])
+    result = {"client_steps_per_second": speed}
+    every = PLAIT["fp32"] + PLAIT["bf16"]
+    assert ratio(result, every, LOOPS["fp32"] + LOOPS["bf16"]) == 2.0
+    assert ratio(result, PLAIT["bf16"], LOOPS["fp32"]) is None
