@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 from work import Work, workers
 
-WINDOW = 64
+WINDOW = 32
 """Slots of the rectangles in which attention is computed."""
 SITES = 2
 """Adapted linear layers in a layer of the model: query and value."""
@@ -139,7 +139,7 @@ def rest_seconds(shape: Shape) -> dict[str, float]:
     A = torch.randn(shape.clients, r, d)
     whole, every = shape.whole_layers, shape.layers
     return {
-        "attention": every * seconds(_attention(shape)),
+        "attention": every * min(seconds(way) for way in _attention(shape)),
         "GELU": whole * seconds(partial(functional.gelu, inner))
         + whole * seconds(partial(torch.ops.aten.gelu_backward, inner, inner)),
         "layer norms": 2 * whole * seconds(partial(functional.layer_norm, narrow, [d], ones, ones))
@@ -155,18 +155,23 @@ def rest_seconds(shape: Shape) -> dict[str, float]:
     }
 
 
-def _attention(shape: Shape) -> Callable[[], Any]:
+def _attention(shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Torch's fused attention, and plain products."""
     size = (-(-shape.height // WINDOW), shape.heads, WINDOW, shape.d // shape.heads)
     q, k, v = (torch.randn(size, requires_grad=True) for _ in range(3))
-    text = torch.arange(WINDOW) // (WINDOW // 4)
-    mask = (text[:, None] == text).expand(size[0], 1, -1, -1)
+    text = torch.arange(WINDOW) // (WINDOW // 2)
+    same = (text[:, None] == text).expand(size[0], 1, -1, -1)
     grad = torch.randn(size)
 
     def fused() -> None:
-        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=same)
         torch.autograd.grad(y, (q, k, v), grad)
 
-    return fused
+    def plain() -> None:
+        scores = (q @ k.mT * size[-1] ** -0.5).masked_fill(~same, float("-inf"))
+        torch.autograd.grad(scores.softmax(dim=-1) @ v, (q, k, v), grad)
+
+    return fused, plain
 
 
 def _optimizer(shape: Shape) -> Callable[[], Any]:

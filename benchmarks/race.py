@@ -92,9 +92,10 @@ def losses_apart(systems: dict[str, tuple[Steps, int]], steps: int) -> dict[str,
 def padding(work: Work) -> float:
     """Share of the tokens computed in a step of all clients that are filler."""
     config, clients = work.config, work.clients
+    tokens = config.batch_size * work.tokens.lengths.mean()
     batches = [
         pack(work.tokens, np.stack([work.rows(clients[k], 0) for k in chunk]))
-        for chunk in chunks(len(clients), config.batch_size * work.tokens.lengths.mean(), config)
+        for chunk in chunks(len(clients), tokens, config.chunk_tokens, torch.get_num_threads())
     ]
     return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)
 
