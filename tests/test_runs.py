@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from conftest import tiny_job, tiny_model
 from plait import runs
 from plait.config import Config
+from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
 from plait.export import export
 from plait.local import evaluate
@@ -143,7 +144,7 @@ def test_an_exported_adapter_gives_peft_the_same_logits(tmp_path, who, head):
 
     job = tiny_job(config)
     stack = job.initial_stack()
-    for event in runs.simulate(job, stack):
+    for event in simulate(job, stack):
         del event
     rows = {
         factor: value[1:2] if who == 1 else value.double().mean(0, keepdim=True).float()

@@ -63,6 +63,7 @@ class RoundDone:
             all adapted layers; its mean is Xi_A + Xi_B. Empty where nobody sees all clients.
         train_seconds: Time of the local phase.
         mix_seconds: Time of mixing.
+        worker_bytes: What the workers of a cluster handed each other, which no client ever sends.
     """
 
     round: int
@@ -77,6 +78,7 @@ class RoundDone:
     train_seconds: float
     mix_seconds: float
     apart: list[float] = dataclasses.field(default_factory=list)
+    worker_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +181,7 @@ def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
         "consensus_B": sum(layer.consensus_B for layer in after),
         "rho": started.rho,
         "sent_bytes": sum(event.sent_bytes for event in rounds),
+        "worker_bytes": sum(event.worker_bytes for event in rounds),
         "train_seconds": sum(event.train_seconds for event in rounds),
         "mix_seconds": sum(event.mix_seconds for event in rounds),
         "eval_seconds": sum(event.seconds for event in evaluations),

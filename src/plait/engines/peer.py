@@ -25,7 +25,7 @@ from plait.inbox import Rows, Turn
 from plait.job import Job
 from plait.lora import Stack
 from plait.methods import Factor
-from plait.metrics import LayerState, layer_states
+from plait.metrics import LayerState, diagnostics
 from plait.mixing import neighbour_weights
 from plait.topology import rho_of_round
 
@@ -187,7 +187,7 @@ class Peer:
             return []
         local = np.eye(1 + len(heard))
         local[0] = [1 - W.sum(), *W[0]]
-        return layer_states(self.job.backbone.layout, before, before, local)[0]
+        return diagnostics(self.job.backbone.layout, before, before, local).before
 
     def _rest(self) -> None:
         """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""
