@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from conftest import tiny_job
 from plait import runs
 from plait.config import Config
-from plait.events import Evaluated, RoundDone
-from plait.mixing import neighbour_weights
+from plait.events import RoundDone
 from plait.runs import run
 
 ray = pytest.importorskip("ray", reason="plait[ray] is not installed")
@@ -95,6 +94,56 @@ def close(value):
     if isinstance(value, list):
         return [close(one) for one in value]
     return pytest.approx(value, rel=1e-9, abs=1e-15) if isinstance(value, float) else value
+
+
+def test_a_block_hands_over_the_rows_that_others_hear_and_no_more():
+    config = Config(topology="ring", **SETTINGS)
+    block = Block(tiny_job, config, bounds(5, 2), 1, threads=1)
+    block.begin(None)
+    sums, rows, own = block.train(0)
+    # Of 2, 3 and 4 on a ring of five, client 1 hears 2 and client 0 hears 4.
+    assert [factor.name for factor in rows] == ["A", "B", "HEAD"]
+    assert not any(len(value) for value in own.values())
+    for factor, value in rows.items():
+        np.testing.assert_array_equal(value, block.stack.factors[factor][[0, 2]].numpy())
+    handed = sum(value.nbytes for value in (*rows.values(), *sums.values()))
+    assert block.round.handed_bytes == handed
+
+
+def test_blocks_are_nearly_equal_and_fit_on_machines(monkeypatch):
+    assert [list(block) for block in bounds(7, 2)] == [[0, 1, 2], [3, 4, 5, 6]]
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in (16.0, 6.0)]
+    nodes += [{"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert share_of_cluster(3, "auto") == {"num_cpus": 6}
+    assert share_of_cluster(1, "auto") == {"num_cpus": 16}
+    with pytest.raises(ValueError, match="has 22 CPUs for 23 workers"):
+        share_of_cluster(23, "auto")
+    nodes[0]["Resources"]["GPU"] = 4.0
+    assert share_of_cluster(4, "auto") == {"num_gpus": 1, "num_cpus": 1}
+    assert share_of_cluster(4, "cpu") == {"num_cpus": 5}
+    with pytest.raises(ValueError, match="has 4 GPUs for 5 workers"):
+        share_of_cluster(5, "auto")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"engine": "ray"}, "needs --workers"),
+        ({"engine": "ray", "workers": 6}, "take 1 to 5"),
+        ({"workers": 2}, "--workers is for --engine ray"),
+        ({"engine": "rai"}, "Did you mean ray"),
+    ],
+)
+def test_what_cant_be_is_said(given, message):
+    with pytest.raises(ValueError, match=message):
+        next(run(Config(**SETTINGS), **given))
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plait.engines.cluster", None)
+    with pytest.raises(ValueError, match=r"pip install 'plait\[ray\]'"):
+        next(run(Config(**SETTINGS), engine="ray", workers=2))
 
 
 @pytest.mark.parametrize(

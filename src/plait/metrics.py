@@ -153,7 +153,12 @@ def mixing_errors(A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.
 
 
 def layer_part(
-    A: Tensor, B: Tensor, mean_A: Tensor, mean_B: Tensor, heard: tuple[Tensor, Tensor], W: np.ndarray
+    A: Tensor,
+    B: Tensor,
+    mean_A: Tensor,
+    mean_B: Tensor,
+    heard: tuple[Tensor, Tensor],
+    W: np.ndarray,
 ) -> Tensor:
     """What m clients contribute to a layer's state, apart from the cross term.
 
@@ -173,7 +178,9 @@ def layer_part(
     return torch.stack([value.double().cpu() for value in values])
 
 
-def diagnose(sites: Sequence[str], parts: Tensor, cross_terms: Sequence[list[float]]) -> Diagnostics:
+def diagnose(
+    sites: Sequence[str], parts: Tensor, cross_terms: Sequence[list[float]]
+) -> Diagnostics:
     """The diagnostics of a round from the parts of all clients.
 
     Args:

@@ -283,4 +283,3 @@ def _completes_round(event: Event, config: Config) -> TypeGuard[RoundDone | Eval
     if isinstance(event, RoundDone):
         return not config.evaluates_after(event.round)
     return isinstance(event, Evaluated) and event.round >= 0
-

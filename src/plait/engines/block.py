@@ -310,7 +310,7 @@ def _in_sight(path: Path) -> Path:
     """
     if not path.parent.is_dir():
         raise ValueError(
-            f"{socket.gethostname()} doesn't see {path.parent}: put --out on a file system that all "
-            "machines of the cluster share."
+            f"{socket.gethostname()} doesn't see {path.parent}: put --out on a file system that "
+            "all machines of the cluster share."
         )
     return path

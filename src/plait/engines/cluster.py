@@ -13,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -148,8 +149,9 @@ class Cluster:
                 return act()
             except RayError as error:
                 lost = error
+        why = str(lost).splitlines()[0]
         raise ValueError(
-            f"A worker died {ATTEMPTS} times after {rounds_done} rounds: {str(lost).splitlines()[0]} "
+            f"A worker died {ATTEMPTS} times after {rounds_done} rounds: {why} "
             "If memory is short, take more --workers, or fewer on a machine; --resume goes on."
         )
 
@@ -242,7 +244,7 @@ def bounds(num_clients: int, workers: int) -> list[range]:
         [range(0, 3), range(3, 7)]
     """
     ends = np.linspace(0, num_clients, workers + 1).astype(int).tolist()
-    return [range(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+    return [range(*pair) for pair in pairwise(ends)]
 
 
 def share_of_cluster(workers: int, device: str) -> dict[str, int]:
