@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from conftest import tiny_job
 from plait import runs
 from plait.config import Config
-from plait.events import RoundDone
+from plait.engines.simulate import simulate
+from plait.events import RoundDone, to_line
 from plait.runs import run
 
 ray = pytest.importorskip("ray", reason="plait[ray] is not installed")
 
 from plait.engines.block import Block  # noqa: E402
-from plait.engines.cluster import Cluster, bounds, share_of_cluster  # noqa: E402
+from plait.engines.cluster import Cluster, bounds, merged, share_of_cluster  # noqa: E402
 
 SETTINGS = {
     "clients": 5,
@@ -147,22 +148,42 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "topology", "workers"), [("adf", "ring", 2), ("rolora", "pairs", 3)]
+    ("method", "topology", "workers"),
+    [("adf", "ring", 2), ("rolora", "pairs", 3), ("local", "pairs", 2), ("ffa", "hypercube", 4)],
 )
-def test_it_is_the_run_of_a_simulation(cluster, tmp_path, method, topology, workers):
-    config = Config(method=method, topology=topology, p=0.5, **SETTINGS)
-    list(run(config, tmp_path / "simulated"))
-    events = list(run(config, tmp_path / "ray", engine="ray", workers=workers))
-    assert_same_run(tmp_path / "simulated", tmp_path / "ray")
-    for event in events:
-        if isinstance(event, RoundDone):
-            assert event.worker_bytes == handed_bytes(config, workers, event)
+def test_blocks_say_what_a_simulation_says(method, topology, workers):
+    settings = SETTINGS | {"clients": 8 if topology == "hypercube" else 5}
+    config = Config(method=method, topology=topology, p=0.5, **settings)
+    job = tiny_job(config)
+    expected = [e for e in simulate(job, job.initial_stack()) if isinstance(e, RoundDone)]
+    for event, whole in zip(rounds_of_blocks(config, workers), expected, strict=True):
+        assert event.worker_bytes == handed_bytes(config, workers, event)
+        mine, theirs = (without(json.loads(to_line(e)), "worker_bytes") for e in (event, whole))
+        assert mine == close(theirs)
+
+
+def rounds_of_blocks(config, workers):
+    """The rounds of a cluster in one process: what it hands over is handed over here."""
+    blocks = [
+        Block(tiny_job, config, bounds(config.clients, workers), k, threads=1)
+        for k in range(workers)
+    ]
+    _, sites = [block.begin(None) for block in blocks][-1]
+    for round_ in range(config.rounds):
+        trained = [block.train(round_) for block in blocks]
+        mixed = [b.mix(round_, *(t[1 + k] for t in trained)) for k, b in enumerate(blocks)]
+        sums = [*(before for before, *_ in trained), *mixed]
+        measured = [block.measure(round_, *sums) for block in blocks]
+        added = [b.add_up(*(m[1 + k] for m in measured)) for k, b in enumerate(blocks)]
+        yield merged([part for part, *_ in measured], added, sites)
 
 
 def handed_bytes(config, workers, event):
     """By the formulas of docs/scaling.md, for the small rank of these tests."""
     layout = tiny_job(config).backbone.layout
-    blocks = {client: k for k, block in enumerate(bounds(5, workers)) for client in block}
+    blocks = {
+        client: k for k, block in enumerate(bounds(config.clients, workers)) for client in block
+    }
     travels = [f for f in layout.factors if f.name in "AB" or f.name in event.shared]
     heard = {(blocks[i], j) for i, j, _ in event.edges if blocks[i] != blocks[j]}
     rows = len(heard) * 4 * sum(map(layout.size, travels))
@@ -172,6 +193,16 @@ def handed_bytes(config, workers, event):
         others = [client for client in blocks if blocks[client] != place % workers]
         crosses += 2 * 8 * len(others) * layout.rank * (site.d_in + site.d_out)
     return rows + sums + crosses
+
+
+@pytest.mark.parametrize(
+    ("method", "topology", "workers"), [("adf", "ring", 2), ("rolora", "pairs", 3)]
+)
+def test_it_is_the_run_of_a_simulation(cluster, tmp_path, method, topology, workers):
+    config = Config(method=method, topology=topology, p=0.5, **SETTINGS)
+    list(run(config, tmp_path / "simulated"))
+    list(run(config, tmp_path / "ray", engine="ray", workers=workers))
+    assert_same_run(tmp_path / "simulated", tmp_path / "ray")
 
 
 def test_a_worker_that_is_killed_changes_nothing(cluster, tmp_path):

@@ -173,10 +173,8 @@ class Block:
         """
         now, job = self.round, self.job
         weights = neighbour_weights(job.schedule(round_))[_slice(self.clients)]
-        needed = weights.any(axis=0)
-        needed[_slice(self.clients)] = True
         # Ascending by client, as in a simulation, so that sums come out the same to the last bit.
-        now.heard = np.flatnonzero(needed)
+        now.heard = np.union1d(np.flatnonzero(weights.any(axis=0)), self.clients)
         for factor in rows[0]:
             pieces = [torch.tensor(part[factor], device=job.backbone.device) for part in rows]
             pieces[self.number] = now.before[factor]
