@@ -29,15 +29,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("**/*.md"))
 PAGES = [page for page in PAGES if "design" not in page.parts]
 OTHERS = {
-    "pip",
-    "python3",
-    "source",
-    "eval",
-    "tensorboard",
-    "curl",
-    "make",
+    "pip", "python3", "source", "eval", "tensorboard", "curl", "make", "ray",
     "experiments/head_ablation.sh",
-}
+}  # fmt: skip
 """What else a reader is told to type; nothing of plait's to be tested."""
 TAKES = {name: row.takes for name, row in COMMANDS.items() if row.takes}
 

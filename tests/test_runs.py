@@ -173,7 +173,7 @@ def test_an_exported_adapter_gives_peft_the_same_logits(tmp_path, who, head):
 
     job = tiny_job(config)
     stack = job.initial_stack()
-    for event in runs.simulate(job, stack):
+    for event in simulate(job, stack):
         del event
     rows = {
         factor: value[1:2] if who == 1 else value.double().mean(0, keepdim=True).float()

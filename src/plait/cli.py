@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -65,6 +65,10 @@ class Run(Start):
     """Go on with the run in the folder."""
     log: Names = ()
     """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
+    engine: Literal["simulate", "ray"] = "simulate"
+    """Compute in this process, or on a Ray cluster: RAY_ADDRESS's, or one started here."""
+    workers: int | None = None
+    """`--engine ray`: the number of workers, one for each GPU or for every few cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,8 @@ def _run(args: list[str]) -> None:
     config = given.settings
     out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     events: list[Event] = []
-    told = logged(run(config, out, given.resume), _loggers(given.log), config, out)
+    going = run(config, out, given.resume, given.engine, given.workers)
+    told = logged(going, _loggers(given.log), config, out)
     said = ((config.method, event) for event in _kept(told, events))
     watch(said, config.rounds, {config.method: 1}, Console())
     _print_summary(summarize(config, events), out)

@@ -64,9 +64,10 @@ class RoundDone:
             all adapted layers; its mean is Xi_A + Xi_B. Empty where nobody sees all clients.
         pairs_apart: (i, j, squared distance) of clients i < j as they met, before mixing, over all
             adapted layers; to four digits. Of the first hundred clients; of a peer itself and those
-            that it heard both factors from.
+            that it heard both factors from; empty on a cluster.
         train_seconds: Time of the local phase.
         mix_seconds: Time of mixing.
+        worker_bytes: What the workers of a cluster handed each other, which no client ever sends.
     """
 
     round: int
@@ -82,6 +83,7 @@ class RoundDone:
     mix_seconds: float
     apart: list[float] = dataclasses.field(default_factory=list)
     pairs_apart: list[Pair] = dataclasses.field(default_factory=list)
+    worker_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,7 @@ def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
         "consensus_B": sum(layer.consensus_B for layer in after),
         "rho": started.rho,
         "sent_bytes": sum(event.sent_bytes for event in rounds),
+        "worker_bytes": sum(event.worker_bytes for event in rounds),
         "train_seconds": sum(event.train_seconds for event in rounds),
         "mix_seconds": sum(event.mix_seconds for event in rounds),
         "eval_seconds": sum(event.seconds for event in evaluations),

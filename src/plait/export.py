@@ -27,11 +27,18 @@ from plait.mixing import mean
 
 def save_adapters(backbone: Backbone, stack: Stack, config: Config, out: Path) -> None:
     """Write `client-0` ... and `mean` under `out`, each a PEFT folder."""
-    for client in range(len(stack.factors[Factor.A])):
-        row = {factor: value[client] for factor, value in stack.factors.items()}
-        save_adapter(backbone, row, config, out / f"client-{client}")
+    save_clients(backbone, stack, config, out)
     averaged = {factor: mean(value)[0] for factor, value in stack.factors.items()}
     save_adapter(backbone, averaged, config, out / "mean")
+
+
+def save_clients(
+    backbone: Backbone, stack: Stack, config: Config, out: Path, first: int = 0
+) -> None:
+    """Write a PEFT folder under `out` for each client of a stack, numbered from `first` on."""
+    for k in range(len(stack.factors[Factor.A])):
+        row = {factor: value[k] for factor, value in stack.factors.items()}
+        save_adapter(backbone, row, config, out / f"client-{first + k}")
 
 
 def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, out: Path) -> None:

@@ -7,13 +7,19 @@
 with ~ for the state after mixing. ||C||_F <= sqrt(Xi_A Xi_B). No d_out x d_in product of more than
 one client is formed where ranks are small: ||P Q||_F^2 = <P^T P, Q Q^T>.
 
-Legend: N clients, r rank, k columns of a stacked product. All sums in float64.
+A layer's state is put together from parts, each what some clients contribute who know the mean of
+all: a simulation has one part, a cluster one for each block of clients.
+
+Legend: N clients, m of them in a part, n that these heard (themselves included), r rank, k columns
+of a stacked product. All sums in float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -47,15 +53,34 @@ class LayerState:
     norm_B: float
 
 
+MEANS = ("consensus_A", "consensus_B", "mixing_error", "norm_A", "norm_B")
+"""The fields of a `LayerState` that are means over clients."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """How all clients stand in a round.
+
+    Attributes:
+        before: Every layer after local training.
+        after: Every layer after mixing.
+        apart: (N,) each client's squared distance from the mean of all after mixing, over all
+            adapted layers.
+    """
+
+    before: list[LayerState]
+    after: list[LayerState]
+    apart: list[float]
+
+
 def consensus(X: Tensor) -> float:
     """Xi = mean_i ||X_i - mean(X)||_F^2 of X (N, ...)."""
-    return float(distances(X).mean())
+    return float(distances(X, X.double().mean(dim=0)).mean())
 
 
-def distances(X: Tensor) -> Tensor:
-    """(N,) ||X_i - mean(X)||_F^2 of X (N, ...): who is far from the others. Their mean is Xi."""
-    flat = X.flatten(1).double()
-    return (flat - flat.mean(dim=0)).square().sum(dim=1)
+def distances(X: Tensor, mean: Tensor) -> Tensor:
+    """(m,) ||X_i - mean||_F^2 of X (m, ...) and mean (...): who is far from the others."""
+    return (X.double() - mean).flatten(1).square().sum(dim=1)
 
 
 def product_norm(P: Tensor, Q: Tensor) -> float:
@@ -69,27 +94,54 @@ def product_norm(P: Tensor, Q: Tensor) -> float:
 
 def cross_term(A: Tensor, B: Tensor) -> float:
     """||mean(B_i A_i) - mean(B) mean(A)||_F of A (N, r, d_in) and B (N, d_out, r)."""
-    dA = A.double() - A.double().mean(dim=0)
-    dB = B.double() - B.double().mean(dim=0)
-    return product_norm(dB.permute(1, 0, 2).flatten(1) / len(A), dA.flatten(0, 1))
+    means = A.double().mean(dim=0), B.double().mean(dim=0)
+    return norm_of_sum([cross_part(A, B, *means, len(A))])
+
+
+def cross_part(
+    A: Tensor, B: Tensor, mean_A: Tensor, mean_B: Tensor, num_clients: int
+) -> tuple[Tensor, ...]:
+    """What m clients contribute to the cross term, sum_i dB_i dA_i / N, in its smaller form.
+
+    Args:
+        A: (m, r, d_in).
+        B: (m, d_out, r).
+        mean_A: (r, d_in) float64, of all clients.
+        mean_B: (d_out, r) float64, of all clients.
+        num_clients: N.
+
+    Returns:
+        Two matrices (d_out, m r) and (m r, d_in) whose product it is, or that product alone.
+    """
+    P = ((B.double() - mean_B) / num_clients).permute(1, 0, 2).flatten(1)
+    Q = (A.double() - mean_A).flatten(0, 1)
+    return (P, Q) if P.numel() + Q.numel() < len(P) * Q.shape[1] else (P @ Q,)
+
+
+def norm_of_sum(parts: Sequence[tuple[Tensor, ...]]) -> float:
+    """||C||_F of its `cross_part`s."""
+    if all(len(part) == 2 for part in parts):
+        P, Q = zip(*parts, strict=True)
+        return product_norm(torch.cat(P, dim=1), torch.cat(Q))
+    return float(torch.stack([reduce(torch.matmul, part) for part in parts]).sum(dim=0).norm())
 
 
 def mixing_errors(A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.ndarray) -> Tensor:
-    """(N,) ||E_i||_F, the distance of each client's mixed product from the mix of the products.
+    """(m,) ||E_i||_F, the distance of each client's mixed product from the mix of the products.
 
     Written around the mixed state, which cancels exactly what two large products would cancel
     only to rounding:
     E_i = sum_j w_ij (B_j - B~)(A_j - A~) + (sum_j w_ij B_j - B~) A~ + B~ (sum_j w_ij A_j - A~).
 
     Args:
-        A: (N, r, d_in) before mixing.
-        B: (N, d_out, r) before mixing.
-        A_after: (N, r, d_in).
-        B_after: (N, d_out, r).
-        W: (N, N) mixing matrix, rows summing to one.
+        A: (n, r, d_in) before mixing, of all that were heard.
+        B: (n, d_out, r) before mixing, of all that were heard.
+        A_after: (m, r, d_in).
+        B_after: (m, d_out, r).
+        W: (m, n) their rows of the mixing matrix, each summing to one.
     """
     errors = []
-    for i in range(len(A)):
+    for i in range(len(W)):
         heard = np.flatnonzero(W[i])
         weights = torch.from_numpy(W[i, heard]).to(A.device)[:, None, None]
         dA = A[heard].double() - A_after[i].double()
@@ -143,13 +195,56 @@ def all_pairs(distances: Tensor) -> list[Pair]:
     return [pair(i, j, row[j]) for i, row in enumerate(rows) for j in range(i + 1, len(rows))]
 
 
-def layer_states(
-    layout: Layout,
-    before: dict[Factor, Tensor],
-    after: dict[Factor, Tensor],
+def layer_part(
+    A: Tensor,
+    B: Tensor,
+    mean_A: Tensor,
+    mean_B: Tensor,
+    heard: tuple[Tensor, Tensor],
     W: np.ndarray,
-) -> tuple[list[LayerState], list[LayerState]]:
-    """Diagnostics of every adapted layer before and after mixing.
+) -> Tensor:
+    """What m clients contribute to a layer's state, apart from the cross term.
+
+    Args:
+        A: (m, r, d_in).
+        B: (m, d_out, r).
+        mean_A: (r, d_in) float64, of all clients.
+        mean_B: (d_out, r) float64, of all clients.
+        heard: (n, r, d_in) and (n, d_out, r) before mixing, of all that were heard.
+        W: (m, n) their rows of the mixing matrix.
+
+    Returns:
+        (5, m) float64 on the CPU, each client's own value of `MEANS`.
+    """
+    norms = [X.flatten(1).norm(dim=1) for X in (A, B)]
+    values = [distances(A, mean_A), distances(B, mean_B), mixing_errors(*heard, A, B, W), *norms]
+    return torch.stack([value.double().cpu() for value in values])
+
+
+def diagnose(
+    sites: Sequence[str], parts: Tensor, cross_terms: Sequence[list[float]]
+) -> Diagnostics:
+    """The diagnostics of a round from the parts of all clients.
+
+    Args:
+        sites: The names of the S layers.
+        parts: (2, S, 5, N) before and after mixing, the `layer_part` of each layer.
+        cross_terms: Before and after mixing, ||C||_F of each layer.
+    """
+    before, after = (
+        [
+            LayerState(site=site, cross_term=cross, **dict(zip(MEANS, values, strict=True)))
+            for site, cross, values in zip(sites, crosses, means, strict=True)
+        ]
+        for crosses, means in zip(cross_terms, parts.mean(dim=3).tolist(), strict=True)
+    )
+    return Diagnostics(before, after, parts[1, :, :2].sum(dim=(0, 1)).tolist())
+
+
+def diagnostics(
+    layout: Layout, before: dict[Factor, Tensor], after: dict[Factor, Tensor], W: np.ndarray
+) -> Diagnostics:
+    """The diagnostics of a round, by one who has the state of all clients.
 
     Args:
         layout: Where the layers lie.
@@ -157,46 +252,19 @@ def layer_states(
         after: Factor -> (N, P) after mixing with W.
         W: (N, N), rows summing to one.
     """
-    views = [
-        {factor: layout.views(factor, state[factor]) for factor in (Factor.A, Factor.B)}
-        for state in (before, after)
-    ]
-    names = [site.name for site in layout.sites]
-    old_A, old_B = views[0][Factor.A], views[0][Factor.B]
-    states = [
-        [
-            LayerState(
-                site=name,
-                consensus_A=consensus(view[Factor.A][name]),
-                consensus_B=consensus(view[Factor.B][name]),
-                cross_term=cross_term(view[Factor.A][name], view[Factor.B][name]),
-                mixing_error=float(
-                    mixing_errors(
-                        old_A[name], old_B[name], view[Factor.A][name], view[Factor.B][name], W
-                    ).mean()
-                ),
-                norm_A=float(view[Factor.A][name].flatten(1).norm(dim=1).mean()),
-                norm_B=float(view[Factor.B][name].flatten(1).norm(dim=1).mean()),
-            )
-            for name in names
-        ]
-        for view in views
-    ]
-    return states[0], states[1]
+    sites = [site.name for site in layout.sites]
+    views = [factor_views(layout, rows) for rows in (before, after)]
+    parts, cross_terms = [], []
+    for view in views:
+        for site in sites:
+            A, B = view[Factor.A][site], view[Factor.B][site]
+            heard = views[0][Factor.A][site], views[0][Factor.B][site]
+            means = A.double().mean(dim=0), B.double().mean(dim=0)
+            parts.append(layer_part(A, B, *means, heard, W))
+        cross_terms.append([cross_term(view[Factor.A][s], view[Factor.B][s]) for s in sites])
+    return diagnose(sites, torch.stack(parts).unflatten(0, (2, -1)), cross_terms)
 
 
-def apart(layout: Layout, state: dict[Factor, Tensor]) -> list[float]:
-    """(N,) each client's squared distance from the mean of all, over all adapted layers.
-
-    Args:
-        layout: Where the layers lie.
-        state: Factor -> (N, P).
-    """
-    # Layer by layer: float64 copies of all layers at once would be twice the whole stack.
-    layers = [
-        distances(view)
-        for factor in (Factor.A, Factor.B)
-        for view in layout.views(factor, state[factor]).values()
-    ]
-    total: list[float] = torch.stack(layers).sum(dim=0).tolist()
-    return total
+def factor_views(layout: Layout, rows: dict[Factor, Tensor]) -> dict[Factor, dict[str, Tensor]]:
+    """A and B of (n, P) rows, layer by layer."""
+    return {factor: layout.views(factor, rows[factor]) for factor in (Factor.A, Factor.B)}

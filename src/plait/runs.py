@@ -13,26 +13,53 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
-import torch
-from safetensors import safe_open
-
+from plait.checkpoint import load_rows, rounds_done, save_stack
 from plait.config import Config
-from plait.engines.simulate import simulate
+from plait.engines.simulate import Simulation
 from plait.events import Evaluated, Event, RoundDone, from_line, summarize, to_line
-from plait.export import save_adapters
-from plait.files import save_tensors, write_atomically
-from plait.job import Job, prepare
+from plait.files import write_atomically
+from plait.job import prepare
 from plait.lora import Stack
-from plait.methods import Factor
+from plait.names import lookup
 
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def run(config: Config, out: Path | str | None = None, resume: bool = False) -> Iterator[Event]:
+class Engine(Protocol):
+    """What carries out a prepared run; it holds the state of the clients."""
+
+    def rounds(self, first_round: int) -> Iterator[Event]:
+        """Run from a round on. Between two events the state is whole, so it can be saved."""
+        ...
+
+    def save(self, path: Path, rounds_done: int) -> None:
+        """Write a checkpoint after so many rounds."""
+        ...
+
+    def restore(self, path: Path) -> None:
+        """Go back to a checkpoint."""
+        ...
+
+    def save_adapters(self, out: Path) -> None:
+        """Write a PEFT folder for each client and for the averaged model."""
+        ...
+
+
+EngineName = Literal["simulate", "ray"]
+
+
+def run(
+    config: Config,
+    out: Path | str | None = None,
+    resume: bool = False,
+    engine: EngineName = "simulate",
+    workers: int | None = None,
+) -> Iterator[Event]:
     """Run an experiment; with `out`, write the run folder as it goes.
 
     Args:
@@ -40,32 +67,57 @@ def run(config: Config, out: Path | str | None = None, resume: bool = False) -> 
         out: The run folder; nothing is written without one.
         resume: Go on from the folder's checkpoint; a folder without one is started anew, and a
             finished one only yields its events.
+        engine: What computes: all clients in this process, or a block of them in each worker of a
+            Ray cluster. The numbers are the same, so the one can go on where the other stopped.
+        workers: `ray`: the number of workers.
 
     Yields:
         The run's events, on resuming those that were recorded before too.
 
     Raises:
-        ValueError: The config can't run, the folder is in use or belongs to another config.
+        ValueError: The config can't run, the folder is in use or belongs to another config, or
+            workers die again and again.
         OSError: The folder can't be written.
 
     Example:
         >>> for event in run(Config(task="trec", rounds=2)):  # doctest: +SKIP
         ...     print(event)
     """
+    open_engine = lookup(ENGINES, engine, "engine")
     folder = None if out is None else RunFolder.open(Path(out), config, resume)
     if folder and folder.summary_file.exists():
         yield from load_events(folder.path)
         return
+    with open_engine(config, workers) as opened:
+        yield from carry_out(opened, config, folder)
+
+
+def _simulation(config: Config, workers: int | None) -> AbstractContextManager[Engine]:
+    if workers is not None:
+        raise ValueError("--workers is for --engine ray; a simulation is one process.")
     job = prepare(config)
-    yield from carry_out(job, job.initial_stack(), config, folder)
+    return nullcontext(Simulation(job, job.initial_stack()))
 
 
-def carry_out(job: Job, stack: Stack, config: Config, folder: RunFolder | None) -> Iterator[Event]:
-    """Run a prepared job; its result is left in `stack` and, if there is one, in the folder.
+def _cluster(config: Config, workers: int | None) -> AbstractContextManager[Engine]:
+    try:
+        from plait.engines.cluster import Cluster
+    except ImportError as error:
+        raise ValueError("--engine ray needs Ray: pip install 'plait[ray]'.") from error
+    return Cluster(config, workers, prepare)
+
+
+ENGINES: dict[str, Callable[[Config, int | None], AbstractContextManager[Engine]]] = {
+    "simulate": _simulation,
+    "ray": _cluster,
+}
+
+
+def carry_out(engine: Engine, config: Config, folder: RunFolder | None) -> Iterator[Event]:
+    """Run to the end; the result is left in the engine and, if there is one, in the folder.
 
     Args:
-        job: What to run.
-        stack: The clients' start, changed in place.
+        engine: At the clients' common start.
         config: What the folder says was run.
         folder: As `RunFolder.open` returns it.
 
@@ -76,23 +128,26 @@ def carry_out(job: Job, stack: Stack, config: Config, folder: RunFolder | None) 
         ValueError: Training diverged.
         OSError: The folder can't be written.
     """
+    done: list[Event] = []
     if folder:
         # Only now: a config that can't run leaves nothing behind.
         folder.create(config)
-    done = folder.restore(stack) if folder else []
+        done = folder.rewind()
+        if folder.checkpoint_file.exists():
+            engine.restore(folder.checkpoint_file)
     yield from done
     first_round = sum(isinstance(event, RoundDone) for event in done)
     events = list(done)
-    for event in simulate(job, stack, first_round):
+    for event in engine.rounds(first_round):
         events.append(event)
         if folder:
             # Saved before it is announced: whoever stops listening here can resume from here.
             folder.record(event)
             if _completes_round(event, config) and config.saves_after(event.round):
-                folder.save(stack, event.round + 1)
+                engine.save(folder.checkpoint_file, event.round + 1)
         yield event
     if folder:
-        save_adapters(job.backbone, stack, config, folder.path / "adapters")
+        engine.save_adapters(folder.path / "adapters")
         folder.finish(summarize(config, events))
 
 
@@ -156,10 +211,7 @@ class RunFolder:
     @property
     def rounds_done(self) -> int:
         """Rounds behind the checkpoint; 0 without one."""
-        if not self.checkpoint_file.exists():
-            return 0
-        with safe_open(self.checkpoint_file, "pt") as file:
-            return int(file.metadata()["rounds_done"])
+        return rounds_done(self.checkpoint_file)
 
     @classmethod
     def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
@@ -200,31 +252,23 @@ class RunFolder:
 
     def save(self, stack: Stack, rounds_done: int) -> None:
         """Write a checkpoint after so many rounds."""
-        tensors = {
-            f"{kind}.{factor.name}": value
-            for kind, values in _tensors(stack).items()
-            for factor, value in values.items()
-        }
-        steps = {f"steps.{factor.name}": str(count) for factor, count in stack.steps.items()}
-        metadata = {"rounds_done": str(rounds_done), **steps}
-        save_tensors(tensors, self.checkpoint_file, metadata)
+        save_stack(stack, self.checkpoint_file, rounds_done)
 
     def restore(self, stack: Stack) -> list[Event]:
-        """Bring `stack` to the last checkpoint; returns the events up to it.
+        """Bring `stack` to the last checkpoint; returns the events up to it."""
+        if self.checkpoint_file.exists():
+            load_rows(stack, self.checkpoint_file)
+        return self.rewind()
 
-        What was recorded after the checkpoint is dropped: it will be said again.
+    def rewind(self) -> list[Event]:
+        """The events up to the last checkpoint.
+
+        What was recorded after it is dropped: it will be said again.
         """
         if not self.checkpoint_file.exists():
             self.events_file.unlink(missing_ok=True)
             return []
-        with safe_open(self.checkpoint_file, "pt") as file:
-            metadata = file.metadata()
-            for kind, values in _tensors(stack).items():
-                for factor, value in values.items():
-                    value.copy_(file.get_tensor(f"{kind}.{factor.name}"))
-        stack.steps.update({f: int(metadata[f"steps.{f.name}"]) for f in stack.steps})
-        rounds_done = int(metadata["rounds_done"])
-        kept = [e for e in load_events(self.path) if getattr(e, "round", -1) < rounds_done]
+        kept = [e for e in load_events(self.path) if getattr(e, "round", -1) < self.rounds_done]
         write_atomically(self.events_file, "".join(to_line(event) + "\n" for event in kept))
         return kept
 
@@ -239,7 +283,3 @@ def _completes_round(event: Event, config: Config) -> TypeGuard[RoundDone | Eval
     if isinstance(event, RoundDone):
         return not config.evaluates_after(event.round)
     return isinstance(event, Evaluated) and event.round >= 0
-
-
-def _tensors(stack: Stack) -> dict[str, dict[Factor, torch.Tensor]]:
-    return {"factors": stack.factors, "first": stack.first, "second": stack.second}

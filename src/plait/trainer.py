@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from plait.backbone import Backbone
 from plait.config import Config
+from plait.engines.simulate import Simulation
 from plait.events import Event
 from plait.export import save_adapters
 from plait.heads import MeanPooledClassifier
@@ -126,7 +127,7 @@ class Trainer:
         if folder and folder.summary_file.exists():
             raise ValueError(f"{out} holds a finished run; its adapters are in {out}/adapters.")
         self.stack = self.job.initial_stack()
-        yield from carry_out(self.job, self.stack, self.config, folder)
+        yield from carry_out(Simulation(self.job, self.stack), self.config, folder)
 
     def save_adapters(self, out: Path | str) -> None:
         """Write `client-0` ... and `mean` under `out`, each a PEFT folder for your model.

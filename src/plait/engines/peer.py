@@ -25,7 +25,7 @@ from plait.inbox import Rows, Turn
 from plait.job import Job
 from plait.lora import Stack
 from plait.methods import Factor
-from plait.metrics import LayerState, Pair, layer_states, pair, pair_distances
+from plait.metrics import LayerState, Pair, diagnostics, pair, pair_distances
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise
 from plait.topology import rho_of_round
@@ -196,7 +196,7 @@ class Peer:
         distances = pair_distances(layout, before)[0, 1:].tolist()
         # Not strict: of very many neighbours only the first are measured.
         pairs = [pair(self.me, peer, far) for peer, far in zip(heard, distances, strict=False)]
-        return layer_states(layout, before, before, local)[0], pairs
+        return diagnostics(layout, before, before, local).before, pairs
 
     def _rest(self) -> None:
         """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""

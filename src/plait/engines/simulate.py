@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-
-from plait.engines.steps import evaluation, names, train_round
+from plait.checkpoint import load_rows, save_stack
+from plait.engines.steps import evaluation, round_done, train_round
 from plait.events import Event, RoundDone
+from plait.export import save_adapters
 from plait.job import Job
 from plait.lora import Stack
-from plait.metrics import all_pairs, apart, layer_states, pair_distances
+from plait.metrics import all_pairs, diagnostics, pair_distances
 from plait.mixing import neighbour_weights
 from plait.privacy import seeded_noise
-from plait.topology import rho_of_round
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A prepared run and the state of its clients, changed in place: an `Engine` of runs.py."""
+
+    job: Job
+    stack: Stack
+
+    def rounds(self, first_round: int) -> Iterator[Event]:
+        """As `simulate`."""
+        return simulate(self.job, self.stack, first_round)
+
+    def save(self, path: Path, rounds_done: int) -> None:
+        """Write the checkpoint of all clients."""
+        save_stack(self.stack, path, rounds_done)
+
+    def restore(self, path: Path) -> None:
+        """Go back to a checkpoint."""
+        load_rows(self.stack, path)
+
+    def save_adapters(self, out: Path) -> None:
+        """Write every client's adapter and the averaged one."""
+        save_adapters(self.job.backbone, self.stack, self.job.config, out)
 
 
 def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
@@ -27,42 +52,35 @@ def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
         ValueError: A client's loss is no longer finite.
     """
     config = job.config
-    everyone = range(config.clients)
-    noise = seeded_noise(config.seed)
     if first_round == 0:
         yield job.started
         yield evaluation(job, stack, -1)
     for round_ in range(first_round, config.rounds):
-        begin = time.perf_counter()
-        active = job.trained(round_)
-        losses = train_round(job, stack, round_, everyone, noise)
-        trained = time.perf_counter()
-        W = job.schedule(round_)
-        weights = neighbour_weights(W)
-        before = dict(stack.factors)
-        shared = job.shared(round_)
-        for factor in stack.factors:
-            if factor in shared:
-                mine = before[factor]
-                stack.factors[factor] = job.method.mix(mine, mine, weights)
-        mixed = time.perf_counter()
-        states = layer_states(job.backbone.layout, before, stack.factors, W)
-        edges = [(int(i), int(j), float(W[i, j])) for i, j in np.argwhere(weights)]
-        row_bytes = sum(4 * job.backbone.layout.size(f) for f in stack.factors if f in shared)
-        yield RoundDone(
-            round=round_,
-            active=names(active),
-            shared=names(shared),
-            train_losses=losses.tolist(),
-            edges=edges,
-            rho=rho_of_round(W),
-            sent_bytes=row_bytes * len(edges),
-            before=states[0],
-            after=states[1],
-            apart=apart(job.backbone.layout, stack.factors),
-            pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
-            train_seconds=trained - begin,
-            mix_seconds=mixed - trained,
-        )
+        yield _round(job, stack, round_)
         if config.evaluates_after(round_):
             yield evaluation(job, stack, round_)
+
+
+def _round(job: Job, stack: Stack, round_: int) -> RoundDone:
+    begin = time.perf_counter()
+    everyone = range(job.config.clients)
+    losses = train_round(job, stack, round_, everyone, seeded_noise(job.config.seed))
+    trained = time.perf_counter()
+    W = job.schedule(round_)
+    weights = neighbour_weights(W)
+    before = dict(stack.factors)
+    shared = job.shared(round_)
+    for factor, mine in before.items():
+        if factor in shared:
+            stack.factors[factor] = job.method.mix(mine, mine, weights)
+    mixed = time.perf_counter()
+    return round_done(
+        job,
+        round_,
+        everyone,
+        losses,
+        **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
+        pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
+        train_seconds=trained - begin,
+        mix_seconds=mixed - trained,
+    )

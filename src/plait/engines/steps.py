@@ -1,21 +1,24 @@
-"""What every engine does in a round, for the clients whose state it holds: train, and evaluate."""
+"""What every engine does in a round, for the clients whose state it holds, and what it says."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plait.events import Evaluated
+from plait.events import Evaluated, RoundDone
 from plait.job import Job, some_rows
 from plait.local import batch_losses, evaluate, local_phase
 from plait.lora import Stack
 from plait.methods import Factor
-from plait.mixing import mean
+from plait.mixing import mean, neighbour_weights
 from plait.privacy import Noise, privatise
+from plait.topology import rho_of_round
 
 
 def train_round(
@@ -63,32 +66,80 @@ def reset_moments(stack: Stack, active: Factor, round_: int, job: Job) -> None:
             stack.reset_moments(factor)
 
 
-def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
-    """Every client's own model, and the averaged one, on the held-out rows."""
-    begin = time.perf_counter()
+@dataclass(frozen=True)
+class Judged:
+    """How models did on held-out rows: rows, and each model's score and loss."""
+
+    rows: int
+    scores: list[float]
+    losses: list[float]
+
+
+def judge(job: Job, models: dict[Factor, Tensor], round_: int) -> Judged:
+    """Some models (n, P) on the held-out rows that are evaluated after a round."""
     last = round_ + 1 == job.config.rounds
     rows = some_rows(job.held_out, None if last else job.config.eval_rows)
     tokens = job.held_out.take(rows)
-    # Clients that are all the same, as before the first round, need to be computed only once.
-    num_clients = len(stack.factors[Factor.A])
-    alike = all(bool((value == value[:1]).all()) for value in stack.factors.values())
-    models = {
-        factor: value[:1] if alike else torch.cat([value, mean(value)])
-        for factor, value in stack.factors.items()
-    }
-    logits = evaluate(job.backbone, models, tokens, job.config)
+    # Models that are all the same, as before the first round, need to be computed only once.
+    num_models = len(models[Factor.A])
+    alike = all(bool((value == value[:1]).all()) for value in models.values())
+    distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
+    logits = evaluate(job.backbone, distinct, tokens, job.config)
     if alike:
-        logits = logits.expand(num_clients + 1, -1, -1)
-    losses = [float(loss) for loss in _losses(logits, tokens.labels)]
-    scores = [job.score(client, tokens.labels) for client in logits.numpy()]
+        logits = logits.expand(num_models, -1, -1)
+    return Judged(
+        rows=len(rows),
+        scores=[job.score(client, tokens.labels) for client in logits.numpy()],
+        losses=[float(loss) for loss in _losses(logits, tokens.labels)],
+    )
+
+
+def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
+    """Every client's own model, and the averaged one, on the held-out rows."""
+    begin = time.perf_counter()
+    models = {factor: torch.cat([value, mean(value)]) for factor, value in stack.factors.items()}
+    return evaluated(round_, judge(job, models, round_), time.perf_counter() - begin)
+
+
+def evaluated(round_: int, judged: Judged, seconds: float) -> Evaluated:
+    """What is said of an evaluation of every client's own model and, last, the averaged one."""
     return Evaluated(
         round=round_,
-        rows=len(rows),
-        scores=scores[:num_clients],
-        losses=losses[:num_clients],
-        averaged_score=scores[-1],
-        averaged_loss=losses[-1],
-        seconds=time.perf_counter() - begin,
+        rows=judged.rows,
+        scores=judged.scores[:-1],
+        losses=judged.losses[:-1],
+        averaged_score=judged.scores[-1],
+        averaged_loss=judged.losses[-1],
+        seconds=seconds,
+    )
+
+
+def round_done(
+    job: Job, round_: int, clients: range, losses: np.ndarray, **measured: Any
+) -> RoundDone:
+    """What is said of a round of some clients, as far as it follows from the job.
+
+    Args:
+        job: The prepared run.
+        round_: The round's number.
+        clients: Which clients.
+        losses: (n,) their training losses.
+        **measured: The other fields of the event.
+    """
+    W = job.schedule(round_)
+    shared = job.shared(round_)
+    pairs = np.argwhere(neighbour_weights(W)).tolist()
+    edges = [(i, j, float(W[i, j])) for i, j in pairs if i in clients]
+    layout = job.backbone.layout
+    return RoundDone(
+        round=round_,
+        active=names(job.trained(round_)),
+        shared=names(shared),
+        train_losses=losses.tolist(),
+        edges=edges,
+        rho=rho_of_round(W),
+        sent_bytes=sum(4 * layout.size(f) for f in layout.factors if f in shared) * len(edges),
+        **measured,
     )
 
 

@@ -1,0 +1,316 @@
+"""What a worker of a cluster holds: a block of the clients, as a stack, and its part of a round.
+
+A round has four steps, and what a block makes in one step it hands to the others for the next:
+
+    train      its clients' rows, to the blocks whose clients hear them; the sum of its rows
+    mix        the sum of its rows again, of which the mean of all clients follows
+    measure    its part of the cross terms, each layer's to the block that adds that layer up
+    add_up     the cross terms of some layers
+
+Nothing else is exchanged, and nobody holds the factors of all clients. Who needs which rows every
+block works out from W, which is a function of seed and round. Nothing here knows of Ray.
+
+Legend: m clients of the block, k blocks, P parameters of a factor.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plait.checkpoint import lay_out, load_rows, write_rows
+from plait.config import Config
+from plait.engines.steps import Judged, judge, round_done, train_round
+from plait.events import RoundDone, Started
+from plait.export import save_adapter, save_clients
+from plait.job import Job
+from plait.lora import Stack
+from plait.methods import Factor
+from plait.metrics import cross_part, factor_views, layer_part, norm_of_sum
+from plait.mixing import neighbour_weights
+from plait.privacy import seeded_noise
+
+Rows = dict[Factor, np.ndarray]
+"""Factor -> rows (n, P) float32, or the sum of some (1, P) float64."""
+Cross = list[list[tuple[np.ndarray, ...]]]
+"""Before and after mixing, a block's `cross_part` of each of some layers."""
+
+Parcel = TypeVar("Parcel", Rows, Cross)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a block says of a round.
+
+    Attributes:
+        done: The event of its clients, without diagnostics.
+        layers: (2, S, 5, m), their `layer_part` of each layer before and after mixing.
+    """
+
+    done: RoundDone
+    layers: np.ndarray
+
+
+@dataclass
+class Round:
+    """What a block keeps of a round until it is measured.
+
+    Attributes:
+        losses: (m,).
+        before: Its clients' factors before mixing.
+        heard: Who is heard by them, themselves included, ascending.
+        theirs: The factors of those, before mixing.
+        times: Of begin, end of training, end of mixing.
+        handed_bytes: What other blocks were handed so far.
+    """
+
+    losses: np.ndarray
+    before: dict[Factor, Tensor]
+    times: list[float]
+    heard: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    theirs: dict[Factor, Tensor] = field(default_factory=dict)
+    handed_bytes: int = 0
+
+
+class Block:
+    """Some of the clients.
+
+    Attributes:
+        clients: Their numbers.
+        stack: Their state.
+        round: The round that goes on.
+    """
+
+    def __init__(
+        self,
+        make_job: Callable[[Config], Job],
+        config: Config,
+        bounds: Sequence[range],
+        number: int,
+        threads: int,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            make_job: Prepares the run.
+            config: What to run.
+            bounds: The clients of each block.
+            number: Which block this is.
+            threads: How many CPU threads to compute with.
+        """
+        self.make_job, self.config = make_job, config
+        self.bounds, self.number, self.clients = bounds, number, bounds[number]
+        self.stack: Stack
+        self.round: Round
+        torch.set_num_threads(threads)
+
+    @cached_property
+    def job(self) -> Job:
+        """The prepared run."""
+        return self.make_job(self.config)
+
+    def begin(self, checkpoint: Path | None) -> tuple[Started, list[str]]:
+        """Take the clients' common start, or a checkpoint.
+
+        Returns:
+            The run's first event, and the names of the adapted layers.
+
+        Raises:
+            ValueError: The config asks for what can't be.
+        """
+        self.stack = self.job.initial_stack(len(self.clients))
+        if checkpoint:
+            load_rows(self.stack, _in_sight(checkpoint), self.clients.start)
+        return self.job.started, [site.name for site in self.job.backbone.layout.sites]
+
+    # -- a round
+
+    def train(self, round_: int) -> tuple[Rows, ...]:
+        """The local phase.
+
+        Returns:
+            The sums of the block's rows, then for each block the rows that it needs. A and B both
+            travel, even where the method shares but one: the mixing error has both.
+
+        Raises:
+            ValueError: A client's loss is no longer finite.
+        """
+        begin = time.perf_counter()
+        noise = seeded_noise(self.config.seed)
+        losses = train_round(self.job, self.stack, round_, self.clients, noise)
+        times = [begin, time.perf_counter()]
+        self.round = Round(losses, dict(self.stack.factors), times)
+        travels = Factor.AB | self.job.shared(round_)
+        weights = neighbour_weights(self.job.schedule(round_))
+        rows = [
+            {f: _array(value[heard]) for f, value in self.stack.factors.items() if f in travels}
+            for heard in (self._heard_by(k, weights) for k in self.bounds)
+        ]
+        return self._to_everyone(self.sums()), *self._hand_over(rows)
+
+    def _heard_by(self, others: range, weights: np.ndarray) -> np.ndarray:
+        """Which of the block's rows a client of another block gives weight to, ascending."""
+        if others == self.clients:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(weights[_slice(others), _slice(self.clients)].any(axis=0))
+
+    def mix(self, round_: int, *rows: Rows) -> Rows:
+        """Mix with the rows of the others.
+
+        Args:
+            round_: The round's number.
+            *rows: From each block, what its `train` returned for this one.
+
+        Returns:
+            The sums of the block's rows after mixing.
+        """
+        now, job = self.round, self.job
+        weights = neighbour_weights(job.schedule(round_))[_slice(self.clients)]
+        # Ascending by client, as in a simulation, so that sums come out the same to the last bit.
+        now.heard = np.union1d(np.flatnonzero(weights.any(axis=0)), self.clients)
+        for factor in rows[0]:
+            pieces = [torch.tensor(part[factor], device=job.backbone.device) for part in rows]
+            pieces[self.number] = now.before[factor]
+            now.theirs[factor] = torch.cat(pieces)
+        for factor, mine in now.before.items():
+            if factor in job.shared(round_):
+                theirs = now.theirs[factor]
+                self.stack.factors[factor] = job.method.mix(mine, theirs, weights[:, now.heard])
+        now.times.append(time.perf_counter())
+        return self._to_everyone(self.sums())
+
+    def sums(self) -> Rows:
+        """The sums of the block's rows."""
+        factors = self.stack.factors.items()
+        return {f: _array(value.sum(0, True, dtype=torch.float64)) for f, value in factors}
+
+    def measure(self, round_: int, *sums: Rows) -> tuple[Part | Cross, ...]:
+        """Work out the block's part of the diagnostics.
+
+        Args:
+            round_: The round's number.
+            *sums: Of every block before mixing, then of every block after it.
+
+        Returns:
+            The block's `Part`, then for each block what it needs to add up its cross terms.
+        """
+        now, layout = self.round, self.job.backbone.layout
+        W = self.job.schedule(round_)[_slice(self.clients)][:, now.heard]
+        theirs = factor_views(layout, now.theirs)
+        layers: list[Tensor] = []
+        crosses: Cross = []
+        half = len(self.bounds)
+        for factors, parts in ((now.before, sums[:half]), (self.stack.factors, sums[half:])):
+            views, means = factor_views(layout, factors), factor_views(layout, self.mean(*parts))
+            crosses.append([])
+            for site in views[Factor.A]:
+                A, B = views[Factor.A][site], views[Factor.B][site]
+                middle = means[Factor.A][site][0], means[Factor.B][site][0]
+                heard = theirs[Factor.A][site], theirs[Factor.B][site]
+                layers.append(layer_part(A, B, *middle, heard, W))
+                part = cross_part(A, B, *middle, self.config.clients)
+                crosses[-1].append(tuple(map(_array, part)))
+        # Layer by layer in turn, so that all blocks have as much to add up.
+        handed = self._hand_over([[c[k::half] for c in crosses] for k in range(half)])
+        done = round_done(
+            self.job, round_, self.clients, now.losses, before=[], after=[],
+            train_seconds=now.times[1] - now.times[0],
+            mix_seconds=now.times[2] - now.times[1],
+            worker_bytes=now.handed_bytes,
+        )  # fmt: skip
+        return Part(done, torch.stack(layers).unflatten(0, (2, -1)).numpy()), *handed
+
+    def add_up(self, *crosses: Cross) -> list[list[float]]:
+        """Before and after mixing, ||C||_F of each layer that is this block's to add up."""
+        return [
+            [norm_of_sum([tuple(map(torch.tensor, part)) for part in layer])
+             for layer in zip(*moment, strict=True)]
+            for moment in zip(*crosses, strict=True)
+        ]  # fmt: skip
+
+    def mean(self, *sums: Rows) -> dict[Factor, Tensor]:
+        """The mean client, factor -> (1, P) float64, of the sums of all blocks."""
+        device, count = self.job.backbone.device, self.config.clients
+        return {
+            factor: torch.tensor(sum(part[factor] for part in sums) / count, device=device)
+            for factor in sums[0]
+        }
+
+    def _hand_over(self, parcels: list[Parcel]) -> list[Parcel]:
+        """A parcel for each block; the bytes of those for others are counted."""
+        others = parcels[: self.number] + parcels[self.number + 1 :]
+        self.round.handed_bytes += sum(map(_bytes, others))
+        return parcels
+
+    def _to_everyone(self, parcel: Parcel) -> Parcel:
+        return self._hand_over([parcel] * len(self.bounds))[0]
+
+    # -- what isn't done in every round
+
+    def evaluate(self, round_: int, *sums: Rows) -> tuple[Judged, float]:
+        """How the block's clients do; with the sums of all blocks, last, the averaged model too.
+
+        Returns:
+            The answers, and the seconds it took.
+        """
+        begin = time.perf_counter()
+        models = self.stack.factors
+        if sums:
+            mean = self.mean(*sums)
+            models = {f: torch.cat([v, mean[f].to(v.dtype)]) for f, v in models.items()}
+        return judge(self.job, models, round_), time.perf_counter() - begin
+
+    def lay_out(self, path: Path, rounds_done: int) -> None:
+        """Make a checkpoint of all clients, for `write_rows` of each block to fill."""
+        lay_out(self.stack, self.config.clients, _in_sight(path), rounds_done)
+
+    def write_rows(self, path: Path, _laid_out: None) -> None:
+        """Put the block's clients into the checkpoint."""
+        write_rows(self.stack, self.clients.start, _in_sight(path))
+
+    def save_adapters(self, out: Path, *sums: Rows) -> None:
+        """Write a PEFT folder for each client; with the sums of all blocks, for their mean too."""
+        backbone, config = self.job.backbone, self.job.config
+        save_clients(backbone, self.stack, config, _in_sight(out), self.clients.start)
+        if sums:
+            mean = {factor: value[0].float() for factor, value in self.mean(*sums).items()}
+            save_adapter(backbone, mean, config, out / "mean")
+
+
+def _slice(clients: range) -> slice:
+    return slice(clients.start, clients.stop)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    array: np.ndarray = value.detach().cpu().numpy()
+    return array
+
+
+def _bytes(parcel: Any) -> int:
+    """The bytes of the arrays in a parcel."""
+    if isinstance(parcel, np.ndarray):
+        return parcel.nbytes
+    return sum(map(_bytes, parcel.values() if isinstance(parcel, dict) else parcel))
+
+
+def _in_sight(path: Path) -> Path:
+    """The path, if the folder that it lies in can be seen from here.
+
+    Raises:
+        ValueError: It can't.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{socket.gethostname()} doesn't see {path.parent}: put --out on a file system that "
+            "all machines of the cluster share."
+        )
+    return path
