@@ -13,7 +13,7 @@ import numpy as np
 from plait.backbone import Backbone
 from plait.config import Config
 from plait.events import Started
-from plait.loading import load_model
+from plait.loading import draws_head, load_model
 from plait.lora import Stack, initial_stack
 from plait.methods import Factor, Method, build_method
 from plait.partition import deal
@@ -119,7 +119,11 @@ def prepare(config: Config, own: Task | None = None) -> Job:
     rules = Rules.of(config)
     config = rules.config
     if own is None:
-        materials = _shared_materials(Config(**{name: getattr(config, name) for name in MATERIAL}))
+        shared = {name: getattr(config, name) for name in MATERIAL}
+        if not draws_head(config):
+            shared["seed"] = 0
+        share = _shared_validation if config.eval_split == "validation" else _shared_materials
+        materials = share(Config(**shared))
         shares = deal(materials.task.train, materials.task.num_labels, config)
     else:
         materials = _materials(own, config)
@@ -155,13 +159,22 @@ MATERIAL = (
     "max_length", "backbone", "pooling", "head", "rank", "alpha", "target_modules", "top_layers",
     "eval_split", "dtype", "device", "cache_gib", "seed",
 )  # fmt: skip
-"""The settings that data and model depend on: runs that agree on them share both."""
+"""The settings that data and model depend on: runs that agree on them share both. The seed is one
+of them where a head is drawn from it."""
 
 
 @lru_cache(maxsize=1)
 def _shared_materials(config: Config) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
     return _materials(load_task(config), config)
+
+
+@lru_cache(maxsize=1)
+def _shared_validation(config: Config) -> Materials:
+    """The same with the validation split in the place of the test split."""
+    shared = _shared_materials(dataclasses.replace(config, eval_split="test"))
+    held_out = _tokenized(shared.task.validation, shared.backbone, config)
+    return dataclasses.replace(shared, held_out=held_out)
 
 
 def _materials(task: Task, config: Config) -> Materials:
