@@ -10,6 +10,7 @@ import pytest
 from conftest import save_encoder
 from plait import sweep as sweep_module
 from plait.cli import main
+from plait.config import Config
 from plait.partition import PARTITIONS
 from plait.results import load
 from plait.sweep import Sweep, load_sweep
@@ -21,32 +22,33 @@ PUBLISHED = [file for file in FILES if file.stem != "small_paper"]
 EMBEDDED = ("trec", "movies")
 
 
-def check(sweep: Sweep) -> None:
-    for cell in sweep.expected:
-        assert cell.config.task in TASKS
-        assert cell.config.label_skew.partition(":")[0] in PARTITIONS
+def runs(sweep: Sweep) -> list[Config]:
+    """The configs of all runs, checked."""
+    found = [cell.config for cell in sweep.expected]
+    for config in found:
+        assert config.task in TASKS
+        assert config.label_skew.partition(":")[0] in PARTITIONS
+    return found
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_file_makes_runs(file, tmp_path):
-    sweep = load_sweep(file, tmp_path)
-    check(sweep)
+    number = len(runs(load_sweep(file, tmp_path)))
     text = file.read_text()
     head = text[: text.index("\n\n")]
     for said in (f"plait sweep experiments/{file.name} --out runs/", "# Needs: ", "# Costs: "):
         assert said in head
-    assert f"{len(sweep.expected):,}" in head, "the number of its runs"
+    assert f"{number:,}" in head, "the number of its runs"
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_a_twin_needs_only_what_is_installed(file, tmp_path):
-    sweep = load_sweep(file, tmp_path, small=True)
-    check(sweep)
-    assert len(sweep.expected) <= 40
-    for cell in sweep.expected:
-        assert cell.config.backbone == "minilm"
-        assert cell.config.task in EMBEDDED
-        assert cell.config.dtype == "float32"  # CPUs without bfloat16 refuse it
+    configs = runs(load_sweep(file, tmp_path, small=True))
+    assert len(configs) <= 40
+    for config in configs:
+        assert config.backbone == "minilm"
+        assert config.task in EMBEDDED
+        assert config.dtype == "float32"  # CPUs without bfloat16 refuse it
 
 
 def test_the_paper_in_small_is_what_it_says(tmp_path):
@@ -65,7 +67,7 @@ def test_the_paper_in_small_is_what_it_says(tmp_path):
 def test_the_smallest_twin_runs(tmp_path, monkeypatch):
     tiny = {
         "backbone": str(save_encoder("mean-pooled", tmp_path / "tiny")), "rounds": 2,
-        "local_steps": 1, "clients": 2, "batch_size": 2, "eval_every": 2,
+        "local_steps": 1, "clients": 2, "batch_size": 2, "eval_every": 2, "max_length": 8,
     }  # fmt: skip
     monkeypatch.setattr(
         sweep_module, "changed",

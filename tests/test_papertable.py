@@ -212,6 +212,23 @@ def test_runs_that_are_missing_are_left_out_of_pairs_and_said():
     assert "adf - rolora" in text
 
 
+def test_a_rate_at_the_edge_of_its_search_is_marked():
+    tuning = [
+        {**row(method, "trec", 1000, 0.5), "kind": "tuning", "lr": lr}
+        for method in GAPS for lr in (1e-4, 1e-3, 1e-2)
+    ]  # fmt: skip
+    reported = store().assign(lr=1e-3)
+    reported.loc[reported["label"] == "ffa", "lr"] = 1e-2
+    control = reported[reported["label"] == "dec-lora"].assign(label="dec-lora (matched)", lr=1e-4)
+    frame = pd.concat([pd.DataFrame(tuning), reported, control], ignore_index=True)
+    (block,) = blocks(frame)
+    assert [(c.name, set(c.at_edge)) for c in block.columns] == [
+        ("trec", {"ffa"}), ("movies", set()), ("mean", set())
+    ]  # fmt: skip
+    assert FORMATS["text"]([block]).count("†") == 2  # the cell, and what it means
+    assert r"$^\dagger$" in FORMATS["latex"]([block])
+
+
 def test_nothing_reported_yet_is_said():
     frame = store().assign(kind="tuning")
     with pytest.raises(ValueError, match="no reported runs yet"):

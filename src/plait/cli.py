@@ -183,10 +183,12 @@ COMMANDS: dict[str, CommandRow] = {
         _compare, "compare methods on paired seeds: table, curves, verdict", Compare
     ),
     "sweep": CommandRow(
-        cli_sweep.sweep, "run a grid of experiments; it goes on where it was", cli_sweep.Sweep
+        cli_sweep.sweep,
+        "run a grid of experiments; it goes on where it was",
+        cli_sweep.SweepCommand,
     ),
     "table": CommandRow(
-        cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.Table
+        cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
     ),
     "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
     "report": CommandRow(

@@ -14,14 +14,14 @@ import tyro
 from plait.config import Config
 
 if TYPE_CHECKING:
-    from plait import sweep as plan_of_sweep
     from plait.plan import Cell
+    from plait.sweep import Sweep
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
+class SweepCommand:
     """Run a grid of experiments; called again, it goes on where it was."""
 
     file: tyro.conf.Positional[Path]
@@ -36,7 +36,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class TableCommand:
     """Print a sweep's table: means over seeds, paired differences, what is significant."""
 
     dir: tyro.conf.Positional[Path]
@@ -49,26 +49,26 @@ class Table:
 
 def sweep(args: list[str]) -> int:
     """`plait sweep`: 1 if runs failed, which are then listed."""
-    given = tyro.cli(Sweep, prog="plait sweep", args=args)
+    given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
     from plait import results
     from plait.sweep import claim, load_sweep
     from plait.workers import executor_for
 
-    plan = load_sweep(given.file, given.out, given.small)
-    context = executor_for(plan.config.device, given.jobs)
-    claim(plan, given.file)
-    progress = Progress(plan)
+    grid = load_sweep(given.file, given.out, given.small)
+    context = executor_for(grid.config.device, given.jobs)
+    claim(grid, given.file)
+    progress = Progress(grid)
     try:
         with context as executor:
-            for stage in plan.stages:
+            for stage in grid.stages:
                 for cell in results.carried_out(stage.search, executor):
                     progress.show(cell)
                 for cell in results.carried_out(stage.reported, executor):
                     progress.show(cell)
     finally:
-        frame = results.collect(plan)
+        frame = results.collect(grid)
         results.save(frame, given.out)
-    failed = results.failures(plan)
+    failed = results.failures(grid)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     print(f"{given.out}: {len(frame)} rows in {results.RESULTS}; `plait table {given.out}`")
@@ -78,7 +78,7 @@ def sweep(args: list[str]) -> int:
 class Progress:
     """Says of each run that it has ended, and how long the others will take."""
 
-    def __init__(self, sweep: plan_of_sweep.Sweep) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.begin = time.monotonic()
         self.done = 0
@@ -92,8 +92,8 @@ class Progress:
         left = waiting(cells)
         self.done += work(cell.config)
         seconds = sum(work(c.config) for c in left) * (time.monotonic() - self.begin) / self.done
-        name, said = state(cell)
-        if name == "finished":
+        ended, said = state(cell)
+        if ended == "finished":
             summary = load_summary(cell.folder)
             said = f"{summary['metric']} {summary['accuracy_client_mean']:.3f}"
         axes = "".join(f", {name} {getattr(cell.config, name)}" for name in self.sweep.axes)
@@ -111,7 +111,7 @@ def work(config: Config) -> int:
 
 def table(args: list[str]) -> None:
     """`plait table`."""
-    given = tyro.cli(Table, prog="plait table", args=args)
+    given = tyro.cli(TableCommand, prog="plait table", args=args)
     from plait.papertable import FORMATS, blocks
     from plait.results import load
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORE = "accuracy_client_mean"
+EDGE = "†"
 MEAN = "mean"
 """The column of the mean over tasks."""
 Scores = dict[int, float]
@@ -36,11 +37,13 @@ class Column:
         name: The task, or `MEAN`.
         scores: Line -> its scores; a line that was not run, or has no figures, has none.
         reference: The line that is compared with the others.
+        at_edge: The lines whose rate is the lowest or the highest of its search.
     """
 
     name: str
     scores: dict[str, Scores]
     reference: str
+    at_edge: frozenset[str] = frozenset()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -106,6 +109,7 @@ def blocks(frame: pd.DataFrame, reference: str | None = None) -> list[Block]:
     lines = list(dict.fromkeys(shown["line"]))
     if reference not in (None, *lines):
         raise ValueError(f"There is no line {reference!r}; there are: {', '.join(lines)}.")
+    shown = shown.assign(at_edge=_at_edge(frame, shown))
     groups = shown.groupby(apart, sort=False, dropna=False) if apart else [((), shown)]
     return [
         _block(_title(apart, values), rows, lines, reference or lines[0]) for values, rows in groups
@@ -129,6 +133,18 @@ def _line_names(shown: pd.DataFrame, axes: list[str]) -> list[str]:
     ]
 
 
+def _at_edge(frame: pd.DataFrame, shown: pd.DataFrame) -> list[bool]:
+    """Whether each row's rate is the lowest or highest of those searched for its method and task.
+
+    The control has no search: its rate is half of ADF's.
+    """
+    tuning = frame[frame["kind"] == "tuning"]
+    rates = tuning.groupby(["method", "task"])["lr"].agg(["min", "max"])
+    edges = {key: (low, high) for key, low, high in rates.itertuples(name=None)}
+    keys = shown[["label", "task", "lr"]].itertuples(index=False, name=None)
+    return [lr in edges.get((label, task), ()) for label, task, lr in keys]
+
+
 def _title(apart: Sequence[str], values: tuple[Any, ...]) -> str:
     pairs = zip(apart, values, strict=True)
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
@@ -143,7 +159,11 @@ def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> 
         scores[task][line][seed] = score
     if len(tasks) > 1:
         scores[MEAN] = {line: _mean([scores[task][line] for task in tasks]) for line in lines}
-    return Block(title, lines, [Column(name, of, reference) for name, of in scores.items()])
+    edges = rows[rows["at_edge"]].groupby("task")["line"].agg(frozenset)
+    columns = [
+        Column(name, of, reference, edges.get(name, frozenset())) for name, of in scores.items()
+    ]
+    return Block(title, lines, columns)
 
 
 def _mean(of_tasks: list[Scores]) -> Scores:
@@ -155,6 +175,9 @@ def _mean(of_tasks: list[Scores]) -> Scores:
 # -- as text
 
 Grid = list[list[str]]
+LATEX = (
+    ("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (" *", r"$^*$"), (EDGE, r"$^\dagger$")
+)  # fmt: skip
 
 
 def _grids(block: Block, bold: str) -> list[Grid]:
@@ -170,7 +193,7 @@ def _grids(block: Block, bold: str) -> list[Grid]:
 def _score(column: Column, line: str, bold: str) -> str:
     if not column.scores[line]:
         return "-"
-    text = _with_reach(column.estimates[line], ".3f")
+    text = _with_reach(column.estimates[line], ".3f") + EDGE * (line in column.at_edge)
     return bold.format(text) if column.best == line else text
 
 
@@ -198,6 +221,8 @@ def notes(blocks: Sequence[Block]) -> list[str]:
         "than every other line, after Holm's correction for all pairs of lines in the column.",
         f"There are {len(columns)} columns; nothing is corrected across them.",
     ]
+    if any(column.at_edge for column in columns):
+        found.append(f"{EDGE}: at the edge of the rates searched; one beyond it may be better.")
     missing = [c for c in columns if any(len(v) < counts[-1] for v in c.scores.values())]
     if missing:
         found.append("Runs are missing: differences are over the seeds that all lines have.")
@@ -245,7 +270,7 @@ def latex(blocks: Sequence[Block]) -> str:
 
 
 def _escaped(cell: str) -> str:
-    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (" *", r"$^*$")):
+    for plain, escaped in LATEX:
         cell = cell.replace(plain, escaped)
     return cell
 

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def effective(config: Config, base: Config) -> Config:
         >>> effective(Config(method="ffa", switch_every=10), Config()).switch_every
         5
     """
+    like = dataclasses.replace(config, lr=base.lr, eval_split=base.eval_split)
+    return dataclasses.replace(
+        config, **{name: getattr(base, name) for name in _unused(like, base)}
+    )
+
+
+@cache
+def _unused(config: Config, base: Config) -> tuple[str, ...]:
+    """The settings that make no difference, among those that a method or a topology may ignore."""
     method = build_method(config)
     other = build_method(dataclasses.replace(config, switch_every=base.switch_every))
     rounds = range(config.rounds)
@@ -143,7 +153,7 @@ def effective(config: Config, base: Config) -> Config:
         unused.append("topology")
     if silent or not TOPOLOGIES[method.topology or config.topology].uses_p:
         unused.append("p")
-    return dataclasses.replace(config, **{name: getattr(base, name) for name in unused})
+    return tuple(unused)
 
 
 # -- the file
