@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -302,12 +300,12 @@ matched_control = false
 task = "movies"
 backbone = "BACKBONE"
 clients = 2
-rounds = 8
+rounds = 20
 local_steps = 1
 batch_size = 2
 max_length = 8
 label_skew = "iid"
-eval_every = 8
+eval_every = 20
 save_every = 1
 device = "cpu"
 """
@@ -318,8 +316,9 @@ def tiny_folder(tmp_path_factory) -> Path:
     return save_encoder("mean-pooled", tmp_path_factory.mktemp("models") / "tiny")
 
 
-def until(true, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
+def until(true) -> None:
+    """Wait for something that comes soon, except where the machine is very busy."""
+    end = time.monotonic() + 600
     while not true():
         assert time.monotonic() < end, "it never came to that"
         time.sleep(0.05)
@@ -329,14 +328,14 @@ def test_a_killed_sweep_goes_on_at_the_run_that_it_was_in(tmp_path, tiny_folder)
     file = written(tmp_path, REAL.replace("BACKBONE", str(tiny_folder)))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "plait", "sweep", str(file), "--out", str(out), "--jobs", "2"]
-    going = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    children = Path(f"/proc/{going.pid}/task/{going.pid}/children")
-    until(lambda: list(out.glob("runs/*/summary.json")) or going.poll() is not None)
-    processes = children.read_text().split()
-    os.kill(going.pid, signal.SIGKILL)
-    going.communicate()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as going:
+        try:
+            until(lambda: list(out.glob("runs/*/summary.json")) or going.poll() is not None)
+            children = Path(f"/proc/{going.pid}/task/{going.pid}/children").read_text().split()
+        finally:
+            going.kill()
     # Its processes end with it: they would write into the folders of the next one.
-    until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in processes))
+    until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children))
     finished = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/summary.json")}
     assert 0 < len(finished) < 4
 
@@ -355,7 +354,7 @@ def test_a_killed_sweep_goes_on_at_the_run_that_it_was_in(tmp_path, tiny_folder)
 
 
 def test_a_process_that_is_killed_costs_its_own_run_only(tmp_path, tiny_folder):
-    text = REAL.replace("BACKBONE", str(tiny_folder)).replace("rounds = 8", "rounds = 2000")
+    text = REAL.replace("BACKBONE", str(tiny_folder)).replace("rounds = 20", "rounds = 2000")
     sweep = grid(tmp_path, text)
     long = sweep.reported[0]
     short = Cell("short", dataclasses.replace(long.config, rounds=1), tmp_path / "out" / "short")
