@@ -77,7 +77,7 @@ class FakeRuns:
         said = list(events(config, self.score(config)))
         if not (resume and (out / "summary.json").exists()):
             self.started.append(config)
-            out.mkdir(parents=True)
+            out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text(json.dumps(config.to_json()))
             (out / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
             (out / "summary.json").write_text(json.dumps(summarize(config, said)))

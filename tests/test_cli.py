@@ -220,7 +220,7 @@ def raising(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "--resume goes on"),
+        (KeyboardInterrupt(), 130, "the same command goes on"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "No space left on device: x"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "Permission denied: x"),
         (ValueError("two\nlines"), 1, "plait: two lines"),

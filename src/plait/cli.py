@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from plait import cli_doctor, cli_lists, cli_peers, cli_report
+from plait import cli_doctor, cli_lists, cli_peers, cli_report, cli_sweep
 from plait.config import Config
 from plait.names import lookup
 from plait.presets import PRESETS, PresetRow, start_from
@@ -187,6 +187,14 @@ COMMANDS: dict[str, CommandRow] = {
     "compare": CommandRow(
         _compare, "compare methods on paired seeds: table, curves, verdict", Compare
     ),
+    "sweep": CommandRow(
+        cli_sweep.sweep,
+        "run a grid of experiments; it goes on where it was",
+        cli_sweep.SweepCommand,
+    ),
+    "table": CommandRow(
+        cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
+    ),
     "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
     "report": CommandRow(
         cli_report.report, "write one HTML file about runs; it opens offline", cli_report.Report
@@ -247,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as finished:  # tyro has shown the help, or what is wrong with the options
         return int(finished.code or 0)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command with --resume goes on.", 130)
+        return _complain("interrupted; the same command goes on, with --resume if it has one.", 130)
     return status
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,13 +120,21 @@ def _said(plan: Plan) -> Iterator[tuple[Cell, Event]]:
 
 def entries(plan: Plan) -> list[Entry]:
     """The lines of the table with their learning rates; searched ones are read from their runs."""
-    rates = {m: plan.lrs.get(m, plan.config.lr) for m in plan.methods}
-    rates |= {m: _best_rate(plan, m) for m in plan.searched}
-    found = [Entry(method, method, rate) for method, rate in rates.items()]
-    matched = MATCHED in plan.labels and rates["adf"] / 2
+    rates = {m: best_rate(m, tuning_cells(plan, m)) for m in plan.searched}
+    found = {one.label: one for one in entries_at(plan, rates)}
+    matched, rival = found.get(MATCHED), found.get("dec-lora")
     # Where the search gave Dec-LoRA just that rate, it is its own control.
-    if matched and rates.get("dec-lora") != matched:
-        found.append(Entry(MATCHED, "dec-lora", matched))
+    if matched and rival and matched.lr == rival.lr:
+        del found[MATCHED]
+    return list(found.values())
+
+
+def entries_at(plan: Plan, searched: Mapping[str, float]) -> list[Entry]:
+    """The lines of the table, with the rates that the search gave."""
+    rates = {m: searched.get(m, plan.lrs.get(m, plan.config.lr)) for m in plan.methods}
+    found = [Entry(method, method, rate) for method, rate in rates.items()]
+    if MATCHED in plan.labels:
+        found.append(Entry(MATCHED, "dec-lora", rates["adf"] / 2))
     return found
 
 
@@ -144,11 +152,21 @@ def _search(plan: Plan, method: str) -> Iterator[tuple[Cell, Event]]:
                 raise
 
 
-def _best_rate(plan: Plan, method: str) -> float:
-    """The rate with the best score on the validation split, of those that did not diverge."""
-    finished = [c for c in tuning_cells(plan, method) if (c.folder / "summary.json").exists()]
+def best_rate(method: str, cells: Iterable[Cell]) -> float:
+    """The rate with the best score on the validation split, of those that did not diverge.
+
+    Args:
+        method: For the message.
+        cells: The runs of its search.
+
+    Raises:
+        ValueError: All diverged.
+    """
+    finished = [cell for cell in cells if (cell.folder / "summary.json").exists()]
     if not finished:
-        raise ValueError(f"{method} diverged at every rate of --lr-grid; give lower ones.")
+        raise ValueError(
+            f"{method} diverged at every rate of the grid (--lr-grid); give lower ones."
+        )
     summaries = {cell.config.lr: load_summary(cell.folder) for cell in finished}
     return max(summaries, key=lambda lr: _quality(summaries[lr]))
 

@@ -14,7 +14,7 @@ import numpy as np
 from plait.backbone import Backbone
 from plait.config import Config
 from plait.events import Started
-from plait.loading import load_model
+from plait.loading import draws_head, load_model
 from plait.lora import Stack, initial_stack
 from plait.methods import Factor, Method, build_method
 from plait.partition import deal
@@ -24,6 +24,9 @@ from plait.store import stored_tokens
 from plait.tasks import METRICS, Rows, Task, load_task
 from plait.tokens import Tokens, tokenize
 from plait.topology import build_schedule, rho_of
+
+ToTokens = Callable[..., Tokens]
+"""`tokenize`, or what takes its arguments and gives the same."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,11 @@ def prepare(config: Config, own: Task | None = None) -> Job:
     rules = Rules.of(config)
     config = rules.config
     if own is None:
-        materials = _shared_materials(Config(**{name: getattr(config, name) for name in MATERIAL}))
+        shared = {name: getattr(config, name) for name in MATERIAL}
+        if not draws_head(config):
+            shared["seed"] = 0
+        share = _shared_validation if config.eval_split == "validation" else _shared_materials
+        materials = share(Config(**shared))
         shares = deal(materials.task.train, materials.task.num_labels, config)
     else:
         materials = _materials(own, config, tokenize)
@@ -164,7 +171,8 @@ MATERIAL = (
     "max_length", "backbone", "pooling", "head", "rank", "alpha", "target_modules", "top_layers",
     "eval_split", "dtype", "device", "cache_gib", "seed",
 )  # fmt: skip
-"""The settings that data and model depend on: runs that agree on them share both."""
+"""The settings that data and model depend on: runs that agree on them share both. The seed is one
+of them where a head is drawn from it."""
 
 
 @lru_cache(maxsize=1)
@@ -173,16 +181,27 @@ def _shared_materials(config: Config) -> Materials:
     return _materials(load_task(config), config, stored_tokens)
 
 
-def _materials(task: Task, config: Config, to_tokens: Callable[..., Tokens]) -> Materials:
-    """Task, model, training and evaluated split, tokenised by `to_tokens`."""
+@lru_cache(maxsize=1)
+def _shared_validation(config: Config) -> Materials:
+    """The same with the validation split in the place of the test split."""
+    shared = _shared_materials(dataclasses.replace(config, eval_split="test"))
+    held_out = _tokenized(shared.task.validation, shared.backbone, config, stored_tokens)
+    return dataclasses.replace(shared, held_out=held_out)
+
+
+def _materials(task: Task, config: Config, to_tokens: ToTokens) -> Materials:
+    """Task, model, training and evaluated split."""
     backbone = Backbone(load_model(config, task.num_labels), config)
     held_out = task.validation if config.eval_split == "validation" else task.test
+    train, evaluated = (
+        _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
+    )
+    return Materials(task, backbone, train, evaluated)
 
-    def tokenized(rows: Rows) -> Tokens:
-        tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
-        return backbone.with_hidden(tokens, config.cache_gib)
 
-    return Materials(task, backbone, tokenized(task.train), tokenized(held_out))
+def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToTokens) -> Tokens:
+    tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+    return backbone.with_hidden(tokens, config.cache_gib)
 
 
 def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:

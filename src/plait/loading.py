@@ -48,9 +48,7 @@ def load_model(config: Config, num_labels: int) -> Loaded:
         torch.manual_seed(torch_stream(config.seed, "head").initial_seed())
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            if config.pooling == "mean" or (
-                config.pooling == "auto" and is_sentence_encoder(source)
-            ):
+            if not draws_head(config):
                 base = AutoModel.from_pretrained(source, dtype=torch.float32)
                 return Loaded(MeanPooledClassifier(base, num_labels), tokenizer, ())
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -63,6 +61,16 @@ def load_model(config: Config, num_labels: int) -> Loaded:
             ) from error
     fresh = {name.rpartition(".")[0] for name in report["missing_keys"]}
     return Loaded(model, tokenizer, tuple(sorted(fresh)))
+
+
+def draws_head(config: Config) -> bool:
+    """Whether the model is loaded with its own head, which may have to be drawn from the seed.
+
+    The linear layer of mean pooling starts at zero.
+    """
+    if config.pooling == "auto":
+        return not is_sentence_encoder(_source(config.backbone))
+    return config.pooling == "model"
 
 
 def is_sentence_encoder(source: str) -> bool:

@@ -10,6 +10,7 @@ and the p-values of all comparisons made in one table are adjusted by Holm (1979
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,3 +103,22 @@ def differences(scores: dict[str, list[float]], reference: str) -> list[Differen
     tested = {label: one.p for label, one in found.items() if one.p is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return [Difference(label, one, adjusted.get(label)) for label, one in found.items()]
+
+
+def stands_out(scores: dict[str, list[float]]) -> str | None:
+    """The label with the best mean, if it is significantly better than each of the others.
+
+    Which one is best is known only after looking, so the p-values of all pairs are adjusted.
+
+    Args:
+        scores: Label -> (n,) scores, the same seeds in the same order for all.
+    """
+    if len(scores) < 2:
+        return None
+    best = max(scores, key=lambda label: float(np.mean(scores[label])))
+    pairs = list(itertools.combinations(scores, 2))
+    tests = [estimate((np.array(scores[a]) - np.array(scores[b])).tolist()).p for a, b in pairs]
+    tested = [(pair, p) for pair, p in zip(pairs, tests, strict=True) if p is not None]
+    adjusted = holm([p for _, p in tested])
+    beaten = [pair for (pair, _), p in zip(tested, adjusted, strict=True) if p <= 1 - LEVEL]
+    return best if sum(best in pair for pair in beaten) == len(scores) - 1 else None

@@ -141,19 +141,38 @@ def start_from(preset: str | None, file: Path | None) -> Config:
     config = build_preset(preset) if preset else Config()
     if file is None:
         return config
-    values = _read_settings(file)
+    return changed(config, read_settings(file), str(file))
+
+
+def changed(config: Config, values: dict[str, Any], origin: str) -> Config:
+    """The config with other values, as a file has them.
+
+    Args:
+        config: What to change.
+        values: Setting -> its value.
+        origin: Where they come from, for the message.
+
+    Raises:
+        ValueError: No such setting, or a value that it can't have.
+    """
     hints = get_type_hints(Config)
     for name, value in values.items():
         if name in hints and not fits(value, hints[name]):
             kind = str(hints[name]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
-            raise ValueError(f"{file}: {name} is {value!r}; it must be {kind}.")
+            raise ValueError(f"{origin}: {name} is {value!r}; it must be {kind}.")
     try:
         return Config.from_json(config.to_json() | values)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{origin}: {error}") from error
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """The top level of a TOML or JSON file.
+
+    Raises:
+        ValueError: It is neither, or not a table.
+        OSError: It can't be read.
+    """
     kind = "JSON" if file.suffix == ".json" else "TOML"
     try:
         text = file.read_text(encoding="utf-8")

@@ -198,6 +198,8 @@ class TopologyRow:
     """`config.weights` applies; the one-peer schedules are defined by weights of their own."""
     exchangeable: bool = False
     """Renumbering the clients leaves the distribution of W as it is (see `measure_rho`)."""
+    uses_p: bool = False
+    """`config.p` applies."""
 
 
 TOPOLOGIES: dict[str, TopologyRow] = {
@@ -206,9 +208,12 @@ TOPOLOGIES: dict[str, TopologyRow] = {
         "each pair meets with probability p, anew in every round",
         static=False,
         exchangeable=True,
+        uses_p=True,
     ),
     "erdos_renyi": TopologyRow(
-        partial(_static, _erdos_renyi), "one connected random graph, each edge with probability p"
+        partial(_static, _erdos_renyi),
+        "one connected random graph, each edge with probability p",
+        uses_p=True,
     ),
     "ring": TopologyRow(partial(_static, _ring), "each client has two neighbours"),
     "complete": TopologyRow(partial(_static, _complete), "everybody meets everybody every round"),
