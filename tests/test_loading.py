@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from plait.backbone import Backbone, resolve_device
 from plait.config import Config
 from plait.export import save_adapter
 from plait.heads import MeanPooledClassifier
+from plait.job import prepare
 from plait.loading import load_model
 from plait.local import evaluate
 from plait.lora import initial_stack
@@ -136,3 +138,18 @@ def test_targets_that_match_nothing_are_said(tmp_path):
     loaded.model.config.model_type = "unheard-of"
     with pytest.raises(ValueError, match="name its linear layers with --target-modules"):
         Backbone(loaded, Config())
+
+
+@pytest.mark.parametrize(("architecture", "shared"), [("mean-pooled", True), ("bert", False)])
+def test_runs_share_a_model_unless_its_head_is_drawn_from_their_seed(
+    tmp_path, architecture, shared
+):
+    folder = str(save_encoder(architecture, tmp_path / "model"))
+    config = Config(task="movies", backbone=folder, clients=2, max_length=8, label_skew="iid")
+    first = prepare(config)
+    other = prepare(dataclasses.replace(config, seed=1))
+    assert (first.backbone is other.backbone) == shared
+    tuning = prepare(dataclasses.replace(config, seed=1, eval_split="validation"))
+    assert tuning.backbone is other.backbone
+    assert len(tuning.held_out) == len(tuning.task.validation)
+    assert len(prepare(config).held_out) == len(tuning.task.test)
