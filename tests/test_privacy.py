@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from conftest import tiny_job
 from hub import Hub, member, start_peer, together
 from plait.config import Config
-from plait.engines.simulate import simulate
+from plait.engines.simulate import Simulation, simulate
 from plait.engines.steps import train_round
 from plait.events import Evaluated, RoundDone, summarize
 from plait.job import Rules
@@ -154,7 +154,9 @@ def factors_of(config, folder=None, stop_after=None):
     job = tiny_job(config)
     stack = job.initial_stack()
     events = []
-    for event in carry_out(job, stack, config, folder) if folder else simulate(job, stack):
+    for event in (
+        carry_out(Simulation(job, stack), config, folder) if folder else simulate(job, stack)
+    ):
         events.append(event)
         if isinstance(event, RoundDone) and event.round == stop_after:
             break
@@ -162,7 +164,7 @@ def factors_of(config, folder=None, stop_after=None):
 
 
 def test_a_run_that_was_resumed_equals_an_unbroken_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("plait.runs.save_adapters", lambda *_: None)
+    monkeypatch.setattr("plait.engines.simulate.save_adapters", lambda *_: None)
     config = Config(**PRIVATE | {"save_every": 1, "optimizer_state": "keep"})
     unbroken, _ = factors_of(config)
     folder = RunFolder.open(tmp_path / "run", config, resume=True)
