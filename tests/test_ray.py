@@ -208,6 +208,7 @@ def test_it_is_the_run_of_a_simulation(cluster, tmp_path, method, topology, work
     assert_same_run(tmp_path / "simulated", tmp_path / "ray")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_changes_nothing(cluster, tmp_path):
     config = Config(method="adf", topology="pairs", p=0.5, **SETTINGS | {"rounds": 4})
     list(run(config, tmp_path / "simulated"))
@@ -225,6 +226,7 @@ def pids(engine):
     return [ray._private.state.actors(actor)["Pid"] for actor in ids]
 
 
+@pytest.mark.slow
 def test_one_engine_goes_on_where_the_other_stopped(cluster, tmp_path):
     config = Config(topology="ring", **SETTINGS)
     list(run(config, tmp_path / "simulated"))
