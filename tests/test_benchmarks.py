@@ -37,7 +37,10 @@ def work():
     return work_of(tiny_model("bert"), random_tokens(), config, 4)
 
 
-@pytest.mark.parametrize("rival", ["loop", "padded", "vmap", "a process each"])
+SLOW = pytest.param("a process each", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("rival", ["loop", "padded", "vmap", SLOW])
 def test_a_rival_has_the_losses_of_plait(rival, work):
     from rivals import a_process_each, peft_steps, plait_steps, vmap_steps
 

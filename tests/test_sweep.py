@@ -353,6 +353,7 @@ def test_a_killed_sweep_goes_on_at_the_run_that_it_was_in(tmp_path, tiny_folder)
         assert timeless(mine) == timeless(theirs)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_costs_its_own_run_only(tmp_path, tiny_folder):
     text = REAL.replace("BACKBONE", str(tiny_folder)).replace("rounds = 20", "rounds = 2000")
     sweep = grid(tmp_path, text)
