@@ -1,7 +1,7 @@
 """Attention within each of many short texts: small windows, and the gradient written out.
 
 Texts lie side by side in windows (tokens.py), and every product is a batched one over all windows
-of a size. Fused attention kernels are made for long texts: on these they take twice the time.
+of a size. Fused attention kernels are made for long texts, and slower on these.
 
 Legend: T tokens, d the model's width, H heads; w windows of S slots, for each size of window.
 """

@@ -112,7 +112,8 @@ def on_cores(
     work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
 ) -> list[Result]:
     """`work` of each piece, in order, so many at once, each with its share of the cores."""
-    if min(workers, len(pieces)) == 1:
+    workers = min(workers, len(pieces))
+    if workers == 1:
         return [work(piece) for piece in pieces]
     threads = torch.get_num_threads()
     torch.set_num_threads(threads // workers)  # what new threads begin with
@@ -240,7 +241,7 @@ def evaluate(
         with torch.no_grad():
             return backbone.logits(batch, mine).cpu()
 
-    parts = on_cores(logits_of, pieces, min(cores(backbone.device), len(pieces)))
+    parts = on_cores(logits_of, pieces, cores(backbone.device))
     logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
     for (texts, chunk), part in zip(pieces, parts, strict=True):
         logits[chunk.start : chunk.stop, torch.from_numpy(texts)] = part

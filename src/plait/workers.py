@@ -89,8 +89,8 @@ def in_processes(jobs: int) -> Iterator[Executor]:
 def executor_for(device: str, jobs: int) -> AbstractContextManager[Executor]:
     """The executor for a device and a number of jobs; 0 for what this machine does best.
 
-    On a CPU that is a process with one thread for each core: a second thread makes a run on small
-    texts little faster. A graphics card is given to one run at a time.
+    On a CPU that is a process with one thread for each core. A graphics card is given to one run at
+    a time.
     """
     if jobs < 0:
         raise ValueError(f"jobs is {jobs}; give 1 or more, or 0 for what suits the machine.")

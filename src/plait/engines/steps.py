@@ -144,7 +144,7 @@ def round_done(
 
 
 def names(factors: Factor) -> str:
-    """`B`, `A|B`, or `-` for none."""
+    """`B`, `AB`, `A|B|HEAD`, or `-` for none."""
     return (factors.name if factors else None) or "-"
 
 
