@@ -216,6 +216,18 @@ def test_symmetric_loss_conserves_the_mean_and_one_way_loss_does_not(symmetric):
     assert any(event.kind == "missing" for event in incidents), "what was lost is reported"
 
 
+def test_symmetric_a_decision_that_comes_when_time_is_over_still_counts():
+    """No question gets through while the asker's round lasts: all is decided in the time after."""
+    hub = Hub(lambda kind, sender, *_: kind == "ask" and not peers[int(sender[1:])].inbox.closing)
+    terms = Terms(round_timeout_s=1, start_timeout_s=1, linger_s=0.1, retry_s=0.05)
+    peers = federation(Config(**SETTINGS | {"rounds": 1}), hub=hub, terms=terms, symmetric=True)
+    moved = watch_the_mean(peers)
+    said = together(peers, 1)
+    edges = [event.edges for events in said for event in events if isinstance(event, RoundDone)]
+    assert [len(there) for there in edges] == [2] * 4
+    assert drift(moved, 1) < 1e-5
+
+
 def test_a_lost_message_leaves_its_weight_with_its_receiver():
     """Rows keep summing to one: a peer that hears nobody is where training left it."""
     hub = Hub(lambda kind, sender, receiver, t: (receiver == "p0" and kind == "send") or

@@ -222,8 +222,9 @@ class Exchange:
                 head = reply.header
                 if (head.kind, head.round) != ("round", round_):
                     raise Refused(Reason.STALE_ROUND, f"asked for round {round_}")
-                self.inbox.admit(peer, round_, head.active, head.factors, head.digest)
-                self.inbox.take(peer, round_, Letter(reply.factors, head.digest))
+                if not self.inbox.has(peer, round_, head.digest):
+                    self.inbox.admit(peer, round_, head.active, head.factors, head.digest)
+                    self.inbox.take(peer, round_, Letter(reply.factors, head.digest))
             agreed = reply.facts.get("agreed")
             if isinstance(agreed, bool):
                 self.inbox.decided(peer, round_, agreed)

@@ -161,6 +161,15 @@ class Inbox:
         self._page(round_).letters.setdefault(sender, letter)
         self._commit(sender, round_)
 
+    def has(self, sender: int, round_: int, digest: bytes) -> bool:
+        """Whether this very message of a round not yet closed is here.
+
+        A decision comes with the message it is about, also when new ones aren't taken any more.
+        """
+        page = self._pages.get(round_)
+        known = page and page.letters.get(sender)
+        return bool(known) and known.digest == digest
+
     def delivered(self, receiver: int, round_: int) -> None:
         """Note that a neighbour acknowledged this peer's message."""
         if round_ in self._pages:
