@@ -31,12 +31,15 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
 
+# What the command `plait` sets for itself, for every system that is measured.
+AS_PLAIT := GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1
+
 # GLUE_DIR names a folder in the layout of the GLUE archive: make bench GLUE_DIR=~/data/glue
 bench: $(STAMP) ## The engine beside PEFT, vmap and the hardware's limit; results in runs/bench
-	@$(BIN)/python -W ignore benchmarks/engine.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
+	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/engine.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
 
 bench-frameworks: $(STAMP) ## Flower and others doing the same work, each in an environment of its own
-	@$(BIN)/python -W ignore benchmarks/frameworks/run.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
+	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/frameworks/run.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
 
 test: $(STAMP) ## Run the tests, with coverage
 	@$(BIN)/python -m pytest --cov

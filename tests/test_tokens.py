@@ -22,14 +22,12 @@ def test_every_token_has_one_place_and_texts_stay_whole(lengths, clients):
     total = int(tokens.lengths[rows].sum())
     assert batch.num_tokens == total
     assert total <= len(batch.ids) <= total * (1 + 1 / 60)
-    x = torch.arange(1.0, len(batch.ids) + 1)[:, None]
-    for places in (batch.by_client, batch.windows):
-        slots = places.spread(x)
-        assert torch.equal(places.gather(slots)[:total], x[:total])
-        assert (slots != 0).sum() == total
     text = torch.repeat_interleave(torch.arange(rows.size) + 1.0, batch.lengths)
-    text = torch.cat([text, torch.zeros(len(batch.ids) - total)])
-    slots = batch.windows.spread(text[:, None])[:, 0]
+    places = batch.windows.inverse[:total]
+    assert len(places.unique()) == total
+    assert torch.equal(batch.windows.index[places], torch.arange(total))
+    slots = torch.zeros(len(batch.windows.index))
+    slots[places] = text
     window_of_slot = []
     for apart, part in zip(
         batch.apart, slots.split([a.shape[0] * a.shape[1] for a in batch.apart]), strict=True
@@ -44,8 +42,11 @@ def test_every_token_has_one_place_and_texts_stay_whole(lengths, clients):
         assert batch.ids[span].tolist() == expected.tolist()
         assert batch.positions[span].tolist() == list(range(lengths[row]))
         assert len({window_of_slot[slot] for slot in batch.windows.inverse[span].tolist()}) == 1
-    owner = batch.by_client.inverse[:total] // (len(batch.by_client.index) // clients)
-    assert torch.equal(owner, torch.repeat_interleave(torch.arange(rows.size) // 3, batch.lengths))
+    text = torch.cat([text, torch.zeros(len(batch.ids) - total)])
+    for client, (texts, own) in enumerate(batch.by_client(text, torch.arange(clients))):
+        assert own == client
+        assert set(texts.tolist()) == {3 * client + 1, 3 * client + 2, 3 * client + 3}
+    assert client == clients - 1
 
 
 def test_tokens_come_in_few_numbers():

@@ -8,6 +8,7 @@ Legend: T tokens, d the model's width, H heads; w windows of S slots, for each s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,35 +31,32 @@ class Slices:
         sizes = [(apart.shape[0], apart.shape[1]) for apart in batch.apart]
         tokens = batch.windows.index.split([w * S for w, S in sizes])
         self.per_token = parts * num_heads
-        self.shapes = [(parts, w * num_heads, S) for w, S in sizes]
-        there: list[Tensor] = []
+        self._shapes = [(parts, w * num_heads, S) for w, S in sizes]
+        self._there: list[Tensor] = []
         back: list[Tensor] = []
         begin = 0
         for token, (w, S) in zip(tokens, sizes, strict=True):
             rows = token.view(1, w, 1, S) * self.per_token + part * num_heads + head
             places = torch.arange(begin, begin + rows.numel(), device=device).view(rows.shape)
-            there.append(rows.flatten())
+            self._there.append(rows.flatten())
             back.append(places.permute(1, 3, 0, 2).reshape(w * S, -1))
             begin += rows.numel()
-        self._there = torch.cat(there)
+        self.count = begin
         self._back = torch.cat(back)[batch.windows.inverse].flatten()
 
-    def split(self, x: Tensor) -> list[Tensor]:
+    def split(self, x: Tensor) -> Iterator[Tensor]:
         """(T, parts d) -> for each size of window (parts, w H, S, d / H)."""
-        width = x.shape[1] // self.per_token
-        return self.views(x.reshape(-1, width).index_select(0, self._there))
-
-    def room(self, like: Tensor) -> Tensor:
-        """(all slices, d / H), what `join` wants, not yet filled; `like` is what `split` gives."""
-        return like.new_empty(len(self._there), like.shape[-1])
+        slices = x.reshape(-1, x.shape[1] // self.per_token)
+        for there, shape in zip(self._there, self._shapes, strict=True):
+            yield slices.index_select(0, there).view(*shape, -1)
 
     def views(self, slices: Tensor) -> list[Tensor]:
-        """All slices in the arrangement of `split`, without a copy."""
-        pieces = slices.split([parts * wH * S for parts, wH, S in self.shapes])
-        return [piece.view(*shape, -1) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        """(count, d / H) in the arrangement of `split`, without a copy."""
+        blocks = slices.split([parts * wH * S for parts, wH, S in self._shapes])
+        return [block.view(*shape, -1) for block, shape in zip(blocks, self._shapes, strict=True)]
 
     def join(self, slices: Tensor) -> Tensor:
-        """The reverse of `split`, (T, parts d)."""
+        """(count, d / H) -> (T, parts d), the reverse of `split`."""
         return slices.index_select(0, self._back).view(-1, self.per_token * slices.shape[1])
 
 
@@ -83,12 +81,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, windows: Windows) -> Tensor:
-        heads = windows.qkv.split(qkv)
-        contexts = windows.one.room(heads[0])
-        ctx.windows, ctx.scale = windows, heads[0].shape[-1] ** -0.5
+        width = qkv.shape[1] // windows.qkv.per_token
+        contexts = qkv.new_empty(windows.one.count, width)
+        ctx.windows, ctx.scale = windows, width**-0.5
         saved = []
         for (q, k, v), apart, (context,) in zip(
-            heads, windows.apart, windows.one.views(contexts), strict=True
+            windows.qkv.split(qkv), windows.apart, windows.one.views(contexts), strict=True
         ):
             scores = torch.bmm(q.mul_(ctx.scale), k.mT)
             by_head = scores.view(len(apart), windows.num_heads, *apart.shape[1:])
@@ -102,10 +100,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         windows, saved = ctx.windows, iter(ctx.saved_tensors)
-        grad_contexts = windows.one.split(grad)
-        grads = windows.qkv.room(grad_contexts[0])
+        grads = grad.new_empty(windows.qkv.count, grad.shape[1] // windows.num_heads)
         for (grad_context,), (grad_q, grad_k, grad_v) in zip(
-            grad_contexts, windows.qkv.views(grads), strict=True
+            windows.one.split(grad), windows.qkv.views(grads), strict=True
         ):
             q, k, v, weights = (next(saved) for _ in range(4))
             grad_weights = torch.bmm(grad_context, v.mT)

@@ -167,8 +167,8 @@ class Inbox:
         A decision comes with the message it is about, also when new ones aren't taken any more.
         """
         page = self._pages.get(round_)
-        known = page and page.letters.get(sender)
-        return bool(known) and known.digest == digest
+        known = page.letters.get(sender) if page else None
+        return known is not None and known.digest == digest
 
     def delivered(self, receiver: int, round_: int) -> None:
         """Note that a neighbour acknowledged this peer's message."""

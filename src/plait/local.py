@@ -159,7 +159,6 @@ def lora_dropout(
     rate = config.lora_dropout
     if rate == 0:
         return None
-    counts = batch.lengths.view(batch.num_clients, -1).sum(dim=1).tolist()
 
     def keep(name: str, x: Tensor) -> Tensor:
         draws = [
@@ -168,7 +167,7 @@ def lora_dropout(
                 x.shape[-1],
                 generator=torch_stream(config.seed, f"dropout {name}", client, position),
             )
-            for client, count in zip(clients, counts, strict=True)
+            for client, count in zip(clients, batch.counts, strict=True)
         ]
         mask = (torch.cat(draws) >= rate).to(x.device, x.dtype) / (1 - rate)
         return functional.pad(mask, (0, 0, 0, len(batch.ids) - len(mask)))

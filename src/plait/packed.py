@@ -10,7 +10,7 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,15 @@ class FrozenLinear:
             self.packed = reorder(self.weight)
             self.packed_t = reorder(self.weight.t().contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, d_in) -> (T, d_out)."""
-        if self.prepacked:
-            linear = torch.ops.mkldnn._linear_pointwise
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(T, d_in) -> (T, d_out), `plus` (T, d_out) added."""
+        if not self.prepacked:
+            y = functional.linear(x, self.weight, self.bias)
+            return y if plus is None else y + plus
+        linear = torch.ops.mkldnn._linear_pointwise
+        if plus is None:
             return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return functional.linear(x, self.weight, self.bias)
+        return linear.binary(x, plus, self.packed, self.bias, "add")  # type: ignore[no-any-return]
 
     def backward(self, grad: Tensor) -> Tensor:
         """(T, d_out) -> (T, d_in)."""
@@ -63,82 +66,87 @@ class FrozenLinear:
         return grad @ self.weight
 
 
-@dataclass(frozen=True)
-class Branch:
-    """Where a LoRA branch adds to a frozen layer's output, and its dropout mask (T, d_in)."""
+class _Frozen(torch.autograd.Function):
+    """A frozen layer, and what is added to its output; the weights have no gradient."""
 
-    columns: slice
-    keep: Tensor | None
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plus: Tensor | None, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.forward(x, plus)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_plus, _ = ctx.needs_input_grad
+        return ctx.linear.backward(grad) if needs_x else None, grad if needs_plus else None, None
 
 
-class _Adapted(torch.autograd.Function):
-    """A frozen layer with LoRA branches of n clients, and the gradient written out.
+class _Branches(torch.autograd.Function):
+    """LoRA branches of n clients, added to y in place, and the gradient written out.
 
-    y[:, columns] += s (x A^T) B^T for each branch, token by token with its own client's factors.
-    Kept for the backward pass: x A^T, which is r wide, and x only where an A trains. The gradient
-    of a factor that doesn't train, and of inputs below the first adapted layer, is never formed.
+    y[:, columns] += s (x A^T) B^T for each branch. A client's tokens lie side by side, so its
+    products need no move, and add to what is there. All branches see the same x, so their A's are
+    multiplied as one. Kept for the backward pass: x A^T, which is r wide, and x only where an A
+    trains. The gradient of a factor that doesn't train, or of the first input, is never formed.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        y: Tensor,
         x: Tensor,
-        linear: FrozenLinear,
         batch: Batch,
         scale: float,
-        branches: list[Branch],
+        columns: list[slice],
         *factors: Tensor,
     ) -> Tensor:
-        y = linear.forward(x)
-        inputs, lows = _inputs(x, branches, batch), []
-        for branch, own, A, B in zip(branches, inputs, factors[::2], factors[1::2], strict=True):
-            low = torch.bmm(own, A.to(x.dtype).mT).mul_(scale)
-            delta = torch.bmm(low, B.to(x.dtype).mT)
-            y[:, branch.columns] += batch.by_client.gather(delta.flatten(0, 1))
-            lows.append(low)
-        ctx.linear, ctx.batch, ctx.scale, ctx.branches = linear, batch, scale, branches
+        A = torch.cat(factors[::2], dim=1).to(x.dtype)
+        low = x.new_empty(len(x), A.shape[1])
+        for x_i, A_i, low_i in batch.by_client(x, A, low):
+            torch.mm(x_i, A_i.mT, out=low_i)
+        low.mul_(scale)
+        for part, own, B in zip(columns, low.chunk(len(columns), 1), factors[1::2], strict=True):
+            for y_i, low_i, B_i in batch.by_client(y[:, part], own, B.to(x.dtype)):
+                y_i.addmm_(low_i, B_i.mT)
+        ctx.batch, ctx.scale, ctx.columns = batch, scale, columns
         trains_A = any(ctx.needs_input_grad[5::2])
-        ctx.save_for_backward(*factors, *lows, *(inputs if trains_A else ()))
+        ctx.save_for_backward(A, low, x if trains_A else None, *factors[1::2])
+        ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        count = len(ctx.branches)
-        factors, lows, inputs = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        grad_x = ctx.linear.backward(grad) if needs_x else None
-        grads: list[Tensor | None] = []
-        for k, (branch, low) in enumerate(zip(ctx.branches, lows, strict=True)):
-            A, B = factors[2 * k], factors[2 * k + 1]
-            grad_delta = ctx.batch.by_client.spread(grad[:, branch.columns])
-            grad_delta = grad_delta.unflatten(0, (ctx.batch.num_clients, -1))
-            grad_A = grad_B = None
-            if needs[2 * k + 1]:
-                grad_B = torch.bmm(low.mT, grad_delta).mT.to(B.dtype)
-            if needs[2 * k] or grad_x is not None:
+        by_client, count = ctx.batch.by_client, len(ctx.columns)
+        A, low, x, *Bs = ctx.saved_tensors
+        _, needs_x, *_ = ctx.needs_input_grad
+        trains_A, trains_B = (any(ctx.needs_input_grad[5 + k :: 2]) for k in (0, 1))
+        parts = [grad[:, part] for part in ctx.columns]
+        grad_x: Tensor | None = None
+        grad_A: Sequence[Tensor | None] = [None] * count
+        grad_B = grad_A
+        if trains_B:
+            lows = low.chunk(count, dim=1)
+            grad_B = [
+                torch.stack([low_i.mT @ grad_i for low_i, grad_i in by_client(own, part)]).mT
+                for own, part in zip(lows, parts, strict=True)
+            ]
+        if trains_A or needs_x:
+            grad_low = torch.empty_like(low)
+            for own, part, B in zip(grad_low.chunk(count, dim=1), parts, Bs, strict=True):
                 # Products with long rows on the right are several times faster on the CPU.
                 long_rows = B.to(grad.dtype).mT.contiguous()
-                grad_low = torch.bmm(grad_delta, long_rows.mT).mul_(ctx.scale)
-            if needs[2 * k]:
-                grad_A = torch.bmm(grad_low.mT, inputs[k]).to(A.dtype)
-            if grad_x is not None:
-                back = torch.bmm(grad_low, A.to(grad.dtype)).flatten(0, 1)
-                back = ctx.batch.by_client.gather(back)
-                grad_x += back if branch.keep is None else back * branch.keep
-            grads += [grad_A, grad_B]
-        return grad_x, None, None, None, None, *grads
-
-
-def _inputs(x: Tensor, branches: list[Branch], batch: Batch) -> list[Tensor]:
-    """What each branch sees of x (T, d_in), by client: (n, t, d_in), one for all if none drops."""
-
-    def by_client(x: Tensor) -> Tensor:
-        return batch.by_client.spread(x).view(batch.num_clients, -1, x.shape[1])
-
-    if any(branch.keep is not None for branch in branches):
-        return [by_client(x if b.keep is None else x * b.keep) for b in branches]
-    return [by_client(x)] * len(branches) if branches else []
+                for low_i, grad_i, B_i in by_client(own, part, long_rows):
+                    torch.mm(grad_i, B_i.mT, out=low_i)
+            grad_low.mul_(ctx.scale)
+        if trains_A:
+            all_A = torch.stack([low_i.mT @ x_i for low_i, x_i in by_client(grad_low, x)])
+            grad_A = all_A.chunk(count, dim=1)
+        if needs_x:
+            grad_x = grad.new_empty(len(grad), A.shape[2])
+            grad_x[ctx.batch.num_tokens :] = 0  # the filler has no branch
+            for x_i, low_i, A_i in by_client(grad_x, grad_low, A):
+                torch.mm(low_i, A_i, out=x_i)
+        each = zip(grad_A, grad_B, strict=True)
+        return grad, grad_x, None, None, None, *(one for pair in each for one in pair)
 
 
 class _Layer:
@@ -226,16 +234,21 @@ class PackedEncoder:
         dropout: Dropout | None,
         first_tokens: bool = False,
     ) -> Tensor:
-        def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
+        def adapted(
+            frozen: FrozenLinear, names: list[str], x: Tensor, plus: Tensor | None = None
+        ) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
-            width = len(frozen.weight) // len(names)
-            sites = [(k, name) for k, name in enumerate(names) if name in A]
-            branches = [
-                Branch(slice(k * width, (k + 1) * width), dropout(name, x) if dropout else None)
-                for k, name in sites
-            ]
-            factors = [factor for _, name in sites for factor in (A[name], B[name])]
-            return _Adapted.apply(x, frozen, batch, self.scale, branches, *factors)  # type: ignore[no-any-return, no-untyped-call]
+            y = _Frozen.apply(x, plus, frozen)  # type: ignore[no-untyped-call]
+            width = y.shape[1] // len(names)
+            places = {name: slice(k * width, (k + 1) * width) for k, name in enumerate(names)}
+            present = [name for name in names if name in A]
+            # With dropout each branch sees another x.
+            for alike in [[name] for name in present] if dropout else [present] if present else []:
+                seen = x * dropout(alike[0], x) if dropout else x
+                factors = [factor for name in alike for factor in (A[name], B[name])]
+                columns = [places[name] for name in alike]
+                y = _Branches.apply(y, seen, batch, self.scale, columns, *factors)  # type: ignore[no-untyped-call]
+            return y  # type: ignore[no-any-return]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
         context = attention(qkv, windows)
@@ -243,7 +256,7 @@ class PackedEncoder:
         last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
         if first_tokens and not last_branches:
             context, h = context[batch.starts], h[batch.starts]
-        h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context) + h)
+        h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context, h))
         up = layer.activation(adapted(layer.up, [layer.up_name], h))
-        h = layer.norm_2(adapted(layer.down, [layer.down_name], up) + h)
+        h = layer.norm_2(adapted(layer.down, [layer.down_name], up, h))
         return h[batch.starts] if first_tokens and last_branches else h

@@ -83,7 +83,7 @@ def tiny_files(folder: Path) -> Config:
         clients=len(NAMES),
         rounds=6,
         switch_every=2,
-        local_steps=4,
+        local_steps=16,
         batch_size=8,
         rank=2,
         lr=1e-2,
