@@ -1,7 +1,7 @@
 """Tokenised text without padding, and the batches cut from it.
 
 Texts lie end to end in one flat array. A batch keeps them so: T real tokens, client after client,
-and no padding, except where attention needs rectangles; there texts are grouped by length.
+and no padding, except where attention needs windows; there a window has texts of similar length.
 
 Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), L a length.
 """
