@@ -116,9 +116,10 @@ def up(args: list[str]) -> int:
         f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
         f" (worst client {summary['accuracy_client_min']:.3f}),"
         f" majority class {summary['majority']:.3f};"
-        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {faults} incidents\n"
+        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, incidents: {faults}\n"
         f"{out}: summary.json, adapters/, <name>.log",
         highlight=False,
+        soft_wrap=True,
     )
     if "dp_epsilon" in summary:
         bound = f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g}"

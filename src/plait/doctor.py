@@ -224,7 +224,9 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
 def _peer_files(folder: Path) -> list[Path]:
     files = sorted([*folder.glob("peer.toml"), *folder.glob("*/peer.toml")])
     if not files:
-        raise ValueError(f"{folder} has no peer.toml, nor has a folder in it.")
+        raise ValueError(
+            f"{folder} has no peer.toml, nor has a folder in it; name the one with federation.toml."
+        )
     return files
 
 
