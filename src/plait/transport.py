@@ -60,6 +60,9 @@ OPTIONS: Options = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Two peers on a port would share its calls at random.
     ("grpc.so_reuseport", 0),
+    # HTTP/2's frames and window are made for web pages.
+    ("grpc.http2.max_frame_size", 4 << 20),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
     # A neighbour that comes back is found within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
