@@ -70,7 +70,8 @@ def test_bench_writes_its_summary(tmp_path, monkeypatch, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary.keys() >= KEYS | {"frameworks"}
     (race,) = summary["races"].values()
-    assert max(race["losses_apart"].values()) < 1e-5
+    for name, apart in race["losses_apart"].items():
+        assert apart < (1e-2 if "bf16" in name else 1e-5), name
     assert summary["speedup_fp32_vs_peft"] > 0
     assert summary["cost_per_client_1000_over_30"] is None
     half = race["client_steps_per_second"]["plait bf16"]
