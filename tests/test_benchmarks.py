@@ -71,7 +71,7 @@ def test_bench_writes_its_summary(tmp_path, monkeypatch, capsys):
     assert summary.keys() >= KEYS | {"frameworks"}
     (race,) = summary["races"].values()
     for name, apart in race["losses_apart"].items():
-        assert apart < (1e-2 if "bf16" in name else 1e-5), name
+        assert apart < (1e-3 if "bf16" in name else 1e-5), name
     assert summary["speedup_fp32_vs_peft"] > 0
     assert summary["cost_per_client_1000_over_30"] is None
     half = race["client_steps_per_second"]["plait bf16"]

@@ -240,13 +240,13 @@ class PackedEncoder:
             """The frozen layers of these names side by side, with the branches that there are."""
             y = _Frozen.apply(x, plus, frozen)  # type: ignore[no-untyped-call]
             width = y.shape[1] // len(names)
-            places = {name: slice(k * width, (k + 1) * width) for k, name in enumerate(names)}
-            present = [name for name in names if name in A]
+            sites = [(k, name) for k, name in enumerate(names) if name in A]
             # With dropout each branch sees another x.
-            for alike in [[name] for name in present] if dropout else [present] if present else []:
-                seen = x * dropout(alike[0], x) if dropout else x
-                factors = [factor for name in alike for factor in (A[name], B[name])]
-                columns = [places[name] for name in alike]
+            groups = [[site] for site in sites] if dropout else [sites]
+            for group in filter(None, groups):
+                seen = x * dropout(group[0][1], x) if dropout else x
+                columns = [slice(k * width, (k + 1) * width) for k, _ in group]
+                factors = [factor for _, name in group for factor in (A[name], B[name])]
                 y = _Branches.apply(y, seen, batch, self.scale, columns, *factors)  # type: ignore[no-untyped-call]
             return y  # type: ignore[no-any-return]
 
