@@ -22,8 +22,6 @@ SETTINGS = {
     "lr": 1e-2,
     "lora_dropout": 0.1,
     "optimizer_state": "reset_each_phase",
-    # A client to a chunk: one product over the texts of several adds up in another order.
-    "chunk_tokens": 1,
 }
 
 
@@ -95,14 +93,6 @@ def test_they_mix_robustly_bit_for_bit_alike(mix):
     together(peers, config.rounds)
     assert far(stack, peers) == 0
     assert far(plain, peers) > 1e-4
-
-
-def test_with_several_clients_to_a_chunk_they_agree_to_rounding():
-    config = Config(topology="ring", **SETTINGS | {"chunk_tokens": 2048})
-    stack, _ = simulated(config)
-    peers = peers_of(config)
-    together(peers, config.rounds)
-    assert far(stack, peers) < 1e-6
 
 
 def test_with_symmetric_loss_and_nothing_lost_they_agree_too():

@@ -141,7 +141,7 @@ def losses_of_the_honest(monkeypatch, mix, lie):
     """Client 0 sends lies in every round; the mean loss of the others in each round."""
     config = Config(
         clients=5, rounds=4, local_steps=4, batch_size=4, rank=2, lr=1e-2, mix=mix, eval_every=4,
-        topology="complete", method="dec-lora", chunk_tokens=1,
+        topology="complete", method="dec-lora",
     )  # fmt: skip
     job = tiny_job(config)
     stack = job.initial_stack()

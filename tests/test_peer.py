@@ -30,7 +30,6 @@ SETTINGS = {
     "rank": 2,
     "switch_every": 2,
     "lr": 1e-2,
-    "chunk_tokens": 1,
     "eval_every": 6,
 }
 

@@ -27,7 +27,7 @@ from plait.runs import RunFolder, carry_out
 CLIP, NOISE = 0.02, 0.5
 SETTINGS = {
     "clients": 3, "rounds": 4, "local_steps": 1, "batch_size": 2, "rank": 2, "switch_every": 2,
-    "lr": 1e-2, "topology": "ring", "chunk_tokens": 1, "eval_every": 4,
+    "lr": 1e-2, "topology": "ring", "eval_every": 4,
 }  # fmt: skip
 PRIVATE = SETTINGS | {"dp_clip": CLIP, "dp_noise": NOISE}
 

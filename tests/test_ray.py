@@ -38,8 +38,6 @@ SETTINGS = {
     "lora_dropout": 0.1,
     "optimizer_state": "reset_each_phase",
     "save_every": 2,
-    # A client to a chunk: one product over the texts of several adds up in another order.
-    "chunk_tokens": 1,
 }
 OF_ONE = ("worker_bytes", "pairs_apart")
 """What only one of the two engines says."""

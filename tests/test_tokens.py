@@ -49,6 +49,30 @@ def test_every_token_has_one_place_and_texts_stay_whole(lengths, clients):
     assert client == clients - 1
 
 
+def windows_of(batch):
+    """Each window as the ids in its slots, size after size; -1 where there is none."""
+    slots = torch.full((len(batch.windows.index),), -1)
+    slots[batch.windows.inverse[: batch.num_tokens]] = batch.ids[: batch.num_tokens]
+    counts = [apart.shape[0] * apart.shape[1] for apart in batch.apart]
+    return [
+        tuple(window)
+        for apart, part in zip(batch.apart, slots.split(counts), strict=True)
+        for window in part.view(apart.shape[:2]).tolist()
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=6, max_size=60), st.integers(2, 6))
+def test_a_clients_windows_are_those_that_it_has_alone(lengths, clients):
+    tokens = tokens_of(lengths * clients)
+    rows = np.random.default_rng(0).permutation(len(lengths * clients)).reshape(clients, -1)
+    together = windows_of(pack(tokens, rows))
+    alone = [windows_of(pack(tokens, rows[k : k + 1])) for k in range(clients)]
+    assert len(together) == sum(map(len, alone))
+    for own in alone:
+        assert [window for window in together if window in own] == own
+
+
 def test_tokens_come_in_few_numbers():
     tokens = random_tokens()
     rng = np.random.default_rng(0)

@@ -119,16 +119,20 @@ class Backbone:
             return self._head_logits(features, factors).float()
 
     def _head_logits(self, features: Tensor, factors: dict[Factor, Tensor]) -> Tensor:
-        """(n, b, d) -> (n, b, C), by one head for all or by each client's own."""
-        if not self.layout.head:
-            return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # type: ignore[no-any-return]
-        heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD])
-        own = [
-            {self._head_prefix + name: part[i].to(self.dtype) for name, part in heads.items()}
-            for i in range(len(features))
-        ]
+        """(n, b, d) -> (n, b, C), client by client: few rows are multiplied otherwise than many."""
+        own = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         return torch.stack(
-            [functional_call(self.head, *call) for call in zip(own, features, strict=True)]
+            [
+                functional_call(
+                    self.head,
+                    {
+                        self._head_prefix + name: part[i].to(self.dtype)
+                        for name, part in own.items()
+                    },
+                    features_i,
+                )
+                for i, features_i in enumerate(features)
+            ]
         )
 
     @torch.no_grad()

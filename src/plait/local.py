@@ -180,7 +180,8 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
     if norm is None:
         return
     present = [grad for grad in grads if grad is not None]
-    norms = torch.stack([grad.norm(dim=1) for grad in present]).norm(dim=0)
+    # Row by row, so that a client's norm is the same to the last bit whoever else is here.
+    norms = torch.stack([grad.norm(dim=1) for grad in present], dim=1).norm(dim=1)
     factor = (norm / (norms + 1e-6)).clamp(max=1.0)
     for grad in present:
         grad.mul_(factor[:, None])
@@ -191,14 +192,21 @@ def _step(
 ) -> None:
     """One AdamW step on a chunk's rows of one factor, with Hugging Face's defaults."""
     assert leaf.grad is not None
+    moments = stack.first[factor][rows], stack.second[factor][rows]
+    # Each client's row by itself: the last few entries of a tensor are rounded otherwise than those
+    # before them, and which are the last must not depend on who else is here.
+    values, grads, first, second = (
+        list(tensor.unbind()) for tensor in (leaf.detach(), leaf.grad, *moments)
+    )
+    taken = torch.tensor(float(stack.steps[factor] + step), device=leaf.device)
     with torch.no_grad():
         adamw(
-            [leaf.detach()],
-            [leaf.grad],
-            [stack.first[factor][rows]],
-            [stack.second[factor][rows]],
+            values,
+            grads,
+            first,
+            second,
             [],
-            [torch.tensor(float(stack.steps[factor] + step), device=leaf.device)],
+            [taken.clone() for _ in values],
             fused=True,
             amsgrad=False,
             beta1=0.9,

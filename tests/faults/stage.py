@@ -88,7 +88,6 @@ def tiny_files(folder: Path) -> Config:
         rank=2,
         lr=1e-2,
         max_length=16,
-        chunk_tokens=1,
         eval_every=3,
         optimizer_state="keep",
     )
