@@ -74,6 +74,9 @@ def test_the_report_opens_without_a_complaint(browser, comparison, width, scheme
         drawn = page.locator("figure:not([hidden])")
         assert drawn.count() == drawn.filter(has=page.locator(".main-svg")).count() == 11
         assert page.evaluate("document.documentElement.scrollWidth") == width
+        # Nor does the name of a run that differs from the others in many settings widen the page.
+        page.evaluate("document.querySelector('#run').options[0].text = 'long '.repeat(200)")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 20, 23)"
         assert dark == (scheme == "dark")
         # What is drawn is said in words, and every control has a name.

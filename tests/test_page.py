@@ -183,6 +183,15 @@ def test_loose_runs_are_grouped_by_what_sets_them_apart(tmp_path):
     assert study.differences() == []
 
 
+def test_a_sweeps_search_is_shown_until_there_is_more(tmp_path):
+    write_run(tmp_path / "tuning" / "adf", dataclasses.replace(CONFIG, seed=1000))
+    (study,) = read(tmp_path)
+    assert [track.path.parent.name for _, track in study.tracks] == ["tuning"]
+    write_run(tmp_path / "runs" / "adf", CONFIG)
+    (study,) = read(tmp_path)
+    assert [track.path.parent.name for _, track in study.tracks] == ["runs"]
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="There is no run in"):
         find_studies([tmp_path])

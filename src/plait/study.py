@@ -147,8 +147,10 @@ def _folders(path: Path, depth: int) -> Iterator[Path]:
     if (path / PLAN).is_file() or _is_run(path):
         yield path
     elif depth and path.is_dir():
+        # A sweep's search for learning rates is shown while there is nothing else.
+        left_out = {"adapters"} | ({"tuning"} if any(path.glob("runs/*/config.json")) else set())
         for child in sorted(path.iterdir()):
-            if child.is_dir() and child.name != "adapters":
+            if child.is_dir() and child.name not in left_out:
                 yield from _folders(child, depth - 1)
 
 
