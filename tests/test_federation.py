@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import socket
 import stat
 
 import pytest
@@ -101,8 +102,14 @@ def test_a_folder_in_use_is_left_alone(files):
         init_federation(files.parent, ["a", "b"], CONFIG)
 
 
-def test_free_ports_are_different():
+def test_free_ports_are_different_and_free(monkeypatch):
     assert len(set(free_ports(20))) == 20
+    (taken, free) = free_ports(2)
+    monkeypatch.setattr("plait.certificates.PORTS", [taken, free])
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", taken))
+        one.listen()
+        assert free_ports(1) == [free]
 
 
 # -- credentials

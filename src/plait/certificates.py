@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import random
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from plait.federation import Federation, Limits, Member, PeerSettings, is_loopba
 
 METRICS = "127.0.0.1:9600"
 """Where a peer on a machine of its own shows its figures."""
+
+PORTS = range(20_000, 32_000)
+"""Where a federation on one machine finds its ports."""
 
 DAY = dt.timedelta(days=1)
 KEY_USAGES = (
@@ -133,8 +137,8 @@ def init_federation(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} is not an empty folder; take another.")
     if addresses is None:
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(names))]
-        metrics = [f"127.0.0.1:{port}" for port in free_ports(len(names))]
+        local = [f"127.0.0.1:{port}" for port in free_ports(2 * len(names))]
+        addresses, metrics = local[::2], local[1::2]
     else:
         metrics = [METRICS] * len(names)
     members = tuple(Member(name=n, address=a) for n, a in zip(names, addresses, strict=True))
@@ -180,12 +184,19 @@ def write_secret(path: Path, data: bytes) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on this machine that nobody listens on now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+    """Ports on this machine that nobody listens on now.
+
+    They are below those that a system gives to outgoing connections: one of these might be taken
+    before anybody listens.
+    """
+    ports: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if len(ports) == count:
+            break
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
 
 
 def _write_peer(folder: Path, member: Member, authority: Pair, metrics: str) -> None:
