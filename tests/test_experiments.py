@@ -18,7 +18,7 @@ from plait.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent / "experiments"
 FILES = sorted(ROOT.glob("*.toml"))
-PUBLISHED = [file for file in FILES if file.stem != "small_paper"]
+PUBLISHED = [file for file in FILES if file.stem not in ("small_paper", "bfloat16")]
 EMBEDDED = ("trec", "movies")
 
 
