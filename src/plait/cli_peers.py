@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,13 @@ def up(args: list[str]) -> int:
     for line in trial.up(config, given.peers, out, limits):
         console.print(line, highlight=False)
     summary = json.loads((out / "summary.json").read_text())
-    faults = sum(sum(kinds.values()) for kinds in summary["incidents"].values())
+    kinds = sum(map(Counter, summary["incidents"].values()), Counter[str]())
+    incidents = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
     console.print(
         f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
         f" (worst client {summary['accuracy_client_min']:.3f}),"
         f" majority class {summary['majority']:.3f};"
-        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, incidents: {faults}\n"
+        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, incidents: {incidents}\n"
         f"{out}: summary.json, adapters/, <name>.log",
         highlight=False,
         soft_wrap=True,
