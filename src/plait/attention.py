@@ -66,7 +66,14 @@ class Windows:
     def __init__(self, batch: Batch, num_heads: int) -> None:
         """Work out all places, once for all layers."""
         self.num_heads = num_heads
-        self.apart = batch.apart
+        # (w H, S, S) for each size: what is added to the scores, -inf for another text's slot.
+        self.masks = [
+            torch.zeros(apart.shape)
+            .to(apart.device)
+            .masked_fill_(apart, float("-inf"))
+            .repeat_interleave(num_heads, dim=0)
+            for apart in batch.apart
+        ]
         self.qkv = Slices(batch, num_heads, 3)
         self.one = Slices(batch, num_heads, 1)
 
@@ -85,12 +92,10 @@ class _Attention(torch.autograd.Function):
         contexts = qkv.new_empty(windows.one.count, width)
         ctx.windows, ctx.scale = windows, width**-0.5
         saved = []
-        for (q, k, v), apart, (context,) in zip(
-            windows.qkv.split(qkv), windows.apart, windows.one.views(contexts), strict=True
+        for (q, k, v), mask, (context,) in zip(
+            windows.qkv.split(qkv), windows.masks, windows.one.views(contexts), strict=True
         ):
-            scores = torch.bmm(q.mul_(ctx.scale), k.mT)
-            by_head = scores.view(len(apart), windows.num_heads, *apart.shape[1:])
-            by_head.masked_fill_(apart[:, None], float("-inf"))
+            scores = torch.baddbmm(mask.to(q.dtype), q, k.mT, alpha=ctx.scale)
             weights = scores.softmax(dim=-1)
             torch.bmm(weights, v, out=context)
             saved += [q, k, v, weights]
@@ -107,7 +112,8 @@ class _Attention(torch.autograd.Function):
             q, k, v, weights = (next(saved) for _ in range(4))
             grad_weights = torch.bmm(grad_context, v.mT)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            torch.bmm(grad_scores, k, out=grad_q).mul_(ctx.scale)
+            grad_scores.mul_(ctx.scale)
+            torch.bmm(grad_scores, k, out=grad_q)
             torch.bmm(grad_scores.mT, q, out=grad_k)
             torch.bmm(weights.mT, grad_context, out=grad_v)
         return windows.qkv.join(grads), None
