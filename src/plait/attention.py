@@ -68,8 +68,7 @@ class Windows:
         self.num_heads = num_heads
         # (w H, S, S) for each size: what is added to the scores, -inf for another text's slot.
         self.masks = [
-            torch.zeros(apart.shape)
-            .to(apart.device)
+            torch.zeros(apart.shape, device=apart.device)
             .masked_fill_(apart, float("-inf"))
             .repeat_interleave(num_heads, dim=0)
             for apart in batch.apart

@@ -216,9 +216,14 @@ class Inbox:
         """Keep this peer's own message of the open round."""
         self._page(self.round).mine = message
 
-    def mine(self) -> Message | None:
-        """This peer's own message of the open round."""
-        return self._page(self.round).mine
+    def mine(self, round_: int | None = None) -> Message | None:
+        """This peer's own message of the open round, or of another that is still kept."""
+        return self._page(self.round if round_ is None else round_).mine
+
+    def remember(self, round_: int, message: Message, heard: set[int]) -> None:
+        """After a restart: what this peer sent in a closed round, and whom it mixed with."""
+        page = self._page(round_)
+        page.mine, page.agreed = message, heard
 
     def left(self) -> dict[int, set[Task]]:
         """What is still to be done in the open round, by neighbour; empty when all are there."""

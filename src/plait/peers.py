@@ -1,10 +1,11 @@
 """One peer as a process: from its files to its adapter, through whatever happens on the way.
 
     <out>/config.json, events.jsonl, summary.json, adapters/    as in any run folder (runs.py)
-    <out>/checkpoint.safetensors                                after every round
+    <out>/checkpoint.safetensors, sent-<round>.safetensors      after every round
 
 A round's messages exist only once, so a peer saves after each round: started again it does the
-round that was cut off anew, with the same rows in the same order, and asks for what it lost.
+round that was cut off anew, with the same rows in the same order, and asks for what it lost. What
+it sent in the round before is saved too: a neighbour may not have had it yet.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from plait.body import template_of, unpack
 from plait.certificates import write_secret
 from plait.codec import Message, encode
 from plait.config import Config
@@ -31,6 +33,7 @@ from plait.events import Evaluated, Event, Incident, RoundDone
 from plait.exchange import Exchange, Left, Terms
 from plait.export import save_adapter
 from plait.federation import Federation, PeerSettings, load_federation, load_peer
+from plait.files import write_bytes_atomically
 from plait.gauges import serve_metrics
 from plait.inbox import Inbox, Rows
 from plait.job import Job, prepare
@@ -182,6 +185,7 @@ class Process:
         """
         with self.desk.condition:
             self.desk.inbox.skip_to(self.first_round)
+            self._remember(self.first_round - 1)
         self.exchange.greet(self.others)
         has_state = self.first_round > 0
         late = self.desk.target() > self.desk.inbox.keep_rounds
@@ -238,9 +242,28 @@ class Process:
         if self.job.config.dp_clip is None:
             self.desk.facts |= facts
 
+    def _sent_file(self, round_: int) -> Path:
+        return self.folder.path / f"sent-{round_}.safetensors"
+
+    def _remember(self, round_: int) -> None:
+        """Have this peer's message of its last round again: a neighbour may still wait for it."""
+        if not self._sent_file(round_).exists():
+            return
+        body = bytearray(self._sent_file(round_).read_bytes())
+        rows = unpack(body, template_of(self.job.backbone.layout, self.job.shared(round_)))
+        active = self.desk.inbox.turn(round_).active
+        (last,) = (e for e in self.done if isinstance(e, RoundDone) and e.round == round_)
+        heard = {peer for _, peer, _ in last.edges}
+        self.desk.inbox.remember(round_, self.write(rows, round_, active, "round"), heard)
+
     def _save(self, rounds_done: int) -> None:
+        """Write the state, and before it what was sent in the round that led there."""
+        message = self.desk.inbox.mine(rounds_done - 1)
         try:
+            if message:
+                write_bytes_atomically(self._sent_file(rounds_done - 1), message.body)
             self.folder.save(self.stack, rounds_done)
+            self._sent_file(rounds_done - 2).unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
@@ -253,6 +276,7 @@ class Process:
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
         self.folder.finish(summary)
+        self._sent_file(self.end - 1).unlink(missing_ok=True)
         spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
         LOG.info("done: %s%s", adapter, spent)
 

@@ -20,9 +20,11 @@ import plait.engines.peer as engine
 import plait.engines.steps as steps
 from plait import files, peers, runs, transport
 from plait.certificates import Pair
-from plait.codec import Message
+from plait.codec import Ack, Message
 from plait.exchange import Exchange
+from plait.inbox import Inbox
 from plait.peers import run_peer
+from plait.refusal import Reason, Refused
 
 torch.set_num_threads(1)
 
@@ -121,6 +123,24 @@ def _after_saving(round_: int) -> None:
     runs.RunFolder.save = save
 
 
+def _after_saving_unheard(round_: int) -> None:
+    """Nobody had its message when it died: the network was slow, and it had all that it needed."""
+    send, answer = transport.GrpcTransport.send, Inbox.answer
+
+    def lost(self, to, message, deadline_s):
+        if message.header.round == round_:
+            return Ack(False, Reason.UNREACHABLE, "lost on the way")
+        return send(self, to, message, deadline_s)
+
+    def silent(self, asker, of_round):
+        if of_round == round_:
+            raise Refused(Reason.NOT_HERE, "not yet")
+        return answer(self, asker, of_round)
+
+    transport.GrpcTransport.send, Inbox.answer = lost, silent
+    _after_saving(round_)
+
+
 def _while_evaluating(round_: int) -> None:
     original = engine.evaluation
 
@@ -147,6 +167,7 @@ STAGES: dict[str, Callable[[int], None]] = {
     "while evaluating": _while_evaluating,
     "while saving": _while_saving,
     "after saving": _after_saving,
+    "after saving, unheard": _after_saving_unheard,
     "while finishing": _while_finishing,
 }
 
