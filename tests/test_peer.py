@@ -16,7 +16,7 @@ from plait.desk import OBSERVER
 from plait.engines.peer import Peer
 from plait.events import Incident, RoundDone
 from plait.exchange import Left, Terms
-from plait.inbox import Inbox, Letter, Task, Turn
+from plait.inbox import Inbox, Letter, Task, Turn, Word
 from plait.methods import Factor
 from plait.refusal import Reason, Refused
 from plait.rng import stream
@@ -117,6 +117,17 @@ def test_what_was_sent_is_kept_for_a_while_and_for_neighbours_only():
     box.close()
     with pytest.raises(Refused):
         box.answer(2, 0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_peer_started_again_answers_for_the_round_that_it_closed_before(symmetric):
+    box = inbox(symmetric=symmetric)
+    box.skip_to(4)
+    sent = message(3)
+    box.remember(3, sent, heard={2})
+    assert box.answer(2, 3) == Word(sent, True if symmetric else None)
+    # With symmetric loss one that it did not mix with doesn't mix either.
+    assert box.answer(0, 3) == (Word(None, False) if symmetric else Word(sent, None))
 
 
 def test_symmetric_the_lower_number_decides():
