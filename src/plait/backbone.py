@@ -120,19 +120,13 @@ class Backbone:
 
     def _head_logits(self, features: Tensor, factors: dict[Factor, Tensor]) -> Tensor:
         """(n, b, d) -> (n, b, C), client by client: few rows are multiplied otherwise than many."""
-        own = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
+        heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
+        own = [
+            {self._head_prefix + name: part[i].to(self.dtype) for name, part in heads.items()}
+            for i in range(len(features))
+        ]
         return torch.stack(
-            [
-                functional_call(
-                    self.head,
-                    {
-                        self._head_prefix + name: part[i].to(self.dtype)
-                        for name, part in own.items()
-                    },
-                    features_i,
-                )
-                for i, features_i in enumerate(features)
-            ]
+            [functional_call(self.head, *call) for call in zip(own, features, strict=True)]
         )
 
     @torch.no_grad()
