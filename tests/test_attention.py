@@ -10,15 +10,17 @@ from plait.tokens import pack
 HEADS, WIDTH = 3, 12
 
 
-@pytest.mark.parametrize("longest", [8, 40, 150], ids=["one size", "two sizes", "four sizes"])
-def test_windows_equal_one_text_after_another(longest):
+@pytest.mark.parametrize("slots", [16, 32])
+@pytest.mark.parametrize("longest", [8, 40, 150], ids=["one size", "few sizes", "many sizes"])
+def test_windows_equal_one_text_after_another(longest, slots):
     generator = torch.Generator().manual_seed(longest)
     lengths = torch.randint(1, longest + 1, (24,), generator=generator).tolist()
     tokens = tokens_of([*lengths, longest])
-    batch = pack(tokens, torch.arange(24).view(4, 6).numpy() + 1)
+    batch = pack(tokens, torch.arange(24).view(4, 6).numpy() + 1, slots)
+    assert all(apart.shape[1] % slots == 0 for apart in batch.apart)
     shape = (len(batch.ids), 3 * WIDTH)
     qkv = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-    context = attention(qkv, Windows(batch, HEADS))[: batch.num_tokens]
+    context = attention(qkv, Windows(batch, HEADS, qkv.dtype))[: batch.num_tokens]
     expected = torch.cat(
         [
             one_text(qkv[start : start + length])

@@ -63,12 +63,12 @@ class Slices:
 class Windows:
     """The windows of a batch, as attention with so many heads needs them."""
 
-    def __init__(self, batch: Batch, num_heads: int) -> None:
-        """Work out all places, once for all layers."""
+    def __init__(self, batch: Batch, num_heads: int, dtype: torch.dtype) -> None:
+        """Work out all places, once for all layers; scores will be of `dtype`."""
         self.num_heads = num_heads
         # (w H, S, S) for each size: what is added to the scores, -inf for another text's slot.
         self.masks = [
-            torch.zeros(apart.shape, device=apart.device)
+            torch.zeros(apart.shape, dtype=dtype, device=apart.device)
             .masked_fill_(apart, float("-inf"))
             .repeat_interleave(num_heads, dim=0)
             for apart in batch.apart
@@ -94,7 +94,7 @@ class _Attention(torch.autograd.Function):
         for (q, k, v), mask, (context,) in zip(
             windows.qkv.split(qkv), windows.masks, windows.one.views(contexts), strict=True
         ):
-            scores = torch.baddbmm(mask.to(q.dtype), q, k.mT, alpha=ctx.scale)
+            scores = torch.baddbmm(mask, q, k.mT, alpha=ctx.scale)
             weights = scores.softmax(dim=-1)
             torch.bmm(weights, v, out=context)
             saved += [q, k, v, weights]

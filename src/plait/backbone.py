@@ -19,7 +19,6 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plait.attention import Windows
 from plait.config import Config, Head
 from plait.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.hooked import HookedEncoder
@@ -98,6 +97,11 @@ class Backbone:
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
+    def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
+        """The batch of `rows` (n, b), indices into `tokens`, on the device."""
+        # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
+        return pack(tokens, rows, slots=64 // self.dtype.itemsize).to(self.device)
+
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
     ) -> Tensor:
@@ -145,8 +149,8 @@ class Backbone:
         hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
-            batch = pack(tokens, texts[None]).to(self.device)
-            below = encoder.below(batch, Windows(batch, encoder.num_heads)).cpu()
+            batch = self.batch(tokens, texts[None])
+            below = encoder.below(batch, encoder.windows(batch)).cpu()
             hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
 

@@ -26,7 +26,7 @@ from plait.lora import Dropout, Stack
 from plait.memory import tokens_at_once
 from plait.methods import Factor
 from plait.rng import stream, torch_stream
-from plait.tokens import Batch, Tokens, pack
+from plait.tokens import Batch, Tokens
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -70,7 +70,7 @@ def local_phase(
         for step in range(config.local_steps):
             position = round_ * config.local_steps + step
             texts = np.stack([batch_rows(shares[i], i, position, config) for i in ids])
-            batch = pack(tokens, texts).to(backbone.device)
+            batch = backbone.batch(tokens, texts)
             dropout = lora_dropout(batch, ids, position, config)
             client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
             client_losses.sum().backward()
@@ -243,7 +243,7 @@ def evaluate(
 
     def logits_of(piece: tuple[np.ndarray, range]) -> Tensor:
         texts, chunk = piece
-        batch = pack(tokens, np.tile(texts, (len(chunk), 1))).to(backbone.device)
+        batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
         mine = {factor: value[chunk.start : chunk.stop] for factor, value in factors.items()}
         with torch.no_grad():
             return backbone.logits(batch, mine).cpu()

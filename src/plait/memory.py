@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from plait.backbone import Backbone
 from plait.config import Config
 from plait.lora import Stack
-from plait.tokens import Tokens, pack
+from plait.tokens import Tokens
 
 
 def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Config) -> float:
@@ -50,7 +50,7 @@ def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        batch = pack(tokens, np.full((1, num_texts), longest)).to(backbone.device)
+        batch = backbone.batch(tokens, np.full((1, num_texts), longest))
         with saved_tensors_hooks(note, lambda tensor: tensor):
             backbone.logits(batch, leaves)
         return sum(sizes.values())

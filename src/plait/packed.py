@@ -48,15 +48,12 @@ class FrozenLinear:
             self.packed = reorder(self.weight)
             self.packed_t = reorder(self.weight.t().contiguous())
 
-    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(T, d_in) -> (T, d_out), `plus` (T, d_out) added."""
-        if not self.prepacked:
-            y = functional.linear(x, self.weight, self.bias)
-            return y if plus is None else y + plus
-        linear = torch.ops.mkldnn._linear_pointwise
-        if plus is None:
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d_in) -> (T, d_out)."""
+        if self.prepacked:
+            linear = torch.ops.mkldnn._linear_pointwise
             return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return linear.binary(x, plus, self.packed, self.bias, "add")  # type: ignore[no-any-return]
+        return functional.linear(x, self.weight, self.bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """(T, d_out) -> (T, d_in)."""
@@ -67,17 +64,16 @@ class FrozenLinear:
 
 
 class _Frozen(torch.autograd.Function):
-    """A frozen layer, and what is added to its output; the weights have no gradient."""
+    """A frozen layer; its weights have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plus: Tensor | None, linear: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        return linear.forward(x, plus)
+        return linear.forward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_plus, _ = ctx.needs_input_grad
-        return ctx.linear.backward(grad) if needs_x else None, grad if needs_plus else None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
 
 
 class _Branches(torch.autograd.Function):
@@ -201,11 +197,15 @@ class PackedEncoder:
             dropout: The LoRA branches' dropout.
             first_tokens: Only these are wanted, so the last layer computes little else.
         """
-        windows = Windows(batch, self.num_heads)
+        windows = self.windows(batch)
         h = self.below(batch, windows) if batch.hidden is None else batch.hidden
         for layer in self.layers[self.first_adapted : -1]:
             h = self._layer(layer, h, batch, windows, A, B, dropout)
         return self._layer(self.layers[-1], h, batch, windows, A, B, dropout, first_tokens)
+
+    def windows(self, batch: Batch) -> Windows:
+        """The batch's windows for attention in this model."""
+        return Windows(batch, self.num_heads, self.layers[0].qkv.weight.dtype)
 
     def below(self, batch: Batch, windows: Windows) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
@@ -234,11 +234,9 @@ class PackedEncoder:
         dropout: Dropout | None,
         first_tokens: bool = False,
     ) -> Tensor:
-        def adapted(
-            frozen: FrozenLinear, names: list[str], x: Tensor, plus: Tensor | None = None
-        ) -> Tensor:
+        def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
-            y = _Frozen.apply(x, plus, frozen)  # type: ignore[no-untyped-call]
+            y = _Frozen.apply(x, frozen)  # type: ignore[no-untyped-call]
             width = y.shape[1] // len(names)
             sites = [(k, name) for k, name in enumerate(names) if name in A]
             # With dropout each branch sees another x.
@@ -256,7 +254,7 @@ class PackedEncoder:
         last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
         if first_tokens and not last_branches:
             context, h = context[batch.starts], h[batch.starts]
-        h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context, h))
+        h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context).add_(h))
         up = layer.activation(adapted(layer.up, [layer.up_name], h))
-        h = layer.norm_2(adapted(layer.down, [layer.down_name], up, h))
+        h = layer.norm_2(adapted(layer.down, [layer.down_name], up).add_(h))
         return h[batch.starts] if first_tokens and last_branches else h

@@ -17,9 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEAST_WINDOW = 16
-"""Slots of the smallest windows in which attention is computed."""
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -162,8 +159,11 @@ class Batch:
         return zip(*rows, strict=True)
 
 
-def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
-    """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients."""
+def pack(tokens: Tokens, rows: np.ndarray, slots: int = 16) -> Batch:
+    """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients.
+
+    Windows for attention have a multiple of `slots` slots, a power of two.
+    """
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
@@ -172,7 +172,7 @@ def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
     positions, source = (np.pad(array, (0, filler)) for array in (positions, source))
-    windows, apart = _windows(lengths.reshape(rows.shape), filler)
+    windows, apart = _windows(lengths.reshape(rows.shape), filler, slots)
     return Batch(
         num_clients=len(rows),
         num_tokens=num_tokens,
@@ -195,8 +195,10 @@ def _grain(num_tokens: int) -> int:
     return 1 << max(0, (num_tokens // 64).bit_length() - 1)
 
 
-def _windows(lengths: np.ndarray, filler: int) -> tuple[Places, tuple[Tensor, ...]]:
-    """Whole texts side by side in windows of 16, 24, 32, 40, 48, 56, 64, 80, 96, ... slots.
+def _windows(
+    lengths: np.ndarray, filler: int, slots_step: int
+) -> tuple[Places, tuple[Tensor, ...]]:
+    """Whole texts side by side in windows of, say, 16, 32, 48, 64, 80, 96, 112, 128, 160 slots.
 
     Few slots are wasted, and the calls are far fewer than with a rectangle for each length. No
     window has texts of two clients: what a client computes, to the last bit, does not depend on
@@ -205,8 +207,9 @@ def _windows(lengths: np.ndarray, filler: int) -> tuple[Places, tuple[Tensor, ..
     texts_each = lengths.shape[1]
     lengths = lengths.ravel()
     starts = np.cumsum(lengths) - lengths
-    steps = 2 ** np.maximum(3, np.frexp(lengths - 1)[1] - 3)  # four sizes up to each power of two
-    sizes = np.maximum(LEAST_WINDOW, -(-lengths // steps) * steps)
+    # At most four sizes up to each power of two.
+    steps = np.maximum(slots_step, 2.0 ** (np.frexp(lengths - 1)[1] - 3)).astype(np.int64)
+    sizes = -(-lengths // steps) * steps
     begins = np.empty(len(lengths), dtype=np.int64)
     shapes = []
     num_slots = 0
