@@ -18,13 +18,13 @@ from plait.files import save_tensors
 from plait.lora import Stack
 
 
-def save_stack(stack: Stack, path: Path, rounds_done: int) -> None:
-    """Write the state of all clients after so many rounds.
+def save_stack(stack: Stack, path: Path, rounds_done: int, **beside: Tensor) -> None:
+    """Write the state of all clients after so many rounds, and what is kept beside it.
 
     Raises:
         OSError: It can't be written; nothing is left of it.
     """
-    save_tensors(_tensors(stack), path, _metadata(stack, rounds_done))
+    save_tensors(_tensors(stack) | beside, path, _metadata(stack, rounds_done))
 
 
 def lay_out(stack: Stack, num_clients: int, path: Path, rounds_done: int) -> None:
@@ -80,6 +80,18 @@ def load_rows(stack: Stack, path: Path, first: int = 0) -> None:
         for name, value in _tensors(stack).items():
             value.copy_(file.get_slice(name)[first : first + len(value)])
     stack.steps.update({f: int(metadata[f"steps.{f.name}"]) for f in stack.steps})
+
+
+def load_beside(path: Path, name: str) -> Tensor | None:
+    """What a checkpoint keeps beside the state; None without it, or without a checkpoint.
+
+    Raises:
+        SafetensorError: The file can't be read.
+    """
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
 
 
 def rounds_done(path: Path) -> int:

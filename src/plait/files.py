@@ -20,15 +20,6 @@ def write_atomically(path: Path, text: str) -> None:
     _atomically(path, lambda partial: partial.write_text(text))
 
 
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """Write a file.
-
-    Raises:
-        OSError: It can't be written; nothing is left of it.
-    """
-    _atomically(path, lambda partial: partial.write_bytes(data))
-
-
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file.
 

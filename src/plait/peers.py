@@ -1,11 +1,11 @@
 """One peer as a process: from its files to its adapter, through whatever happens on the way.
 
     <out>/config.json, events.jsonl, summary.json, adapters/    as in any run folder (runs.py)
-    <out>/checkpoint.safetensors, sent-<round>.safetensors      after every round
+    <out>/checkpoint.safetensors                                the state after the last round
 
 A round's messages exist only once, so a peer saves after each round: started again it does the
 round that was cut off anew, with the same rows in the same order, and asks for what it lost. What
-it sent in the round before is saved too: a neighbour may not have had it yet.
+it sent in the round before is saved with it: a neighbour may not have had it yet.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 
 from plait.body import template_of, unpack
 from plait.certificates import write_secret
+from plait.checkpoint import load_beside
 from plait.codec import Message, encode
 from plait.config import Config
 from plait.desk import Desk, JsonLines
@@ -33,7 +35,6 @@ from plait.events import Evaluated, Event, Incident, RoundDone
 from plait.exchange import Exchange, Left, Terms
 from plait.export import save_adapter
 from plait.federation import Federation, PeerSettings, load_federation, load_peer
-from plait.files import write_bytes_atomically
 from plait.gauges import serve_metrics
 from plait.inbox import Inbox, Rows
 from plait.job import Job, prepare
@@ -49,6 +50,8 @@ LOG = logging.getLogger("plait.peer")
 
 GREET_AGAIN_S = 1.0
 KEY_BYTES = 32
+SENT = "sent"
+"""In a checkpoint, the body of the last message, (bytes,) uint8."""
 
 
 def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) -> bool:
@@ -242,28 +245,24 @@ class Process:
         if self.job.config.dp_clip is None:
             self.desk.facts |= facts
 
-    def _sent_file(self, round_: int) -> Path:
-        return self.folder.path / f"sent-{round_}.safetensors"
-
     def _remember(self, round_: int) -> None:
         """Have this peer's message of its last round again: a neighbour may still wait for it."""
-        if not self._sent_file(round_).exists():
+        sent = load_beside(self.folder.checkpoint_file, SENT)
+        if sent is None:
             return
-        body = bytearray(self._sent_file(round_).read_bytes())
-        rows = unpack(body, template_of(self.job.backbone.layout, self.job.shared(round_)))
+        template = template_of(self.job.backbone.layout, self.job.shared(round_))
+        rows = unpack(bytearray(sent.numpy()), template)
         active = self.desk.inbox.turn(round_).active
         (last,) = (e for e in self.done if isinstance(e, RoundDone) and e.round == round_)
         heard = {peer for _, peer, _ in last.edges}
         self.desk.inbox.remember(round_, self.write(rows, round_, active, "round"), heard)
 
     def _save(self, rounds_done: int) -> None:
-        """Write the state, and before it what was sent in the round that led there."""
+        """Write the state, and what was sent in the round that led there."""
         message = self.desk.inbox.mine(rounds_done - 1)
+        sent = {SENT: torch.tensor(np.frombuffer(message.body, np.uint8))} if message else {}
         try:
-            if message:
-                write_bytes_atomically(self._sent_file(rounds_done - 1), message.body)
-            self.folder.save(self.stack, rounds_done)
-            self._sent_file(rounds_done - 2).unlink(missing_ok=True)
+            self.folder.save(self.stack, rounds_done, **sent)
         except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
@@ -276,7 +275,6 @@ class Process:
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
         self.folder.finish(summary)
-        self._sent_file(self.end - 1).unlink(missing_ok=True)
         spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
         LOG.info("done: %s%s", adapter, spent)
 

@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeGuard
 
+from torch import Tensor
+
 from plait.checkpoint import load_rows, rounds_done, save_stack
 from plait.config import Config
 from plait.engines.simulate import Simulation
@@ -250,9 +252,9 @@ class RunFolder:
         with self.events_file.open("a") as file:
             file.write(to_line(event) + "\n")
 
-    def save(self, stack: Stack, rounds_done: int) -> None:
-        """Write a checkpoint after so many rounds."""
-        save_stack(stack, self.checkpoint_file, rounds_done)
+    def save(self, stack: Stack, rounds_done: int, **beside: Tensor) -> None:
+        """Write a checkpoint after so many rounds, and what is kept beside the state."""
+        save_stack(stack, self.checkpoint_file, rounds_done, **beside)
 
     def restore(self, stack: Stack) -> list[Event]:
         """Bring `stack` to the last checkpoint; returns the events up to it."""

@@ -115,8 +115,8 @@ def _while_saving(round_: int) -> None:
 def _after_saving(round_: int) -> None:
     original = runs.RunFolder.save
 
-    def save(self, stack, rounds_done):
-        original(self, stack, rounds_done)
+    def save(self, stack, rounds_done, **beside):
+        original(self, stack, rounds_done, **beside)
         if rounds_done == round_ + 1:
             die()
 
