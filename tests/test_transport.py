@@ -19,21 +19,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from plait import wire_pb2 as pb
 from plait.certificates import (
     Pair,
     init_federation,
     make_authority,
     make_certificate,
 )
-from plait.codec import Ack, Answer, Header, Message, Question, encode
+from plait.codec import PIECE_BYTES, Ack, Answer, Header, Message, Question, encode
 from plait.config import Config
+from plait.envelope import read_ack, write_header
 from plait.federation import Limits, Member, load_federation, load_peer
-from plait.frames import FRAME_BYTES, frames, read_ack
 from plait.lora import Layout, Site
 from plait.methods import Factor
 from plait.refusal import Reason, Refused
-from plait.transport import OPEN_CALLS, OPTIONS, GrpcTransport
+from plait.transport import DELIVER, HEADER, OPEN_CALLS, OPTIONS, GrpcTransport
 
 LAYOUT = Layout((Site("query", 6, 4), Site("value", 6, 6)), rank=2, scale=2.0)
 LIMITS = Limits(round_timeout_s=1.0, max_message_bytes=1 << 20, norm_bound=1e3)
@@ -120,8 +119,10 @@ class Network:
         )
         return Message(dataclasses.replace(message.header, **header), message.body)
 
-    def deliver(self, stream: Iterator[bytes], pair: Pair | None, secure: bool = True) -> Ack:
-        """Frames from a program that is not ours, to bob."""
+    def deliver(
+        self, header: bytes, pieces: Iterator[bytes], pair: Pair | None, secure: bool = True
+    ) -> Ack:
+        """What a program that is not ours sends to bob; without metadata for an empty header."""
         address = self.federation.member("bob").address
         named = [*OPTIONS, ("grpc.ssl_target_name_override", "bob")]
         own = (pair.key, pair.certificate) if pair else (None, None)
@@ -131,8 +132,14 @@ class Network:
             if secure
             else grpc.insecure_channel(address)
         ) as channel:
-            call = channel.stream_unary("/plait.v1.Peer/Deliver")
-            return read_ack(call(stream, timeout=SOON_S))
+            call = channel.stream_unary(DELIVER)
+            metadata = ((HEADER, header),) if header else ()
+            return read_ack(call(pieces, timeout=SOON_S, metadata=metadata))
+
+
+def wire(message: Message, receiver: str = "bob") -> tuple[bytes, Iterator[bytes]]:
+    """A message as it travels: header and pieces."""
+    return write_header(message.header, receiver), iter(message.pieces)
 
 
 def some_factors() -> dict[Factor, torch.Tensor]:
@@ -208,7 +215,7 @@ def test_a_message_that_was_asked_for_is_checked_too(either):
     desk.message = None
 
 
-def test_a_message_of_many_chunks_arrives(tmp_path):
+def test_a_message_of_many_pieces_arrives(tmp_path):
     layout = Layout((Site("large", 1 << 19, 1 << 18),), rank=4, scale=1.0)
     path = init_federation(tmp_path / "f", ["alice", "bob"], Config(topology="ring"))
     federation, desk = load_federation(path), Desk()
@@ -225,7 +232,7 @@ def test_a_message_of_many_chunks_arrives(tmp_path):
         round=0,
         active="B",
     )
-    assert len(message.chunks) > 2
+    assert len(message.pieces) > 2
     alice.start(serve=False)
     bob.start()
     try:
@@ -290,16 +297,15 @@ INTRUDERS = ("no certificate", "expired", "self-signed", "wrong authority")
 
 @pytest.mark.parametrize("kind", INTRUDERS)
 def test_nobody_gets_in_without_a_certificate_of_the_authority(network, kind):
-    stream = frames(network.message(), "bob")
     with pytest.raises(grpc.RpcError) as caught:
-        network.deliver(stream, intruders(network)[kind])
+        network.deliver(*wire(network.message()), intruders(network)[kind])
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert not network.desks["bob"].taken
 
 
 def test_nobody_gets_in_without_tls(network):
     with pytest.raises(grpc.RpcError) as caught:
-        network.deliver(frames(network.message(), "bob"), None, secure=False)
+        network.deliver(*wire(network.message()), None, secure=False)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert not network.desks["bob"].taken
 
@@ -385,48 +391,48 @@ def large_factors() -> dict[Factor, torch.Tensor]:
     return {factor: row * 1e6 for factor, row in some_factors().items()}
 
 
-def bad_streams(network: Network) -> dict[str, tuple[list[bytes], Reason]]:
+Sent = tuple[bytes, Iterator[bytes]]
+
+
+def bad_messages(network: Network) -> dict[str, tuple[Sent, Reason]]:
     """What a member with a valid certificate sends, and what bob says."""
     message = network.message
-
-    def stream(one: Message) -> list[bytes]:
-        return [*frames(one, "bob")]
-
     good = message()
+    header, size = write_header(good.header, "bob"), len(good.body)
     return {
-        "forged sender": (stream(message(sender="carol")), Reason.WRONG_SENDER),
-        "another federation": (stream(message(federation="x")), Reason.WRONG_FEDERATION),
-        "another config": (stream(message(config_digest="x")), Reason.WRONG_CONFIG),
-        "another version": (stream(message(version=9)), Reason.WRONG_VERSION),
-        "other shapes": (stream(message(layout="x")), Reason.WRONG_SHAPE),
-        "for somebody else": ([*frames(good, "carol")], Reason.WRONG_RECEIVER),
-        "NaN": (stream(message(nan_factors())), Reason.NOT_FINITE),
-        "a huge norm": (stream(message(large_factors())), Reason.NORM_TOO_LARGE),
-        "1 GiB declared": (stream(message(num_bytes=1 << 30)), Reason.TOO_LARGE),
-        "more than declared": ([*stream(good), *good.chunks], Reason.TOO_LARGE),
-        "cut off": (stream(good)[:1], Reason.MALFORMED),
-        "random bytes": ([b"\xff\x00random"], Reason.MALFORMED),
-        "a random body": (
-            [stream(good)[0], pb.Frame(body=bytes(len(good.body))).SerializeToString()],
-            Reason.WRONG_DIGEST,
-        ),
-        "nothing": ([], Reason.MALFORMED),
-        "no header": (list(good.chunks), Reason.MALFORMED),
-        "two headers": (stream(good)[:1] * 2, Reason.MALFORMED),
+        "forged sender": (wire(message(sender="carol")), Reason.WRONG_SENDER),
+        "another federation": (wire(message(federation="x")), Reason.WRONG_FEDERATION),
+        "another config": (wire(message(config_digest="x")), Reason.WRONG_CONFIG),
+        "another version": (wire(message(version=9)), Reason.WRONG_VERSION),
+        "other shapes": (wire(message(layout="x")), Reason.WRONG_SHAPE),
+        "for somebody else": (wire(good, "carol"), Reason.WRONG_RECEIVER),
+        "NaN": (wire(message(nan_factors())), Reason.NOT_FINITE),
+        "a huge norm": (wire(message(large_factors())), Reason.NORM_TOO_LARGE),
+        "1 GiB declared": (wire(message(num_bytes=1 << 30)), Reason.TOO_LARGE),
+        "more than declared": ((header, iter([good.body[1:], good.body])), Reason.TOO_LARGE),
+        "more in one piece": ((header, iter([good.body + b"x"])), Reason.TOO_LARGE),
+        "cut off": ((header, iter([good.body[:-1]])), Reason.MALFORMED),
+        "an empty piece": ((header, iter([b"", good.body])), Reason.MALFORMED),
+        "no body": ((header, iter([])), Reason.MALFORMED),
+        "random bytes": ((b"\xff\x00random", iter([b"random"])), Reason.MALFORMED),
+        "a random body": ((header, iter([bytes(size)])), Reason.WRONG_DIGEST),
+        "nothing": ((b"", iter([])), Reason.MALFORMED),
+        "no header": ((b"", iter(good.pieces)), Reason.MALFORMED),
     }
 
 
 BAD = (
     "forged sender", "another federation", "another config", "another version", "other shapes",
-    "for somebody else", "NaN", "a huge norm", "1 GiB declared", "more than declared", "cut off",
-    "random bytes", "a random body", "nothing", "no header", "two headers",
+    "for somebody else", "NaN", "a huge norm", "1 GiB declared", "more than declared",
+    "more in one piece", "cut off", "an empty piece", "no body", "random bytes", "a random body",
+    "nothing", "no header",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_message_is_refused_and_both_sides_know(network, kind):
-    stream, reason = bad_streams(network)[kind]
-    ack = network.deliver(iter(stream), network.pair("alice"))
+    sent, reason = bad_messages(network)[kind]
+    ack = network.deliver(*sent, network.pair("alice"))
     assert (ack.accepted, ack.reason) == (False, reason)
     assert network.desks["bob"].refusals == [("alice", reason, ack.detail)]
     assert not network.desks["bob"].taken
@@ -434,18 +440,32 @@ def test_a_bad_message_is_refused_and_both_sides_know(network, kind):
 
 
 def test_every_bad_message_has_its_case(network):
-    assert set(bad_streams(network)) == set(BAD)
+    assert set(bad_messages(network)) == set(BAD)
 
 
-def test_a_frame_above_the_limit_is_refused_by_grpc_itself(network):
+def test_what_comes_after_a_whole_message_is_not_read(network):
+    good = network.message()
+    header, pieces = wire(good)
+    ack = network.deliver(header, iter([*pieces, good.body]), network.pair("alice"))
+    assert ack.accepted
+    assert len(network.desks["bob"].taken) == 1
+
+
+@pytest.mark.parametrize("what", ["header", "piece"])
+def test_what_is_above_the_limit_is_refused_by_grpc_itself(network, what):
+    header, pieces = wire(network.message())
+    sent = {
+        "header": (bytes(1 << 16), pieces),
+        "piece": (header, iter([bytes(PIECE_BYTES + 1)])),
+    }
     with pytest.raises(grpc.RpcError) as caught:
-        network.deliver(iter([bytes(FRAME_BYTES + 1)]), network.pair("alice"))
+        network.deliver(*sent[what], network.pair("alice"))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_someone_with_a_certificate_who_is_no_member_is_refused(network):
     pair = make_certificate(network.authority, "mallory")
-    ack = network.deliver(frames(network.message(sender="mallory"), "bob"), pair)
+    ack = network.deliver(*wire(network.message(sender="mallory")), pair)
     assert ack.reason is Reason.WRONG_SENDER
 
 
@@ -460,13 +480,14 @@ def test_what_the_desk_refuses_the_sender_hears(network):
 
 def test_a_message_that_never_ends_is_ended(network):
     stop = threading.Event()
+    header, pieces = wire(network.message())
 
     def endless() -> Iterator[bytes]:
-        yield next(frames(network.message(), "bob"))
+        yield next(pieces)[:10]
         stop.wait(SOON_S)
 
     try:
-        ack = network.deliver(endless(), network.pair("alice"))
+        ack = network.deliver(header, endless(), network.pair("alice"))
     finally:
         stop.set()
     assert ack.reason is Reason.NO_ANSWER
@@ -475,6 +496,7 @@ def test_a_message_that_never_ends_is_ended(network):
 
 def test_a_peer_may_have_a_few_calls_open_and_no_more(network):
     stop = threading.Event()
+    header, _ = wire(network.message())
 
     def endless() -> Iterator[bytes]:
         stop.wait(SOON_S)
@@ -482,7 +504,7 @@ def test_a_peer_may_have_a_few_calls_open_and_no_more(network):
 
     with ThreadPoolExecutor(OPEN_CALLS + 3) as pool:
         calls = [
-            pool.submit(network.deliver, endless(), network.pair("alice"))
+            pool.submit(network.deliver, header, endless(), network.pair("alice"))
             for _ in range(OPEN_CALLS + 3)
         ]
         assert network.desks["bob"].sees(Reason.BUSY)

@@ -124,7 +124,7 @@ def pack(factors: Mapping[Factor, Tensor], template: Template) -> bytes:
 
 
 def unpack(
-    body: bytearray, template: Template, norm_bound: float | None = None
+    body: bytes | bytearray, template: Template, norm_bound: float | None = None
 ) -> dict[Factor, Tensor]:
     """The factors of a body that holds exactly the template's tensors, all of them finite.
 
@@ -134,7 +134,7 @@ def unpack(
         norm_bound: The largest Euclidean norm of all values together.
 
     Returns:
-        Factor -> (P,) float32, in the memory of `body` when that has the template's own head.
+        Factor -> (P,) float32, in memory of their own.
 
     Raises:
         Refused: It doesn't hold what is expected; the detail says where.
@@ -147,7 +147,7 @@ def unpack(
     else:
         values = _in_order(body, template)
     rows = {
-        factor: np.frombuffer(values[start:end], "<f4")
+        factor: np.frombuffer(values[start:end], "<f4").copy()
         for factor, (start, end) in template.rows.items()
     }
     _check_values(rows, norm_bound)
@@ -167,14 +167,14 @@ def _check_values(rows: Mapping[Factor, Values], norm_bound: float | None) -> No
         raise Refused(Reason.NORM_TOO_LARGE, f"the norm is {norm:.3g}, the bound {norm_bound:.3g}")
 
 
-def _in_order(body: bytearray, template: Template) -> memoryview:
+def _in_order(body: bytes | bytearray, template: Template) -> memoryview:
     """The values of a body with another writer's head, brought into the template's order."""
     start, spans = _read_head(body, template)
     places = (spans[part.name] for part in template.parts)
     return memoryview(bytearray().join(body[start + a : start + b] for a, b in places))
 
 
-def _read_head(body: bytearray, template: Template) -> tuple[int, dict[str, Span]]:
+def _read_head(body: bytes | bytearray, template: Template) -> tuple[int, dict[str, Span]]:
     """Where the values begin, and name -> (start, end) from there, all as the template wants."""
     values_start = LENGTH.size + LENGTH.unpack_from(body)[0]
     if len(body) - values_start != template.values_bytes:

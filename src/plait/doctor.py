@@ -27,7 +27,7 @@ HUB_TIMEOUT_S = 3.0
 LEAST_DISK_GIB = 5.0
 SOON = timedelta(days=30)
 PEER_PACKAGES = (
-    "grpc", "grpc_health", "google.protobuf", "cryptography", "blake3", "prometheus_client",
+    "grpc", "grpc_health", "google.protobuf", "cryptography", "xxhash", "prometheus_client",
 )  # fmt: skip
 
 

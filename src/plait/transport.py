@@ -5,14 +5,14 @@ a client checks the server's for the neighbour's name, and the server takes a se
 the sender's. gRPC runs on one background thread; `send` and `ask` may be called from any others.
 
 A header is checked before any of its body is read, and a body has no more bytes than its header
-declared. gRPC's own limit on a frame holds for whatever comes before that.
+declared. gRPC's own limits, on metadata and on a piece, hold for whatever comes before that.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,19 +26,20 @@ from torch import Tensor
 
 from plait.background import BACKGROUND
 from plait.certificates import read_credentials
-from plait.codec import Ack, Answer, Header, Identity, Message, Question, decode
-from plait.federation import Federation, PeerSettings, is_loopback, split_address
-from plait.frames import (
-    FRAME_BYTES,
+from plait.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
+from plait.envelope import (
     Assembly,
-    answer_frame,
-    frames,
     read_ack,
-    read_frame,
+    read_answer,
+    read_header,
     read_question,
     write_ack,
+    write_answer,
+    write_header,
     write_question,
+    write_refusal,
 )
+from plait.federation import Federation, PeerSettings, is_loopback, split_address
 from plait.lora import Layout
 from plait.methods import Factor
 from plait.refusal import Reason, Refused
@@ -50,9 +51,13 @@ Names = frozenset[str] | None
 OPEN_CALLS = 4
 """Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
 
+DELIVER, ASK = "/plait.v1.Peer/Deliver", "/plait.v1.Peer/Ask"
+HEADER = "plait-header-bin"
+"""The metadata of a delivery: its header."""
+
 OPTIONS: Options = [
-    ("grpc.max_receive_message_length", FRAME_BYTES),
-    ("grpc.max_send_message_length", FRAME_BYTES),
+    ("grpc.max_receive_message_length", PIECE_BYTES),
+    ("grpc.max_send_message_length", PIECE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -86,6 +91,13 @@ class Counts:
 
     sent_bytes: Counter[str] = field(default_factory=Counter)
     received_bytes: Counter[str] = field(default_factory=Counter)
+
+
+class Stream(Protocol):
+    """What both sides of gRPC read from, at less cost than iterating over it."""
+
+    async def read(self) -> Any:
+        """The next message, or `aio.EOF`."""
 
 
 class Desk(Protocol):
@@ -235,21 +247,19 @@ class GrpcTransport:
         await server.start()
         self._server = server
 
-    async def _deliver(self, stream: AsyncIterator[bytes], context: Any) -> bytes:
+    async def _deliver(self, _stream: Any, context: Any) -> bytes:
         """The handler of a delivery."""
         certified = self._certified(context)
-        work = partial(self._receive, stream, certified)
+        work = partial(self._receive, certified, context)
         return write_ack(await self._attempt(work, certified, context))
 
-    async def _receive(self, stream: AsyncIterator[bytes], certified: Names) -> None:
+    async def _receive(self, certified: Names, context: Any) -> None:
         """Take a message: every check, in the order of what it costs."""
-        header = read_frame(await anext(stream, b""))
-        if not isinstance(header, Header):
-            raise Refused(Reason.MALFORMED, "a message without a header")
+        header = read_header(dict(context.invocation_metadata()).get(HEADER, b""))
         self._check(header, certified)
         self.identity.template(header)
         self._desk.admit(header)
-        body = await _assemble(stream, header)
+        body = await _assemble(context, header)
         self.counts.received_bytes[header.sender] += len(body)
         self._desk.take(header, decode(header, body, self.identity))
 
@@ -260,16 +270,16 @@ class GrpcTransport:
         refused = await self._attempt(work, certified, context)
         # One who doesn't read what it asked for would not read this either.
         if refused and refused.reason is not Reason.NO_ANSWER:
-            await context.write(answer_frame(refused))
+            await context.write(write_refusal(refused))
 
     async def _reply_to(self, data: bytes, certified: Names, context: Any) -> None:
         question = read_question(data)
         self._check(question, certified)
         answer = self._desk.answer(question)
-        await context.write(answer_frame(answer))
+        await context.write(write_answer(answer, question.sender))
         if answer.message:
-            for frame in frames(answer.message, question.sender):
-                await context.write(frame)
+            for piece in answer.message.pieces:
+                await context.write(piece)
             self.counts.sent_bytes[question.sender] += len(answer.message.body)
 
     def _certified(self, context: Any) -> Names:
@@ -309,9 +319,16 @@ class GrpcTransport:
     # -- on the background thread: as a client
 
     async def _send(self, to: str, message: Message, deadline_s: float) -> Ack:
-        call = self._channel(to).stream_unary("/plait.v1.Peer/Deliver")
+        channel, pieces = self._channel(to), message.pieces
+        how = {"timeout": deadline_s, "metadata": ((HEADER, write_header(message.header, to)),)}
+        # On the wire one piece is the same either way; as a stream it takes gRPC more steps.
+        call = (
+            channel.unary_unary(DELIVER)(pieces[0], **how)
+            if len(pieces) == 1
+            else channel.stream_unary(DELIVER)(iter(pieces), **how)
+        )
         with _grpc_errors(to):
-            ack = read_ack(await call(frames(message, to), timeout=deadline_s))
+            ack = read_ack(await call)
         self.counts.sent_bytes[to] += len(message.body) if ack.accepted else 0
         return ack
 
@@ -327,30 +344,22 @@ class GrpcTransport:
                 config_digest=self.identity.config_digest,
             )
         )
-        call = self._channel(to).unary_stream("/plait.v1.Peer/Ask")
+        call = self._channel(to).unary_stream(ASK)(asked, timeout=deadline_s)
         with _grpc_errors(to):
-            return await self._reply(to, aiter(call(asked, timeout=deadline_s)))
+            return await self._reply(to, call)
 
-    async def _reply(self, to: str, stream: AsyncIterator[bytes]) -> Reply:
+    async def _reply(self, to: str, stream: Stream) -> Reply:
         """Read an answer, as distrustful as a message that comes by itself."""
-        answer = read_frame(await anext(stream, b""))
-        if isinstance(answer, Ack):
-            raise Refused(answer.reason or Reason.OTHER, answer.detail)
-        if not isinstance(answer, Answer):
-            raise Refused(Reason.MALFORMED, "an answer that is none")
-        frame = await anext(stream, None)
-        if frame is None:
-            return Reply(facts=answer.facts)
-        header = read_frame(frame)
-        if not isinstance(header, Header):
-            raise Refused(Reason.MALFORMED, "a message without a header")
+        facts, header = read_answer(await _next(stream) or b"")
+        if header is None:
+            return Reply(facts=facts)
         # The channel was opened to this name, so the certificate has it.
         self.identity.check(header, frozenset([to]))
         self.identity.template(header)
         body = await _assemble(stream, header)
         self.counts.received_bytes[to] += len(body)
         factors = decode(header, body, self.identity)
-        return Reply(facts=answer.facts, header=header, factors=factors)
+        return Reply(facts=facts, header=header, factors=factors)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
         check = self._channel(to).unary_unary("/grpc.health.v1.Health/Check")
@@ -385,16 +394,18 @@ class GrpcTransport:
             self._server = None
 
 
-async def _assemble(stream: AsyncIterator[bytes], header: Header) -> bytearray:
+async def _assemble(stream: Stream, header: Header) -> bytes | bytearray:
+    """A body; what comes after the bytes that were declared is not read."""
     assembly = Assembly(header.num_bytes)
-    while not assembly.whole:
-        frame = await anext(stream, None)
-        if frame is None:
-            break
-        assembly.add(frame)
-    if await anext(stream, None) is not None:
-        raise Refused(Reason.TOO_LARGE, f"more than the {header.num_bytes} bytes declared")
+    while not assembly.whole and (piece := await _next(stream)) is not None:
+        assembly.add(piece)
     return assembly.finish()
+
+
+async def _next(stream: Stream) -> bytes | None:
+    """The next message of a stream, None at its end."""
+    data = await stream.read()
+    return None if data is aio.EOF else data
 
 
 @contextmanager

@@ -5,16 +5,6 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class Frame(_message.Message):
-    __slots__ = ("header", "body", "answer")
-    HEADER_FIELD_NUMBER: _ClassVar[int]
-    BODY_FIELD_NUMBER: _ClassVar[int]
-    ANSWER_FIELD_NUMBER: _ClassVar[int]
-    header: Header
-    body: bytes
-    answer: Answer
-    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., body: _Optional[bytes] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ...) -> None: ...
-
 class Header(_message.Message):
     __slots__ = ("version", "federation", "kind", "round", "active", "factors", "config_digest", "layout", "dtype", "sender", "receiver", "num_bytes", "digest")
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -76,9 +66,11 @@ class Question(_message.Message):
     def __init__(self, version: _Optional[int] = ..., federation: _Optional[str] = ..., kind: _Optional[str] = ..., round: _Optional[int] = ..., asker_round: _Optional[int] = ..., config_digest: _Optional[str] = ..., sender: _Optional[str] = ..., receiver: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("ack", "facts")
+    __slots__ = ("ack", "facts", "header")
     ACK_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
     ack: Ack
     facts: str
-    def __init__(self, ack: _Optional[_Union[Ack, _Mapping]] = ..., facts: _Optional[str] = ...) -> None: ...
+    header: Header
+    def __init__(self, ack: _Optional[_Union[Ack, _Mapping]] = ..., facts: _Optional[str] = ..., header: _Optional[_Union[Header, _Mapping]] = ...) -> None: ...

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 from safetensors.torch import load as safe_load
 from safetensors.torch import save as safe_save
+from xxhash import xxh3_128
 
 import plait.engines.peer as engine
 import plait.engines.steps as steps
@@ -235,7 +235,7 @@ def hostile(kind: str) -> None:
         return ack
 
     if kind == "random bytes":
-        transport.frames = _noise(transport.frames)
+        transport.write_header = _noise(transport.write_header)
     transport.GrpcTransport.send = send
 
 
@@ -253,7 +253,9 @@ def lying(size: float) -> None:
 
 
 def _with_body(message: Message, body: bytes) -> Message:
-    header = dataclasses.replace(message.header, num_bytes=len(body), digest=blake3(body).digest())
+    header = dataclasses.replace(
+        message.header, num_bytes=len(body), digest=xxh3_128(body).digest()
+    )
     return Message(header, body)
 
 
@@ -294,29 +296,27 @@ def _wrong_phase(_transport, message: Message) -> list[Message]:
     return [Message(dataclasses.replace(message.header, active="AB"), message.body)]
 
 
-def _marked(_transport, message: Message) -> list[Message]:
-    return [Message(message.header, NOISE)]
+def _random(_transport, message: Message) -> list[Message]:
+    noise = [Message(message.header, os.urandom(size)) for size in (1, 100, 100_000)]
+    odd = Message(dataclasses.replace(message.header, active=NOISE), message.body)
+    return [*noise, odd]
 
 
 def _noise(original):
-    """Frames of random bytes for the message that is marked as noise."""
+    """Random bytes, no protobuf, for the header that is marked as noise."""
 
-    def frames(message, *rest):
-        if message.body != NOISE:
-            yield from original(message, *rest)
-            return
-        for size in (0, 1, 100, 100_000):
-            yield os.urandom(size)
+    def write_header(header, receiver):
+        return b"\xff" + os.urandom(100) if header.active == NOISE else original(header, receiver)
 
-    return frames
+    return write_header
 
 
-NOISE = b"noise"
+NOISE = "noise"
 ATTACKS: dict[str, Callable[..., list[Message]]] = {
     "NaN": _not_finite,
     "wrong shapes": _wrong_shapes,
     "1 GiB": _huge,
-    "random bytes": _marked,
+    "random bytes": _random,
     "old and future rounds": _old,
     "another's name": _another_name,
     "wrong phase": _wrong_phase,

@@ -312,7 +312,7 @@ REASONS = {
     "NaN": {"NOT_FINITE"},
     "wrong shapes": {"WRONG_SHAPE"},
     "1 GiB": {"TOO_LARGE"},
-    "random bytes": {"MALFORMED"},
+    "random bytes": {"MALFORMED", "TOO_LARGE"},
     # A receiver that is a round behind may find the wrong factors first.
     "old and future rounds": {"STALE_ROUND", "TOO_FAR_AHEAD", "REPLAY", "WRONG_PHASE"},
     "another's name": {"WRONG_SENDER"},

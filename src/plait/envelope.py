@@ -1,28 +1,24 @@
-"""Messages as the frames of a stream, in the format of `wire.proto`, and back.
+"""What surrounds a body, in the format of `wire.proto`: written, and read with distrust.
 
-Nothing here does I/O: a transport feeds in the frames that come and sends the ones given out.
+Nothing here does I/O: a transport feeds in what comes and sends what is given out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from plait import wire_pb2 as pb
-from plait.chunks import BODY_TAG, CHUNK_BYTES, read_chunk
-from plait.codec import Ack, Answer, Header, Message, Question
+from plait.codec import Ack, Answer, Header, Question
 from plait.refusal import Reason, Refused
 
 ENVELOPE_BYTES = 1 << 12
-"""The most that a header may have."""
+"""The most that a header, a question or an acknowledgement may have."""
 FACTS_BYTES = 1 << 16
 """The most that the facts of an answer may have."""
-FRAME_BYTES = CHUNK_BYTES + ENVELOPE_BYTES + FACTS_BYTES
-"""The most that any frame has: gRPC itself refuses a larger one without buffering it."""
 
 P = TypeVar("P", bound=Proto)
 
@@ -31,73 +27,81 @@ class Assembly:
     """The body of a message while it comes in; never more than its header declared."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._body = bytearray(num_bytes)
-        self._filled = 0
+        self._num_bytes = num_bytes
+        self._body: bytes | bytearray = bytearray()
 
     @property
     def whole(self) -> bool:
         """Whether all of it has come."""
-        return self._filled == len(self._body)
+        return len(self._body) == self._num_bytes
 
-    def add(self, frame: bytes) -> None:
-        """Take the next frame.
+    def add(self, piece: bytes) -> None:
+        """Take the next piece.
 
         Raises:
-            Refused: It is not a piece of a body, or more than was declared.
+            Refused: It is empty, or more than was declared.
         """
-        chunk = read_frame(frame)
-        if not isinstance(chunk, memoryview) or not chunk:
-            raise Refused(Reason.MALFORMED, "expected a piece of the body")
-        end = self._filled + len(chunk)
-        if end > len(self._body):
-            raise Refused(Reason.TOO_LARGE, f"more than the {len(self._body)} bytes declared")
-        self._body[self._filled : end] = chunk
-        self._filled = end
+        if not piece:
+            raise Refused(Reason.MALFORMED, "an empty piece of the body")
+        if len(self._body) + len(piece) > self._num_bytes:
+            raise Refused(Reason.TOO_LARGE, f"more than the {self._num_bytes} bytes declared")
+        if len(piece) == self._num_bytes:
+            self._body = piece  # most do come in one, which needs no copy
+        else:
+            self._body += piece
 
-    def finish(self) -> bytearray:
+    def finish(self) -> bytes | bytearray:
         """The body.
 
         Raises:
             Refused: The stream ended before it was whole.
         """
         if not self.whole:
-            raise Refused(Reason.MALFORMED, f"cut off after {self._filled} bytes")
+            raise Refused(Reason.MALFORMED, f"cut off after {len(self._body)} bytes")
         return self._body
 
 
-def frames(message: Message, receiver: str) -> Iterator[bytes]:
-    """A message to one receiver as frames: the header, then the body in chunks."""
-    fields = {**vars(message.header), "receiver": receiver}
-    yield pb.Frame(header=pb.Header(**fields)).SerializeToString()
-    yield from message.chunks
+def write_header(header: Header, receiver: str) -> bytes:
+    """A header to one receiver."""
+    return _header(header, receiver).SerializeToString()
 
 
-def read_frame(frame: bytes) -> Header | Answer | Ack | memoryview:
-    """What a frame holds; an answer that is a refusal as its `Ack`.
+def read_header(data: bytes) -> Header:
+    """The header of `write_header`.
 
     Raises:
-        Refused: It holds none of these.
+        Refused: It is none.
     """
-    if frame[:1] == BODY_TAG:
-        return read_chunk(frame)
-    content = _parsed(pb.Frame, frame, ENVELOPE_BYTES + FACTS_BYTES)
-    kind = content.WhichOneof("content")
-    if kind == "header" and len(frame) <= ENVELOPE_BYTES:
-        return Header(**_fields(content.header))
-    if kind == "answer":
-        ack = _ack(content.answer.ack)
-        return Answer(_facts(content.answer.facts)) if ack.accepted else ack
-    raise Refused(Reason.MALFORMED, "a frame that is no header, body or answer")
+    if not data:
+        raise Refused(Reason.MALFORMED, "a message without a header")
+    return Header(**_fields(_parsed(pb.Header, data, ENVELOPE_BYTES)))
 
 
-def answer_frame(answer: Answer | Refused) -> bytes:
-    """The first frame of an answer."""
-    if isinstance(answer, Refused):
-        ack = pb.Ack(reason=answer.reason.name, detail=answer.detail[:1000])
-        return pb.Frame(answer=pb.Answer(ack=ack)).SerializeToString()
+def write_answer(answer: Answer, receiver: str) -> bytes:
+    """An answer, with the header of its message if it has one."""
     facts = json.dumps(answer.facts)
     assert len(facts) <= FACTS_BYTES, "facts are a few words, not data"
-    return pb.Frame(answer=pb.Answer(ack=pb.Ack(accepted=True), facts=facts)).SerializeToString()
+    header = _header(answer.message.header, receiver) if answer.message else None
+    return pb.Answer(ack=pb.Ack(accepted=True), facts=facts, header=header).SerializeToString()
+
+
+def write_refusal(refused: Refused) -> bytes:
+    """The answer to a question that is refused."""
+    return pb.Answer(ack=_refusal(refused)).SerializeToString()
+
+
+def read_answer(data: bytes) -> tuple[dict[str, Any], Header | None]:
+    """The facts of an answer, and the header of the message that follows.
+
+    Raises:
+        Refused: The question was, or this is no answer.
+    """
+    answer = _parsed(pb.Answer, data, ENVELOPE_BYTES + FACTS_BYTES)
+    ack = _ack(answer.ack)
+    if not ack.accepted:
+        raise Refused(ack.reason or Reason.OTHER, ack.detail)
+    header = Header(**_fields(answer.header)) if answer.HasField("header") else None
+    return _facts(answer.facts), header
 
 
 def write_question(question: Question) -> bytes:
@@ -119,9 +123,7 @@ def read_question(data: bytes) -> Question:
 
 def write_ack(refused: Refused | None) -> bytes:
     """The acknowledgement of a message: taken, or refused."""
-    if refused is None:
-        return pb.Ack(accepted=True).SerializeToString()
-    return pb.Ack(reason=refused.reason.name, detail=refused.detail[:1000]).SerializeToString()
+    return (_refusal(refused) if refused else pb.Ack(accepted=True)).SerializeToString()
 
 
 def read_ack(data: bytes) -> Ack:
@@ -131,6 +133,14 @@ def read_ack(data: bytes) -> Ack:
         Refused: It is none.
     """
     return _ack(_parsed(pb.Ack, data, ENVELOPE_BYTES))
+
+
+def _header(header: Header, receiver: str) -> pb.Header:
+    return pb.Header(**{**vars(header), "receiver": receiver})
+
+
+def _refusal(refused: Refused) -> pb.Ack:
+    return pb.Ack(reason=refused.reason.name, detail=refused.detail[:1000])
 
 
 def _ack(ack: pb.Ack) -> Ack:
