@@ -215,8 +215,10 @@ def test_a_message_that_was_asked_for_is_checked_too(either):
     desk.message = None
 
 
-def test_a_message_of_many_pieces_arrives(tmp_path):
-    layout = Layout((Site("large", 1 << 19, 1 << 18),), rank=4, scale=1.0)
+@pytest.mark.parametrize(("width", "pieces"), [(1 << 18, 1), (1 << 20, 3)])
+def test_a_large_message_arrives_or_its_sender_hears_why_not(tmp_path, width, pieces):
+    """The refusal comes before the body is read, and must not get lost in what is on its way."""
+    layout = Layout((Site("large", width, 1 << 17),), rank=2, scale=1.0)
     path = init_federation(tmp_path / "f", ["alice", "bob"], Config(topology="ring"))
     federation, desk = load_federation(path), Desk()
     alice, bob = (
@@ -232,10 +234,15 @@ def test_a_message_of_many_pieces_arrives(tmp_path):
         round=0,
         active="B",
     )
-    assert len(message.pieces) > 2
+    assert len(message.pieces) == pieces
     alice.start(serve=False)
     bob.start()
     try:
+        desk.refusal = Refused(Reason.STALE_ROUND, "over")
+        for _ in range(10):
+            ack = alice.send("bob", message, SOON_S)
+            assert ack == Ack(False, Reason.STALE_ROUND, "over")
+        desk.refusal = None
         assert alice.send("bob", message, SOON_S).accepted
         assert all(torch.equal(desk.taken[0][1][factor], row) for factor, row in factors.items())
         assert alice.counts.sent_bytes == {"bob": len(message.body)}
