@@ -12,10 +12,10 @@ import torch
 from hub import TERMS, Hub, member, start_peer, together
 from plait.codec import Question
 from plait.config import Config
-from plait.desk import OBSERVER
+from plait.desk import OBSERVER, Desk
 from plait.engines.peer import Peer
 from plait.events import Incident, RoundDone
-from plait.exchange import Left, Terms
+from plait.exchange import Exchange, Left, Terms
 from plait.inbox import Inbox, Letter, Task, Turn, Word
 from plait.methods import Factor
 from plait.refusal import Reason, Refused
@@ -165,6 +165,30 @@ def test_symmetric_without_word_of_it_neither_mixes():
     high.decided(0, 0, word.agreed)
     assert not high.in_limbo(), "no use to wait any longer"
     assert high.close() == {}
+
+
+class Impatient(Exchange):
+    """An exchange that fails where it would wait."""
+
+    def _left(self) -> dict[int, set[Task]]:
+        left = super()._left()
+        assert not left, "waits for them"
+        return left
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("why", ["absent", "late"])
+def test_a_neighbour_that_is_absent_or_too_late_is_not_waited_for(symmetric, why):
+    desk = Desk(inbox(symmetric), tuple("abcd"))
+    terms = Terms(round_timeout_s=600.0, start_timeout_s=600.0)
+    exchange = Impatient(desk, transport=None, terms=terms)  # type: ignore[arg-type]
+    desk.inbox.send(message())
+    if why == "absent":
+        for peer in (0, 2):
+            desk.set_absent(peer, "gone")
+    else:
+        exchange._begin -= 601
+    exchange.wait()
 
 
 # -- peers together

@@ -183,9 +183,9 @@ class Inbox:
             (page.agreed if agreed else page.void).add(peer)
 
     def in_limbo(self) -> bool:
-        """Whether another side may have decided for a link, and this one does not know."""
+        """Whether, with symmetric loss, another side may have decided and this one not know it."""
         self.closing = self.symmetric
-        return any(Task.ASK in tasks for tasks in self.left().values())
+        return self.closing and any(Task.ASK in tasks for tasks in self.left().values())
 
     # -- what is asked
 
