@@ -33,9 +33,9 @@ WINDOW = 32
 SITES = 2
 """Adapted linear layers in a layer of the model: query and value."""
 GROUPS = {
-    "frozen products": ("linear", "aten::mm", "addmm", "matmul"),
-    "LoRA's products": ("bmm",),
-    "attention": ("attention", "softmax", "masked_fill"),
+    "frozen products": ("linear",),
+    "LoRA's products": ("branches", "aten::mm", "addmm"),
+    "attention": ("attention", "softmax", "masked_fill", "bmm"),
     "GELU": ("gelu",),
     "layer norms": ("layer_norm",),
     "optimizer, clipping": ("adam", "norm", "clamp"),

@@ -14,7 +14,7 @@ import torch
 from limits import Limits, Shape
 from rich.progress import track
 from rich.table import Table
-from rivals import a_process_each, peft_steps, plait_steps, vmap_steps
+from rivals import in_processes, peft_steps, plait_steps, vmap_steps
 from work import Steps, Work, has_bfloat16
 
 from plait.local import chunks
@@ -64,7 +64,7 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
 
 
 def entrants(stack: ExitStack, work: Work, whole: bool) -> dict[str, tuple[Steps, int]]:
-    """Name -> its steps, and of how many clients; plait first."""
+    """Name -> its steps, and of how many clients; plait first. Each has processes of its own."""
     n, cores = len(work.clients), torch.get_num_threads()
     found: dict[str, tuple[Steps, int]] = {}
     for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
@@ -72,13 +72,15 @@ def entrants(stack: ExitStack, work: Work, whole: bool) -> dict[str, tuple[Steps
         if half and not has_bfloat16():
             continue
         typed = dataclasses.replace(work, config=dataclasses.replace(work.config, dtype=dtype))
-        found[f"plait {kind}"] = plait_steps(typed), n
-        found[f"peft {kind}"] = peft_steps(work, half), n
-        found[f"peft {kind}, a process per core"] = a_process_each(stack, work, cores, half), n
+        found[f"plait {kind}"] = in_processes(stack, typed, 1, plait_steps), n
+        one, each = LOOPS[kind]
+        found[one] = in_processes(stack, work, 1, peft_steps, half), n
+        found[each] = in_processes(stack, work, cores, peft_steps, half), n
     if whole:
         few = work.only(work.clients[:10])
-        found[PADDED] = peft_steps(few, False, work.config.max_length), len(few.clients)
-        found["vmap fp32"] = vmap_steps(few), len(few.clients)
+        padded = in_processes(stack, few, 1, peft_steps, False, work.config.max_length)
+        found[PADDED] = padded, len(few.clients)
+        found["vmap fp32"] = in_processes(stack, few, 1, vmap_steps), len(few.clients)
     return found
 
 
@@ -91,12 +93,10 @@ def losses_apart(systems: dict[str, tuple[Steps, int]], steps: int) -> dict[str,
 
 def padding(work: Work) -> float:
     """Share of the tokens computed in a step of all clients that are filler."""
-    config, clients = work.config, work.clients
-    tokens = config.batch_size * work.tokens.lengths.mean()
-    batches = [
-        pack(work.tokens, np.stack([work.rows(clients[k], 0) for k in chunk]))
-        for chunk in chunks(len(clients), tokens, config.chunk_tokens, torch.get_num_threads())
-    ]
+    rows = np.stack([work.rows(client, 0) for client in work.clients])
+    tokens = work.tokens.lengths[rows].sum(axis=1)
+    parts = chunks(tokens, work.config.chunk_tokens, torch.get_num_threads())
+    batches = [pack(work.tokens, rows[part]) for part in parts]
     return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)
 
 

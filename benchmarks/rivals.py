@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -150,10 +151,13 @@ def vmap_steps(work: Work) -> Steps:
     return steps
 
 
-def a_process_each(stack: ExitStack, work: Work, processes: int, *how: Any) -> Steps:
-    """The PEFT loop as processes of one thread, each with its part of the clients."""
+def in_processes(
+    stack: ExitStack, work: Work, processes: int, make: Callable[..., Steps], *how: Any
+) -> Steps:
+    """A system in processes of its own, which share the clients and the cores between them."""
     parts = [part.tolist() for part in np.array_split(work.clients, processes)]
-    made = workers(stack, 1, peft_steps, [(work.only(part), *how) for part in parts])
+    threads = torch.get_num_threads() // processes
+    made = workers(stack, threads, make, [(work.only(part), *how) for part in parts])
 
     def steps(count: int) -> np.ndarray:
         for worker in made:

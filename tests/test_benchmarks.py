@@ -42,14 +42,14 @@ SLOW = pytest.param("a process each", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("rival", ["loop", "padded", "vmap", SLOW])
 def test_a_rival_has_the_losses_of_plait(rival, work):
-    from rivals import a_process_each, peft_steps, plait_steps, vmap_steps
+    from rivals import in_processes, peft_steps, plait_steps, vmap_steps
 
     with ExitStack() as stack:
         steps = {
             "loop": lambda: peft_steps(work),
             "padded": lambda: peft_steps(work, False, 40),
             "vmap": lambda: vmap_steps(work),
-            "a process each": lambda: a_process_each(stack, work, 2),
+            "a process each": lambda: in_processes(stack, work, 2, peft_steps),
         }[rival]()
         theirs = np.concatenate([steps(4), steps(3)], axis=1)
     ours = plait_steps(work)

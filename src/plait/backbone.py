@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from plait.config import Config, Head
 from plait.heads import MeanHead, MeanPooledClassifier, OwnHead
+from plait.heap import keep_freed
 from plait.hooked import HookedEncoder
 from plait.loading import Loaded
 from plait.lora import Dropout, Layout, Site, layer_index
@@ -62,6 +63,8 @@ class Backbone:
             ValueError: No linear layer matches the targets.
         """
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed()
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.tokenizer = loaded.tokenizer
         model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)

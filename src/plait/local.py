@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from heapq import heappop, heappush
 from typing import TypeVar
 
 import numpy as np
@@ -58,49 +58,60 @@ def local_phase(
         (n, K) float64, each client's loss at each step, before the step.
     """
     active = [factor for factor in stack.factors if factor in train]
-    losses = np.empty((len(clients), config.local_steps))
+    positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
+    texts = np.array([[batch_rows(shares[i], i, p, config) for p in positions] for i in clients])
+    losses = np.empty(texts.shape[:2])
 
-    def train_chunk(chunk: range) -> None:
+    def train_chunk(chunk: list[int]) -> None:
         ids = [clients[k] for k in chunk]
-        rows = slice(chunk.start, chunk.stop)
         leaves = {
-            factor: value[rows].detach().requires_grad_(factor in train)
+            factor: value[chunk].requires_grad_(factor in train)
             for factor, value in stack.factors.items()
         }
-        for step in range(config.local_steps):
-            position = round_ * config.local_steps + step
-            texts = np.stack([batch_rows(shares[i], i, position, config) for i in ids])
-            batch = backbone.batch(tokens, texts)
+        for step, position in enumerate(positions):
+            batch = backbone.batch(tokens, texts[chunk, step])
             dropout = lora_dropout(batch, ids, position, config)
             client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
             client_losses.sum().backward()
-            losses[rows, step] = client_losses.detach().double().cpu().numpy()
+            losses[chunk, step] = client_losses.detach().double().cpu().numpy()
             _clip([leaves[factor].grad for factor in active], config.clip_norm)
             for factor in active:
-                _step(stack, factor, rows, leaves[factor], step, config)
+                _step(stack, factor, chunk, leaves[factor], step, config)
                 leaves[factor].grad = None
+        for factor in active:
+            stack.factors[factor][chunk] = leaves[factor].detach()
 
-    tokens_per_client = config.batch_size * float(tokens.lengths.mean())
+    tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
-    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_per_client)))
+    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
     chunk_tokens = min(config.chunk_tokens, most / workers)
-    on_cores(train_chunk, chunks(len(clients), tokens_per_client, chunk_tokens, workers), workers)
+    on_cores(train_chunk, chunks(tokens_each, chunk_tokens, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
     return losses
 
 
-def chunks(
-    num_clients: int, tokens_per_client: float, chunk_tokens: float, workers: int = 1
-) -> list[range]:
-    """Client ranges of equal size, to within one, of at most about `chunk_tokens` tokens.
+def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> list[list[int]]:
+    """Clients in chunks of about as many tokens each, at most about `chunk_tokens`.
 
-    Where there are clients enough, their number is a multiple of `workers`, so that none waits.
+    Where there are clients enough, the number of chunks is a multiple of `workers`: as all take
+    equally long, no worker waits for another. The clients go one by one, those with the most tokens
+    first, to the chunk that has the fewest (Graham 1969, longest processing time first).
+
+    Args:
+        tokens_each: (n,) tokens of each client's step.
+        chunk_tokens: Tokens of a chunk's step.
+        workers: Chunks that are computed at once.
     """
-    largest = max(1, int(chunk_tokens / tokens_per_client))
-    rounds = -(-num_clients // (largest * workers))
-    bounds = np.linspace(0, num_clients, min(rounds * workers, num_clients) + 1).astype(int)
-    return [range(*pair) for pair in pairwise(bounds)]
+    largest = max(1, int(chunk_tokens / tokens_each.mean()))
+    rounds = -(-len(tokens_each) // (largest * workers))
+    found: list[list[int]] = [[] for _ in range(min(rounds * workers, len(tokens_each)))]
+    fewest = [(0.0, number) for number in range(len(found))]
+    for client in np.argsort(-tokens_each, kind="stable").tolist():
+        count, number = heappop(fewest)
+        found[number].append(client)
+        heappush(fewest, (count + tokens_each[client], number))
+    return found
 
 
 def cores(device: torch.device) -> int:
@@ -188,16 +199,14 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
 
 
 def _step(
-    stack: Stack, factor: Factor, rows: slice, leaf: Tensor, step: int, config: Config
+    stack: Stack, factor: Factor, chunk: list[int], leaf: Tensor, step: int, config: Config
 ) -> None:
     """One AdamW step on a chunk's rows of one factor, with Hugging Face's defaults."""
     assert leaf.grad is not None
-    moments = stack.first[factor][rows], stack.second[factor][rows]
     # Each client's row by itself: the last few entries of a tensor are rounded otherwise than those
     # before them, and which are the last must not depend on who else is here.
-    values, grads, first, second = (
-        list(tensor.unbind()) for tensor in (leaf.detach(), leaf.grad, *moments)
-    )
+    values, grads = list(leaf.detach().unbind()), list(leaf.grad.unbind())
+    first, second = ([m[factor][k] for k in chunk] for m in (stack.first, stack.second))
     taken = torch.tensor(float(stack.steps[factor] + step), device=leaf.device)
     with torch.no_grad():
         adamw(
@@ -238,18 +247,18 @@ def evaluate(
     pieces = [
         (texts, chunk)
         for texts in np.split(order, range(texts_at_once, len(order), texts_at_once))
-        for chunk in chunks(num_clients, float(tokens.lengths[texts].sum()), config.chunk_tokens)
+        for chunk in chunks(np.full(num_clients, tokens.lengths[texts].sum()), config.chunk_tokens)
     ]
 
-    def logits_of(piece: tuple[np.ndarray, range]) -> Tensor:
+    def logits_of(piece: tuple[np.ndarray, list[int]]) -> Tensor:
         texts, chunk = piece
         batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
-        mine = {factor: value[chunk.start : chunk.stop] for factor, value in factors.items()}
+        mine = {factor: value[chunk] for factor, value in factors.items()}
         with torch.no_grad():
             return backbone.logits(batch, mine).cpu()
 
     parts = on_cores(logits_of, pieces, cores(backbone.device))
     logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
     for (texts, chunk), part in zip(pieces, parts, strict=True):
-        logits[chunk.start : chunk.stop, torch.from_numpy(texts)] = part
+        logits[torch.tensor(chunk)[:, None], torch.from_numpy(texts)] = part
     return logits

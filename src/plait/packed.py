@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import GELUActivation
 
 from plait.attention import Windows, attention
 from plait.lora import Dropout, Site, layer_index
@@ -74,6 +75,24 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
+
+
+class _Gelu(torch.autograd.Function):
+    """GELU whose gradient is written over the one that comes in, the largest array of a layer.
+
+    Autograd forbids that where somebody else may look at it; here nobody does, since what comes in
+    is what the frozen layer above has just computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return functional.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)  # type: ignore[no-any-return]
 
 
 class _Branches(torch.autograd.Function):
@@ -159,7 +178,8 @@ class _Layer:
         self.up = FrozenLinear([layer.intermediate.dense])
         self.down = FrozenLinear([layer.output.dense])
         self.norm_1, self.norm_2 = merge.LayerNorm, layer.output.LayerNorm
-        self.activation = layer.intermediate.intermediate_act_fn
+        activation = layer.intermediate.intermediate_act_fn
+        self.activation = _Gelu.apply if isinstance(activation, GELUActivation) else activation
 
 
 class PackedEncoder:
