@@ -26,6 +26,8 @@ Speed = dict[str, float | None]
 PLAIT = {"fp32": ["plait fp32"], "bf16": ["plait bf16"]}
 LOOPS = {kind: [f"peft {kind}", f"peft {kind}, a process per core"] for kind in ("fp32", "bf16")}
 PADDED = "peft fp32, padded"
+LEAST_SECONDS = 3.0
+"""Of a measurement: the fast systems are done with their steps in half a second."""
 
 
 def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
 
     Args:
         work: The job.
-        client_steps: At least so many in a measurement.
+        client_steps: At least so many in a measurement, of `LEAST_SECONDS` at least.
         repeats: Measurements of each system.
         whole: With the rivals that are slowest, for which ten of the clients stand for all.
     """
@@ -46,9 +48,7 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
         for _ in track(range(repeats), f"{len(work.clients)} clients"):
             limits.measure()
             for name, (run, clients) in systems.items():
-                begin = time.perf_counter()
-                run(steps)
-                seconds[name].append((time.perf_counter() - begin) / (clients * steps))
+                seconds[name].append(seconds_of(run, steps) / (clients * steps))
     names = [*PLAIT["fp32"], *PLAIT["bf16"], *LOOPS["fp32"], *LOOPS["bf16"]]
     names += [PADDED, "vmap fp32"] if whole else []
     speed: Speed = {n: 1 / median(seconds[n]) if n in seconds else None for n in names}
@@ -61,6 +61,15 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
         "padding_fraction": padding(work),
         "limit": limits.result(plait or 0.0, peft or 0.0),
     }
+
+
+def seconds_of(run: Steps, count: int) -> float:
+    """The mean time of so many steps, which are done again until it can be measured."""
+    begin, times = time.perf_counter(), 0
+    while not times or time.perf_counter() - begin < LEAST_SECONDS:
+        run(count)
+        times += 1
+    return (time.perf_counter() - begin) / times
 
 
 def entrants(stack: ExitStack, work: Work, whole: bool) -> dict[str, tuple[Steps, int]]:
