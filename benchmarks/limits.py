@@ -249,7 +249,7 @@ class Limits:
 def profile(work: Work) -> dict[str, float]:
     """The share of each kind of operation in plait's step, as torch's profiler has it."""
     steps = plait_steps(work)
-    steps(1)
+    steps(3)  # until the memory that is freed is enough for the next
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         steps(1)
     spent = dict.fromkeys([*GROUPS, "other"], 0.0)
