@@ -31,6 +31,15 @@ def four_threads():
 
 
 @pytest.mark.parametrize(("clients", "workers"), [(10, 1), (10, 4), (3, 3), (1000, 8)])
+def test_chunks_of_equal_clients_are_equally_many_and_never_too_large(clients, workers):
+    parts = chunks(np.full(clients, 200), 1000, workers)
+    assert sorted(i for part in parts for i in part) == list(range(clients))
+    assert len(parts) % workers == 0
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert max(map(len, parts)) * 200 <= 1000
+
+
+@pytest.mark.parametrize(("clients", "workers"), [(10, 1), (10, 4), (3, 3), (1000, 8)])
 def test_chunks_hold_every_client_once_and_no_worker_waits(clients, workers):
     tokens = np.linspace(50, 350, clients)
     parts = chunks(tokens, 1000, workers)
