@@ -26,6 +26,7 @@ from plait.heads import MeanPooledClassifier
 from plait.job import Job
 from plait.loading import Loaded
 from plait.methods import build_method
+from plait.native import kernels
 from plait.tasks import Rows, Task
 from plait.tokens import Tokens
 from plait.topology import build_schedule
@@ -123,6 +124,22 @@ def random_tokens() -> Tokens:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests tokenise isn't left in the user's cache."""
     os.environ["PLAIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def compiler() -> None:
+    """The test needs kernels.c compiled."""
+    if kernels(torch.device("cpu"), torch.float32) is None:
+        pytest.skip("no C compiler here")
+
+
+@pytest.fixture(params=["kernels", "PyTorch's operators"])
+def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with the C kernels, and once as where there is no compiler."""
+    if request.param == "kernels":
+        request.getfixturevalue("compiler")
+    else:
+        monkeypatch.setattr("plait.native._kernels", lambda _dtype: None)
 
 
 WORDS = [

@@ -1,37 +1,58 @@
-"""Attention in windows equals attention text by text, and so does its gradient."""
+"""Attention equals attention text by text, and so does its gradient."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
 from conftest import tokens_of
-from plait.attention import Windows, attention
+from plait.attention import attention
 from plait.tokens import pack
+from plait.windows import Windows, attention_in_windows
 
-HEADS, WIDTH = 3, 12
+HEADS = 3
+KINDS = {
+    "windows": (torch.float64, 1e-12),
+    "kernel": (torch.float32, 5e-6),
+    "kernel in bfloat16": (torch.bfloat16, 0.03),
+}
 
 
-@pytest.mark.parametrize("slots", [16, 32])
-@pytest.mark.parametrize("longest", [8, 40, 150], ids=["one size", "few sizes", "many sizes"])
-def test_windows_equal_one_text_after_another(longest, slots):
+def way(kind, batch, dtype):
+    """Attention of a kind over a batch."""
+    if kind == "windows":
+        windows = Windows(batch, HEADS, dtype)
+        return lambda qkv: attention_in_windows(qkv, windows)
+    return attention(batch, HEADS, dtype)
+
+
+@pytest.mark.parametrize("width", [4, 16, 20, 32], ids="head {}".format)
+@pytest.mark.parametrize("longest", [8, 40, 260])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_equals_one_text_after_another(kind, longest, width, request):
+    if kind != "windows":
+        request.getfixturevalue("compiler")
+    dtype, tolerance = KINDS[kind]
     generator = torch.Generator().manual_seed(longest)
     lengths = torch.randint(1, longest + 1, (24,), generator=generator).tolist()
-    tokens = tokens_of([*lengths, longest])
-    batch = pack(tokens, torch.arange(24).view(4, 6).numpy() + 1, slots)
-    assert all(apart.shape[1] % slots == 0 for apart in batch.apart)
-    shape = (len(batch.ids), 3 * WIDTH)
-    qkv = torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-    context = attention(qkv, Windows(batch, HEADS, qkv.dtype))[: batch.num_tokens]
+    batch = pack(tokens_of([*lengths, longest]), torch.arange(24).view(4, 6).numpy() + 1)
+    shape = (len(batch.ids), 3 * HEADS * width)
+    qkv = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    context = way(kind, batch, dtype)(qkv)
+    exact = qkv.detach().double().requires_grad_()
     expected = torch.cat(
         [
-            one_text(qkv[start : start + length])
+            one_text(exact[start : start + length])
             for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         ]
     )
-    torch.testing.assert_close(context, expected, rtol=0, atol=1e-12)
-    direction = torch.randn(context.shape, dtype=torch.float64, generator=generator)
-    grads = [torch.autograd.grad(y, qkv, direction)[0] for y in (context, expected)]
     real = slice(batch.num_tokens)
-    torch.testing.assert_close(grads[0][real], grads[1][real], rtol=0, atol=1e-12)
+    torch.testing.assert_close(context[real].double(), expected, rtol=0, atol=tolerance)
+    direction = torch.randn(context.shape, generator=generator).to(dtype)
+    (grad,) = torch.autograd.grad(context, qkv, direction)
+    (expected_grad,) = torch.autograd.grad(expected, exact, direction[real].double())
+    torch.testing.assert_close(grad[real].double(), expected_grad[real], rtol=0, atol=tolerance)
+    assert grad.isfinite().all()
 
 
 def one_text(qkv: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,12 @@ def test_missing_extras_are_notes(monkeypatch):
     assert "plait[peer]" in doctor.check_peer_packages().fix
 
 
+def test_kernels_and_where_they_cannot_be_compiled(compiler, monkeypatch):
+    assert doctor.check_kernels().mark == "ok"
+    monkeypatch.setattr("plait.native._kernels", lambda _dtype: None)
+    assert (doctor.check_kernels().mark, doctor.check_kernels().fix[:11]) == ("note", "install gcc")
+
+
 def test_a_full_or_closed_disk(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("", (), {"free": 2**30}))

@@ -22,55 +22,18 @@ def test_every_token_has_one_place_and_texts_stay_whole(lengths, clients):
     total = int(tokens.lengths[rows].sum())
     assert batch.num_tokens == total
     assert total <= len(batch.ids) <= total * (1 + 1 / 60)
-    text = torch.repeat_interleave(torch.arange(rows.size) + 1.0, batch.lengths)
-    places = batch.windows.inverse[:total]
-    assert len(places.unique()) == total
-    assert torch.equal(batch.windows.index[places], torch.arange(total))
-    slots = torch.zeros(len(batch.windows.index))
-    slots[places] = text
-    window_of_slot = []
-    for apart, part in zip(
-        batch.apart, slots.split([a.shape[0] * a.shape[1] for a in batch.apart]), strict=True
-    ):
-        windows = part.view(apart.shape[:2])
-        assert torch.equal(apart, windows[:, :, None] != windows[:, None, :])
-        assert (windows != 0).any(dim=1).all()
-        window_of_slot += [len(set(window_of_slot)) + k // apart.shape[1] for k in range(len(part))]
     for k, row in enumerate(rows.ravel()):
         span = slice(int(batch.starts[k]), int(batch.starts[k]) + lengths[row])
         expected = tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]
         assert batch.ids[span].tolist() == expected.tolist()
         assert batch.positions[span].tolist() == list(range(lengths[row]))
-        assert len({window_of_slot[slot] for slot in batch.windows.inverse[span].tolist()}) == 1
+    text = torch.repeat_interleave(torch.arange(rows.size) + 1.0, batch.lengths)
     text = torch.cat([text, torch.zeros(len(batch.ids) - total)])
     for client, (texts, own) in enumerate(batch.by_client(text, torch.arange(clients))):
         assert own == client
         assert set(texts.tolist()) == {3 * client + 1, 3 * client + 2, 3 * client + 3}
+        assert len(texts) == batch.counts[client] == batch.bounds[client : client + 2].diff()
     assert client == clients - 1
-
-
-def windows_of(batch):
-    """Each window as the ids in its slots, size after size; -1 where there is none."""
-    slots = torch.full((len(batch.windows.index),), -1)
-    slots[batch.windows.inverse[: batch.num_tokens]] = batch.ids[: batch.num_tokens]
-    counts = [apart.shape[0] * apart.shape[1] for apart in batch.apart]
-    return [
-        tuple(window)
-        for apart, part in zip(batch.apart, slots.split(counts), strict=True)
-        for window in part.view(apart.shape[:2]).tolist()
-    ]
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 90), min_size=6, max_size=60), st.integers(2, 6))
-def test_a_clients_windows_are_those_that_it_has_alone(lengths, clients):
-    tokens = tokens_of(lengths * clients)
-    rows = np.random.default_rng(0).permutation(len(lengths * clients)).reshape(clients, -1)
-    together = windows_of(pack(tokens, rows))
-    alone = [windows_of(pack(tokens, rows[k : k + 1])) for k in range(clients)]
-    assert len(together) == sum(map(len, alone))
-    for own in alone:
-        assert [window for window in together if window in own] == own
 
 
 def test_tokens_come_in_few_numbers():

@@ -39,6 +39,7 @@ def setup(architecture, config, tokens, packed=True):
     return model, backbone, stack, shares, targets
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("head", ["frozen", "mixed"])
 @pytest.mark.parametrize("train", PHASES, ids=lambda f: f.name)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -70,6 +71,7 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
     "targets",
     ["query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"],
 )
+@pytest.mark.usefixtures("operators")
 def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
     config = Config(clients=3, local_steps=3, batch_size=4, rank=2, target_modules=targets)
     model, backbone, stack, shares, names = setup("bert", config, ragged_tokens)
@@ -81,6 +83,7 @@ def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
     torch.testing.assert_close(stack.factors[Factor.A], expected[Factor.A], rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluation_equals_peft(architecture, ragged_tokens):
     config = Config(clients=3, rank=4, chunk_tokens=100)
@@ -93,6 +96,7 @@ def test_evaluation_equals_peft(architecture, ragged_tokens):
         torch.testing.assert_close(logits[client], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", PACKED)
 def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
@@ -106,6 +110,7 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("units", [True, False])
 def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monkeypatch):
     if units and not bfloat16_units():
@@ -131,6 +136,7 @@ def test_auto_takes_bfloat16_only_where_there_are_units(monkeypatch):
     assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_chunks_do_not_change_the_result(dropout, ragged_tokens):
     results = []
@@ -146,6 +152,7 @@ def test_chunks_do_not_change_the_result(dropout, ragged_tokens):
         assert torch.equal(results[2][factor], value)
 
 
+@pytest.mark.usefixtures("operators")
 def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
     config = Config(
         clients=5, local_steps=8, batch_size=7, rank=3, head="mixed", lora_dropout=0.1, lr=1e-2,
@@ -167,6 +174,7 @@ def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
             assert torch.equal(own.factors[factor][0], value[k])
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("cached", [True, False])
 def test_adapting_the_top_layers_only(cached, ragged_tokens):
     config = Config(clients=3, local_steps=3, batch_size=4, rank=2, top_layers=1)

@@ -102,8 +102,7 @@ class Backbone:
 
     def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""
-        # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
-        return pack(tokens, rows, slots=64 // self.dtype.itemsize).to(self.device)
+        return pack(tokens, rows).to(self.device)
 
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
@@ -153,7 +152,7 @@ class Backbone:
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
             batch = self.batch(tokens, texts[None])
-            below = encoder.below(batch, encoder.windows(batch)).cpu()
+            below = encoder.below(batch, encoder.attention(batch)).cpu()
             hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
 

@@ -100,6 +100,18 @@ def check_device() -> Finding:
     return Finding("device", "ok", str(device))
 
 
+def check_kernels() -> Finding:
+    """What is compiled for the CPU has been, or can be."""
+    import torch
+
+    from plait.native import kernels
+
+    if kernels(torch.device("cpu"), torch.float32):
+        return Finding("kernels", "ok", "compiled for this CPU")
+    text = "no C compiler that works: the CPU computes with PyTorch's operators alone, slower"
+    return Finding("kernels", "note", text, "install gcc, or set CC to a compiler")
+
+
 def check_model() -> Finding:
     """The embedded model is where `--backbone minilm` looks for it."""
     from plait.loading import EMBEDDED_MODEL
@@ -208,6 +220,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_python,
     check_torch,
     check_device,
+    check_kernels,
     check_model,
     check_texts,
     check_extras,

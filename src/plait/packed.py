@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import GELUActivation
 
-from plait.attention import Windows, attention
+from plait.attention import Attention, attention
 from plait.lora import Dropout, Site, layer_index
+from plait.native import Kernels, kernels
 from plait.tokens import Batch
 
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -77,22 +78,55 @@ class _Frozen(torch.autograd.Function):
         return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
 
 
-class _Gelu(torch.autograd.Function):
-    """GELU whose gradient is written over the one that comes in, the largest array of a layer.
+def _kernels(x: Tensor) -> Kernels | None:
+    """The CPU's kernels for float32. In bfloat16 PyTorch's operators for the same are as fast."""
+    return kernels(x.device, x.dtype) if x.dtype is torch.float32 else None
 
-    Autograd forbids that where somebody else may look at it; here nobody does, since what comes in
-    is what the frozen layer above has just computed.
+
+class _Gelu(torch.autograd.Function):
+    """GELU that writes over what it is given, the largest arrays of a layer.
+
+    Autograd forbids that where somebody else may look at them; here nobody does, since they are
+    what the frozen layers below and above have just computed.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        fused = _kernels(x)
+        y = fused.gelu(x) if fused else functional.gelu(x)
+        ctx.holds_derivative = fused is not None
         ctx.save_for_backward(x)
-        return functional.gelu(x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
+        if ctx.holds_derivative:
+            return grad.mul_(x)
         return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)  # type: ignore[no-any-return]
+
+
+def _products(out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False) -> None:
+    """Out = x W, or out += x W, each client's tokens times its own W: (T, K), (n, K, N)."""
+    fused = _kernels(x)
+    if fused:
+        fused.products(out, x, W.contiguous(), batch, add)
+        return
+    if W.shape[1] > W.shape[2]:  # several times faster where the longer side is contiguous
+        W = W.mT.contiguous().mT
+    for out_i, x_i, W_i in batch.by_client(out, x, W):
+        if add:
+            out_i.addmm_(x_i, W_i)
+        else:
+            torch.mm(x_i, W_i, out=out_i)
+
+
+def _sums(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+    """(n, M, N), each client's x^T y of its own tokens: (T, M), (T, N)."""
+    fused = _kernels(x)
+    if fused:
+        return fused.sums(x, y, batch)
+    return torch.stack([x_i.mT @ y_i for x_i, y_i in batch.by_client(x, y)])
 
 
 class _Branches(torch.autograd.Function):
@@ -115,22 +149,21 @@ class _Branches(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         A = torch.cat(factors[::2], dim=1).to(x.dtype)
+        Bs = [B.to(x.dtype) for B in factors[1::2]]
         low = x.new_empty(len(x), A.shape[1])
-        for x_i, A_i, low_i in batch.by_client(x, A, low):
-            torch.mm(x_i, A_i.mT, out=low_i)
+        _products(low, x, A.mT, batch)
         low.mul_(scale)
-        for part, own, B in zip(columns, low.chunk(len(columns), 1), factors[1::2], strict=True):
-            for y_i, low_i, B_i in batch.by_client(y[:, part], own, B.to(x.dtype)):
-                y_i.addmm_(low_i, B_i.mT)
+        for part, own, B in zip(columns, low.chunk(len(columns), 1), Bs, strict=True):
+            _products(y[:, part], own, B.mT, batch, add=True)
         ctx.batch, ctx.scale, ctx.columns = batch, scale, columns
         trains_A = any(ctx.needs_input_grad[5::2])
-        ctx.save_for_backward(A, low, x if trains_A else None, *factors[1::2])
+        ctx.save_for_backward(A, low, x if trains_A else None, *Bs)
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_client, count = ctx.batch.by_client, len(ctx.columns)
+        batch, count = ctx.batch, len(ctx.columns)
         A, low, x, *Bs = ctx.saved_tensors
         _, needs_x, *_ = ctx.needs_input_grad
         trains_A, trains_B = (any(ctx.needs_input_grad[5 + k :: 2]) for k in (0, 1))
@@ -140,26 +173,18 @@ class _Branches(torch.autograd.Function):
         grad_B = grad_A
         if trains_B:
             lows = low.chunk(count, dim=1)
-            grad_B = [
-                torch.stack([low_i.mT @ grad_i for low_i, grad_i in by_client(own, part)]).mT
-                for own, part in zip(lows, parts, strict=True)
-            ]
+            grad_B = [_sums(*pair, batch).mT for pair in zip(lows, parts, strict=True)]
         if trains_A or needs_x:
             grad_low = torch.empty_like(low)
             for own, part, B in zip(grad_low.chunk(count, dim=1), parts, Bs, strict=True):
-                # Products with long rows on the right are several times faster on the CPU.
-                long_rows = B.to(grad.dtype).mT.contiguous()
-                for low_i, grad_i, B_i in by_client(own, part, long_rows):
-                    torch.mm(grad_i, B_i.mT, out=low_i)
+                _products(own, part, B, batch)
             grad_low.mul_(ctx.scale)
         if trains_A:
-            all_A = torch.stack([low_i.mT @ x_i for low_i, x_i in by_client(grad_low, x)])
-            grad_A = all_A.chunk(count, dim=1)
+            grad_A = _sums(grad_low, x, batch).chunk(count, dim=1)
         if needs_x:
             grad_x = grad.new_empty(len(grad), A.shape[2])
-            grad_x[ctx.batch.num_tokens :] = 0  # the filler has no branch
-            for x_i, low_i, A_i in by_client(grad_x, grad_low, A):
-                torch.mm(low_i, A_i, out=x_i)
+            grad_x[batch.num_tokens :] = 0  # the filler has no branch
+            _products(grad_x, grad_low, A, batch)
         each = zip(grad_A, grad_B, strict=True)
         return grad, grad_x, None, None, None, *(one for pair in each for one in pair)
 
@@ -217,21 +242,21 @@ class PackedEncoder:
             dropout: The LoRA branches' dropout.
             first_tokens: Only these are wanted, so the last layer computes little else.
         """
-        windows = self.windows(batch)
-        h = self.below(batch, windows) if batch.hidden is None else batch.hidden
+        attend = self.attention(batch)
+        h = self.below(batch, attend) if batch.hidden is None else batch.hidden
         for layer in self.layers[self.first_adapted : -1]:
-            h = self._layer(layer, h, batch, windows, A, B, dropout)
-        return self._layer(self.layers[-1], h, batch, windows, A, B, dropout, first_tokens)
+            h = self._layer(layer, h, batch, attend, A, B, dropout)
+        return self._layer(self.layers[-1], h, batch, attend, A, B, dropout, first_tokens)
 
-    def windows(self, batch: Batch) -> Windows:
-        """The batch's windows for attention in this model."""
-        return Windows(batch, self.num_heads, self.layers[0].qkv.weight.dtype)
+    def attention(self, batch: Batch) -> Attention:
+        """This model's attention over the batch's texts."""
+        return attention(batch, self.num_heads, self.layers[0].qkv.weight.dtype)
 
-    def below(self, batch: Batch, windows: Windows) -> Tensor:
+    def below(self, batch: Batch, attend: Attention) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
         h = self.embed(batch)
         for layer in self.layers[: self.first_adapted]:
-            h = self._layer(layer, h, batch, windows, {}, {}, None)
+            h = self._layer(layer, h, batch, attend, {}, {}, None)
         return h
 
     def embed(self, batch: Batch) -> Tensor:
@@ -248,7 +273,7 @@ class PackedEncoder:
         layer: _Layer,
         h: Tensor,
         batch: Batch,
-        windows: Windows,
+        attend: Attention,
         A: Any,
         B: Any,
         dropout: Dropout | None,
@@ -269,7 +294,7 @@ class PackedEncoder:
             return y  # type: ignore[no-any-return]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
-        context = attention(qkv, windows)
+        context = attend(qkv)
         # Past attention tokens don't meet again. A branch there needs to know whose they are.
         last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
         if first_tokens and not last_branches:

@@ -1,7 +1,7 @@
 """Tokenised text without padding, and the batches cut from it.
 
 Texts lie end to end in one flat array. A batch keeps them so: T real tokens, client after client,
-and no padding, except where attention needs windows; there a window has texts of similar length.
+and no padding.
 
 Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), L a length.
 """
@@ -79,31 +79,6 @@ def tokenize(
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where tokens go in windows that have more room than there are tokens.
-
-    Attributes:
-        index: (slots,) int64, the token in each slot; 0 where there is none.
-        inverse: (T,) int64, the slot of each token; 0 for filler.
-    """
-
-    index: Tensor
-    inverse: Tensor
-
-    @classmethod
-    def of(cls, slots: np.ndarray, size: int, filler: int) -> Places:
-        """Tokens at `slots` (T - filler,) of `size`; the filler goes nowhere."""
-        index = np.zeros(size, dtype=np.int64)
-        index[slots] = np.arange(len(slots))
-        inverse = np.concatenate([slots, np.zeros(filler, dtype=np.int64)])
-        return cls(torch.from_numpy(index), torch.from_numpy(inverse))
-
-    def to(self, device: torch.device) -> Places:
-        """The same places on a device."""
-        return Places(self.index.to(device), self.inverse.to(device))
-
-
-@dataclass(frozen=True)
 class Batch:
     """The texts of one step for n clients, packed.
 
@@ -120,10 +95,8 @@ class Batch:
         starts: (R,) int64, the place of each text's first token.
         lengths: (R,) int64.
         labels: (R,) int64 or float32.
-        counts: Tokens of each client, which lie side by side.
-        windows: Places of the tokens in windows that each hold a few whole texts: w_1 windows of
-            S_1 slots, then w_2 larger ones of S_2, and so on.
-        apart: (w_i, S_i, S_i) bool each, whether two slots of a window are of different texts.
+        bounds: (n + 1,) int64, client i's tokens are those from bounds[i] to bounds[i + 1].
+        sizes: (n, b) int64, the same as `lengths`, and on the host wherever the batch is.
         hidden: (T, d), the input of the first adapted layer, where it is known.
     """
 
@@ -136,9 +109,8 @@ class Batch:
     starts: Tensor
     lengths: Tensor
     labels: Tensor
-    counts: list[int]
-    windows: Places
-    apart: tuple[Tensor, ...]
+    bounds: Tensor
+    sizes: np.ndarray
     hidden: Tensor | None
 
     def to(self, device: torch.device) -> Batch:
@@ -146,11 +118,15 @@ class Batch:
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor | Places) else value
+            name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        moved["apart"] = tuple(apart.to(device) for apart in self.apart)
         return Batch(**moved)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each client."""
+        return self.sizes.sum(axis=1).tolist()  # type: ignore[no-any-return]
 
     def by_client(self, *arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """What each client has of some arrays: its tokens of (T, ...), its own part of (n, ...)."""
@@ -159,11 +135,8 @@ class Batch:
         return zip(*rows, strict=True)
 
 
-def pack(tokens: Tokens, rows: np.ndarray, slots: int = 16) -> Batch:
-    """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients.
-
-    Windows for attention have a multiple of `slots` slots, a power of two.
-    """
+def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
+    """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients."""
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
@@ -172,7 +145,7 @@ def pack(tokens: Tokens, rows: np.ndarray, slots: int = 16) -> Batch:
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
     positions, source = (np.pad(array, (0, filler)) for array in (positions, source))
-    windows, apart = _windows(lengths.reshape(rows.shape), filler, slots)
+    sizes = lengths.reshape(rows.shape)
     return Batch(
         num_clients=len(rows),
         num_tokens=num_tokens,
@@ -183,9 +156,8 @@ def pack(tokens: Tokens, rows: np.ndarray, slots: int = 16) -> Batch:
         starts=torch.from_numpy(starts),
         lengths=torch.from_numpy(lengths),
         labels=torch.from_numpy(tokens.labels[flat]),
-        counts=lengths.reshape(rows.shape).sum(axis=1).tolist(),
-        windows=windows,
-        apart=apart,
+        bounds=torch.from_numpy(np.cumsum([0, *sizes.sum(axis=1)])),
+        sizes=sizes,
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],
     )
 
@@ -193,63 +165,3 @@ def pack(tokens: Tokens, rows: np.ndarray, slots: int = 16) -> Batch:
 def _grain(num_tokens: int) -> int:
     """What T is a multiple of: a power of two, at most a 64th of it."""
     return 1 << max(0, (num_tokens // 64).bit_length() - 1)
-
-
-def _windows(
-    lengths: np.ndarray, filler: int, slots_step: int
-) -> tuple[Places, tuple[Tensor, ...]]:
-    """Whole texts side by side in windows of, say, 16, 32, 48, 64, 80, 96, 112, 128, 160 slots.
-
-    Few slots are wasted, and the calls are far fewer than with a rectangle for each length. No
-    window has texts of two clients: what a client computes, to the last bit, does not depend on
-    who else is in the batch.
-    """
-    texts_each = lengths.shape[1]
-    lengths = lengths.ravel()
-    starts = np.cumsum(lengths) - lengths
-    # At most four sizes up to each power of two.
-    steps = np.maximum(slots_step, 2.0 ** (np.frexp(lengths - 1)[1] - 3)).astype(np.int64)
-    sizes = -(-lengths // steps) * steps
-    begins = np.empty(len(lengths), dtype=np.int64)
-    shapes = []
-    num_slots = 0
-    for size in np.unique(sizes).tolist():
-        begin = num_slots
-        texts = np.flatnonzero(sizes == size)
-        for mine in np.split(texts, np.flatnonzero(np.diff(texts // texts_each)) + 1):
-            places, count = _side_by_side(lengths[mine], size)
-            begins[mine] = num_slots + places
-            num_slots += count * size
-        shapes.append(((num_slots - begin) // size, size))
-    slots = np.arange(lengths.sum()) + np.repeat(begins - starts, lengths)
-    text_of_slot = np.full(num_slots, -1)
-    text_of_slot[slots] = np.repeat(np.arange(len(lengths)), lengths)
-    apart = []
-    end = 0
-    for count, size in shapes:
-        begin, end = end, end + count * size
-        windows = text_of_slot[begin:end].reshape(count, size)
-        # Empty slots attend to each other, which keeps their unused softmax finite.
-        apart.append(torch.from_numpy(windows[:, :, None] != windows[:, None, :]))
-    return Places.of(slots, num_slots, filler), tuple(apart)
-
-
-def _side_by_side(lengths: np.ndarray, size: int) -> tuple[np.ndarray, int]:
-    """Where each text begins in windows of `size` slots, end to end, and how many there are.
-
-    A window takes the longest text that is left, and then the shortest ones while they fit.
-    """
-    begins = np.empty(len(lengths), dtype=np.int64)
-    order = lengths.argsort(kind="stable").tolist()
-    shortest, longest, window = 0, len(order) - 1, 0
-    while shortest <= longest:
-        text = order[longest]
-        longest -= 1
-        begins[text] = window * size
-        used = int(lengths[text])
-        while shortest <= longest and used + lengths[order[shortest]] <= size:
-            begins[order[shortest]] = window * size + used
-            used += int(lengths[order[shortest]])
-            shortest += 1
-        window += 1
-    return begins, window

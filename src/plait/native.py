@@ -1,0 +1,134 @@
+"""kernels.c, compiled for this CPU by the machine's own C compiler.
+
+Where there is none, or it fails, there are no kernels, and PyTorch's operators do the same work.
+`CC` names another compiler than `cc`; with `CC=false` there are no kernels.
+
+Legend: T tokens of a batch, n its clients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plait.store import cache_dir
+from plait.tokens import Batch
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared")
+CPUS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
+"""What torch calls the CPU's vector units -> how compilers are told to use them."""
+TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+"""The types that there are kernels for."""
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+SIGNATURES = {
+    "attention": [_POINTER] * 5 + [_LONG] * 4 + [_INT],
+    "gelu": [_POINTER] * 2 + [_LONG, _INT],
+    "products": [_POINTER, _LONG] * 2 + [_POINTER] * 2 + [_LONG] * 3 + [_INT] * 2,
+    "sums": [_POINTER] + [_POINTER, _LONG] * 2 + [_POINTER] + [_LONG] * 3 + [_INT],
+}
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """The kernels for arrays of that type there, if any."""
+    return _kernels(dtype) if device.type == "cpu" and dtype in TYPES else None
+
+
+@functools.cache
+def _kernels(dtype: torch.dtype) -> Kernels | None:
+    # Clang's own OpenMP isn't the one that torch brings; then a kernel keeps to one thread.
+    for more in (("-fopenmp",), ()):
+        try:
+            return Kernels(_compiled((*FLAGS, *more, *TYPES[dtype])))
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return None
+
+
+def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library, from the cache where it is there.
+
+    Raises:
+        OSError: There is no compiler, nowhere to write, or the library can't be loaded.
+        subprocess.CalledProcessError: The compiler failed.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    command = [*compiler, *flags, *CPUS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    digest = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()[:32]
+    library = cache_dir() / "kernels" / f"{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place and then renamed: several processes may be at it.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            made_by = [*command, str(SOURCE), "-o", str(made), "-lm"]
+            subprocess.run(made_by, check=True, capture_output=True)
+            made.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+class Kernels:
+    """kernels.c for one type of number. Arrays are on the CPU, and their rows contiguous."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Tell ctypes what the functions take."""
+        self._library: Any = library
+        for name, signature in SIGNATURES.items():
+            if hasattr(library, name):
+                getattr(library, name).argtypes = signature
+                getattr(library, name).restype = None
+
+    def attention(
+        self, qkv: Tensor, batch: Batch, num_heads: int, grad: Tensor | None = None
+    ) -> Tensor:
+        """softmax(q k^T / sqrt(d / H)) v within each text, (T, 3 d) -> (T, d), or qkv's gradient.
+
+        Args:
+            qkv: (T, 3 d).
+            batch: Where its texts lie.
+            num_heads: H.
+            grad: (T, d), the gradient of the result, where that of `qkv` is wanted.
+        """
+        width = qkv.shape[1] // 3
+        out = torch.empty_like(qkv) if grad is not None else qkv.new_empty(len(qkv), width)
+        out[batch.num_tokens :] = 0  # the filler
+        self._library.attention(
+            out.data_ptr(), qkv.data_ptr(), None if grad is None else grad.data_ptr(),
+            batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch.starts),
+            int(batch.sizes.max()), num_heads, width // num_heads, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of x, which becomes its derivative."""
+        y = torch.empty_like(x)
+        self._library.gelu(y.data_ptr(), x.data_ptr(), x.numel(), torch.get_num_threads())
+        return y
+
+    def products(self, out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False) -> None:
+        """Out = x W, or out += x W, each client's tokens times its own: (T, K), (n, K, N)."""
+        _, K, N = W.shape
+        self._library.products(
+            out.data_ptr(), out.stride(0), x.data_ptr(), x.stride(0), W.data_ptr(),
+            batch.bounds.data_ptr(), batch.num_clients, K, N, add, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def sums(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+        """(n, M, N), each client's x^T y of its own tokens: (T, M), (T, N)."""
+        out = x.new_empty(batch.num_clients, x.shape[1], y.shape[1])
+        self._library.sums(
+            out.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
+            batch.bounds.data_ptr(), *out.shape, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
