@@ -2,9 +2,9 @@
 
 A step is the frozen layers' products, and operations that are none: attention's softmax, GELU,
 layer norms, additions, gathers, the thin products of LoRA, the optimizer. Each is timed alone, at
-the height of one of plait's chunks, with the fastest of torch's ways to do it, once as one process
-with all threads and once as a process of one thread for each core, all at the same time. A step
-can't be shorter than the sum:
+the height of one of plait's chunks, with the fastest way to do it, be it torch's or one of plait's
+kernels, once as one process with all threads and once as a process of one thread for each core, all
+at the same time. A step can't be shorter than the sum:
 
     limit = model FLOP / rate / (time in frozen products at full rate + time of the rest)
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from rivals import plait_steps
@@ -28,8 +29,11 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 from work import Work, workers
 
+from plait.native import Kernels, kernels
+from plait.tokens import Batch, Tokens, pack
+
 WINDOW = 32
-"""Slots of the rectangles in which attention is computed."""
+"""Slots of the rectangles in which torch's operators compute attention."""
 SITES = 2
 """Adapted linear layers in a layer of the model: query and value."""
 GROUPS = {
@@ -70,6 +74,14 @@ class Shape:
             heads=model.num_attention_heads, rank=config.rank,
             parameters=sum(value.numel() for value in work.start().values()),
         )  # fmt: skip
+
+    def batch(self) -> Batch:
+        """So many clients' texts, all equally long."""
+        length = round(self.height / self.clients / self.texts)
+        count = self.clients * self.texts
+        places = np.arange(count * length, dtype=np.int32)
+        tokens = Tokens(places, places, np.arange(count + 1) * length, np.zeros(count, np.int64))
+        return pack(tokens, np.arange(count).reshape(self.clients, -1))
 
     @property
     def whole_layers(self) -> float:
@@ -128,50 +140,110 @@ def product_seconds(shape: Shape) -> float:
 
 def rest_seconds(shape: Shape) -> dict[str, float]:
     """Everything else of a chunk's step, by kind: forward and backward, without gradients of W."""
-    T, d, r = shape.height, shape.d, shape.rank
-    narrow, wide, inner = (torch.randn(T, width) for width in (d, 3 * d, shape.f))
-    ones, places = torch.ones(d), torch.randperm(T)
+    T, d = shape.height, shape.d
+    narrow, ones = torch.randn(T, d), torch.ones(d)
     _, mean, rstd = torch.native_layer_norm(narrow, [d], ones, ones, 1e-12)
     norm_back = partial(torch.ops.aten.native_layer_norm_backward, narrow, narrow, [d], mean, rstd,
                         ones, ones, [True, False, False])  # fmt: skip
-    low = torch.randn(shape.clients, T // shape.clients, r)
-    x = torch.randn(shape.clients, T // shape.clients, d)
-    A = torch.randn(shape.clients, r, d)
     whole, every = shape.whole_layers, shape.layers
+    fused = kernels(narrow)
     return {
-        "attention": every * min(seconds(way) for way in _attention(shape)),
-        "GELU": whole * seconds(partial(functional.gelu, inner))
-        + whole * seconds(partial(torch.ops.aten.gelu_backward, inner, inner)),
+        "attention": every * least(_attention(shape), fused and _fused_attention(shape, fused)),
+        "GELU": whole * least(_gelu(shape), fused and _fused_gelu(shape, fused)),
         "layer norms": 2 * whole * seconds(partial(functional.layer_norm, narrow, [d], ones, ones))
         + 2 * whole * seconds(norm_back),
         "additions": 4 * whole * seconds(partial(torch.add, narrow, narrow)),
-        # To rectangles and back, forward and backward, and the input from its cache.
-        "gathers": 2 * every * seconds(partial(torch.index_select, wide, 0, places))
-        + (2 * every + 1) * seconds(partial(torch.index_select, narrow, 0, places)),
-        # Forward and backward, one product each with x, A and B has the shape of one of these.
-        "LoRA's products": SITES * every * 3 * seconds(partial(torch.bmm, x, A.mT))
-        + SITES * every * 3 * seconds(partial(torch.bmm, low, A)),
+        "gathers": seconds(partial(torch.index_select, narrow, 0, torch.randperm(T))),
+        "LoRA's products": every * least(_lora(shape), fused and _fused_lora(shape, fused)),
         "optimizer, clipping": seconds(_optimizer(shape)),
     }
 
 
-def _attention(shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Torch's fused attention, and plain products."""
+def least(*ways: Callable[[], Any] | None) -> float:
+    """The time of the fastest way that there is."""
+    return min(seconds(way) for way in ways if way)
+
+
+def _attention(shape: Shape) -> Callable[[], Any]:
+    """With torch's operators: two texts in a window, moved there and back."""
     size = (-(-shape.height // WINDOW), shape.heads, WINDOW, shape.d // shape.heads)
     q, k, v = (torch.randn(size, requires_grad=True) for _ in range(3))
     text = torch.arange(WINDOW) // (WINDOW // 2)
     same = (text[:, None] == text).expand(size[0], 1, -1, -1)
     grad = torch.randn(size)
+    narrow, wide = (torch.randn(shape.height, width * shape.d) for width in (1, 3))
+    places = torch.randperm(shape.height)
 
-    def fused() -> None:
-        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=same)
-        torch.autograd.grad(y, (q, k, v), grad)
-
-    def plain() -> None:
+    def way() -> None:
         scores = (q @ k.mT * size[-1] ** -0.5).masked_fill(~same, float("-inf"))
         torch.autograd.grad(scores.softmax(dim=-1) @ v, (q, k, v), grad)
+        for rows in (narrow, wide) * 2:
+            rows.index_select(0, places)
 
-    return fused, plain
+    return way
+
+
+def _fused_attention(shape: Shape, fused: Kernels) -> Callable[[], Any]:
+    batch = shape.batch()
+    qkv, grad = (torch.randn(len(batch.ids), width * shape.d) for width in (3, 1))
+
+    def way() -> None:
+        fused.attention(qkv, batch, shape.heads)
+        fused.attention(qkv, batch, shape.heads, grad)
+
+    return way
+
+
+def _gelu(shape: Shape) -> Callable[[], Any]:
+    x = torch.randn(shape.height, shape.f)
+
+    def way() -> None:
+        functional.gelu(x)
+        torch.ops.aten.gelu_backward(x, x)
+
+    return way
+
+
+def _fused_gelu(shape: Shape, fused: Kernels) -> Callable[[], Any]:
+    x = torch.randn(shape.height, shape.f)
+
+    def way() -> None:
+        fused.gelu(x).mul_(x)
+
+    return way
+
+
+def _lora(shape: Shape) -> Callable[[], Any]:
+    tokens, d, r = shape.height // shape.clients, shape.d, shape.rank
+    low, x = (torch.randn(shape.clients, tokens, width) for width in (r, d))
+    A = torch.randn(shape.clients, r, d)
+
+    def way() -> None:
+        # Forward and backward, one product each with x, A and B has the shape of one of these.
+        for _ in range(3 * SITES):
+            torch.bmm(x, A.mT)
+            torch.bmm(low, A)
+
+    return way
+
+
+def _fused_lora(shape: Shape, fused: Kernels) -> Callable[[], Any]:
+    batch, d, r = shape.batch(), shape.d, shape.rank
+    low, x = (torch.randn(len(batch.ids), width) for width in (SITES * r, d))
+    A = torch.randn(shape.clients, SITES * r, d)
+    A_t, B = A.mT.contiguous(), torch.randn(shape.clients, d, r)
+    B_t = B.mT.contiguous()
+
+    def way() -> None:
+        fused.products(low, x, A_t, batch)
+        for own in low.chunk(SITES, dim=1):
+            fused.products(x, own, B_t, batch, add=True)
+            fused.products(own, x, B, batch)
+            fused.sums(own, x, batch)
+        fused.sums(low, x, batch)
+        fused.products(x, low, A, batch)
+
+    return way
 
 
 def _optimizer(shape: Shape) -> Callable[[], Any]:

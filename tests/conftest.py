@@ -129,7 +129,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def compiler() -> None:
     """The test needs kernels.c compiled."""
-    if kernels(torch.device("cpu"), torch.float32) is None:
+    if kernels(torch.zeros(0)) is None:
         pytest.skip("no C compiler here")
 
 

@@ -19,18 +19,18 @@ Attention = Callable[[Tensor], Tensor]
 """softmax(q k^T / sqrt(d / H)) v within each text, (T, 3 d) -> (T, d)."""
 
 
-def attention(batch: Batch, num_heads: int, dtype: torch.dtype) -> Attention:
+def attention(batch: Batch, num_heads: int, like: Tensor) -> Attention:
     """Attention over a batch's texts, with all that its layers share worked out once.
 
     Args:
         batch: The texts.
         num_heads: H.
-        dtype: What the model computes in.
+        like: Some array of the type in which the model computes.
     """
-    fused = kernels(batch.ids.device, dtype)
+    fused = kernels(like)
     if fused:
         return lambda qkv: _FusedAttention.apply(qkv, batch, num_heads, fused)  # type: ignore[no-untyped-call]
-    windows = Windows(batch, num_heads, dtype)
+    windows = Windows(batch, num_heads, like.dtype)
     return lambda qkv: attention_in_windows(qkv, windows)
 
 

@@ -74,6 +74,8 @@ INLINE long room_for(long L) {
 
 INLINE long smaller(long a, long b) { return a < b ? a : b; }
 
+INLINE long larger(long a, long b) { return a > b ? a : b; }
+
 INLINE vec choose(ints where, vec a, vec b) { return (vec)(((ints)a & where) | ((ints)b & ~where)); }
 
 INLINE vec maximum(vec a, vec b) { return choose(a > b, a, b); }
@@ -171,22 +173,27 @@ static void transpose(float *to, const float *from, long L, long D, long S) {
         }
 }
 
-/* A head's (L, d) out of rows so far apart, to (L, D), times `scale`. The next head's come to cache. */
-static void gather(float *to, const number *from, long row, long L, long d, long D, float scale) {
+/* (L, d) out of rows so far apart, to (L, D), times `scale`; what lies `ahead` comes to cache. */
+INLINE void gather(float *to, const number *from, long row, long L, long d, long D, float scale,
+                   long ahead) {
     for (long t = 0; t < L; t++, to += D, from += row)
         for (long c = 0; c < D; c += LANES) {
-            __builtin_prefetch(from + d + c);
+            __builtin_prefetch(from + ahead + c);
             *(vec *)(to + c) = scale * (c + LANES <= d ? load(from + c) : load_some(from + c, d - c));
         }
 }
 
-static void scatter(number *to, const float *from, long row, long L, long d, long D, float scale) {
+/* The reverse, or with `add` added to what is there. */
+INLINE void scatter(number *to, const float *from, long row, long L, long d, long D, float scale,
+                    long ahead, int add) {
     for (long t = 0; t < L; t++, to += row, from += D)
         for (long c = 0; c < D; c += LANES) {
+            long some = smaller(LANES, d - c);
             vec x = scale * *(const vec *)(from + c);
-            __builtin_prefetch(to + d + c, 1);
-            if (c + LANES <= d) store(to + c, x);
-            else store_some(to + c, x, d - c);
+            __builtin_prefetch(to + ahead + c, 1);
+            if (add) x += some == LANES ? load(to + c) : load_some(to + c, some);
+            if (some == LANES) store(to + c, x);
+            else store_some(to + c, x, some);
         }
 }
 
@@ -233,28 +240,28 @@ void attention(number *out, const number *qkv, const number *gradient, const int
             long L = lengths[job / H], S = room_for(L);
             long start = starts[job / H] * width, head = job % H * d;
             const number *from = qkv + 3 * start + head;
-            gather(q, from, 3 * width, L, d, D, scale);
-            gather(k, from + width, 3 * width, L, d, D, 1);
-            gather(v, from + 2 * width, 3 * width, L, d, D, 1);
+            gather(q, from, 3 * width, L, d, D, scale, d);
+            gather(k, from + width, 3 * width, L, d, D, 1, d);
+            gather(v, from + 2 * width, 3 * width, L, d, D, 1, d);
             transpose(across, q, L, D, S);
             product(L, S, D, (struct matrix){k, D, 1}, across, S, weights, S, 0);
             softmax(weights, L, S);
             if (!gradient) {
                 product(L, D, L, (struct matrix){weights, 1, S}, v, D, result, D, 0);
-                scatter(out + start + head, result, width, L, d, D, 1);
+                scatter(out + start + head, result, width, L, d, D, 1, d, 0);
                 continue;
             }
             number *to = out + 3 * start + head;
-            gather(g, gradient + start + head, width, L, d, D, 1);
+            gather(g, gradient + start + head, width, L, d, D, 1, d);
             product(L, D, L, (struct matrix){weights, S, 1}, g, D, result, D, 0);
-            scatter(to + 2 * width, result, 3 * width, L, d, D, 1);
+            scatter(to + 2 * width, result, 3 * width, L, d, D, 1, d, 0);
             transpose(across, g, L, D, S);
             product(L, S, D, (struct matrix){v, D, 1}, across, S, changes, S, 0);
             softmax_gradient(changes, weights, L, S);
             product(L, D, L, (struct matrix){changes, 1, S}, k, D, result, D, 0);
-            scatter(to, result, 3 * width, L, d, D, scale);
+            scatter(to, result, 3 * width, L, d, D, scale, d, 0);
             product(L, D, L, (struct matrix){changes, S, 1}, q, D, result, D, 0);
-            scatter(to + width, result, 3 * width, L, d, D, 1);
+            scatter(to + width, result, 3 * width, L, d, D, 1, d, 0);
         }
         free(q);
     }
@@ -287,65 +294,53 @@ void gelu(float *y, float *x, long count, int threads) {
     }
 }
 
-/* The last few columns of (rows, N), widened to a register with zeros, and back. */
-static void widen(float *to, const float *from, long row, long rows, long columns) {
-    for (long i = 0; i < rows; i++) *(vec *)(to + i * LANES) = load_some(from + i * row, columns);
-}
+#endif
 
-/* Any N: C (M, N) = A B, or += ; `room` for M + K registers. */
-static void any_product(long M, long N, long K, struct matrix A, const float *B, long row_B, float *C,
-                        long row_C, int add, float *room) {
-    long n = N / LANES * LANES, some = N - n;
-    product(M, n, K, A, B, row_B, C, row_C, add);
-    if (!some) return;
-    float *wide = room + K * LANES;
-    widen(room, B + n, row_B, K, some);
-    widen(wide, C + n, row_C, add ? M : 0, some);
-    product(M, LANES, K, A, room, LANES, wide, LANES, add);
-    for (long i = 0; i < M; i++) store_some(C + n + i * row_C, *(vec *)(wide + i * LANES), some);
-}
-
-#define BLOCK (8 * TALL)
+/* Tokens, or columns, that are computed at once. */
+#define BLOCK 96
 
 /* Each client's tokens times its own matrix: out = x W, or out += x W, (T, K) and (n, K, N) -> (T, N). */
-void products(float *out, long row_out, const float *x, long row_x, const float *W,
+void products(number *out, long row_out, const number *x, long row_x, const number *W,
               const int64_t *bounds, long n, long K, long N, int add, int threads) {
-    long blocks = 0;
-    for (long i = 0; i < n; i++) {
-        long own = (bounds[i + 1] - bounds[i] + BLOCK - 1) / BLOCK;
-        blocks = own > blocks ? own : blocks;
-    }
+    long blocks = 0, width = whole(N), depth = whole(K);
+    for (long i = 0; i < n; i++)
+        blocks = larger(blocks, (bounds[i + 1] - bounds[i] + BLOCK - 1) / BLOCK);
     PARALLEL {
-        float *room = aligned_alloc(4 * LANES, 4 * LANES * (K + BLOCK));
+        float *tokens = aligned_alloc(4 * LANES, 4 * (BLOCK * (depth + width) + K * width));
+        float *result = tokens + BLOCK * depth, *own = result + BLOCK * width;
         SHARED for (long job = 0; job < n * blocks; job++) {
             long i = job / blocks, begin = bounds[i] + job % blocks * BLOCK;
             long M = smaller(BLOCK, bounds[i + 1] - begin);
-            if (M > 0)
-                any_product(M, N, K, (struct matrix){(float *)x + begin * row_x, row_x, 1},
-                            W + i * K * N, N, out + begin * row_out, row_out, add, room);
+            if (M <= 0) continue;
+            gather(own, W + i * K * N, N, K, N, width, 1, N);
+            gather(tokens, x + begin * row_x, row_x, M, K, depth, 1, row_x);
+            product(M, width, K, (struct matrix){tokens, depth, 1}, own, width, result, width, 0);
+            scatter(out + begin * row_out, result, row_out, M, N, width, 1, row_out, add);
         }
-        free(room);
+        free(tokens);
     }
 }
 
 /* For each client the sum of its tokens' outer products: out = x^T y, (T, M) and (T, N) -> (n, M, N). */
-void sums(float *out, const float *x, long row_x, const float *y, long row_y, const int64_t *bounds,
+void sums(float *out, const number *x, long row_x, const number *y, long row_y, const int64_t *bounds,
           long n, long M, long N, int threads) {
-    long most = 0;
-    for (long i = 0; i < n; i++) {
-        long own = bounds[i + 1] - bounds[i];
-        most = own > most ? own : most;
-    }
-    long blocks = (N + BLOCK - 1) / BLOCK;
+    long blocks = (N + BLOCK - 1) / BLOCK, height = whole(M);
     PARALLEL {
-        float *room = aligned_alloc(4 * LANES, 4 * LANES * (most + M));
+        float *left = aligned_alloc(4 * LANES, 4 * (2 * BLOCK * height + BLOCK * BLOCK));
+        float *result = left + BLOCK * height, *right = result + BLOCK * height;
         SHARED for (long job = 0; job < n * blocks; job++) {
-            long i = job / blocks, column = job % blocks * BLOCK, begin = bounds[i];
-            any_product(M, smaller(BLOCK, N - column), bounds[i + 1] - begin,
-                        (struct matrix){(float *)x + begin * row_x, 1, row_x},
-                        y + begin * row_y + column, row_y, out + i * M * N + column, N, 0, room);
+            long i = job / blocks, column = job % blocks * BLOCK, own = smaller(BLOCK, N - column);
+            long width = whole(own);
+            for (long begin = bounds[i]; begin < bounds[i + 1]; begin += BLOCK) {
+                long K = smaller(BLOCK, bounds[i + 1] - begin);
+                gather(left, x + begin * row_x, row_x, K, M, height, 1, row_x);
+                gather(right, y + begin * row_y + column, row_y, K, own, width, 1, row_y);
+                product(M, width, K, (struct matrix){left, 1, height}, right, width, result, width,
+                        begin > bounds[i]);
+            }
+            for (long m = 0; m < M; m++)
+                memcpy(out + (i * M + m) * N + column, result + m * width, own * sizeof(float));
         }
-        free(room);
+        free(left);
     }
 }
-#endif

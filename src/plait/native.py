@@ -40,9 +40,9 @@ SIGNATURES = {
 }
 
 
-def kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
-    """The kernels for arrays of that type there, if any."""
-    return _kernels(dtype) if device.type == "cpu" and dtype in TYPES else None
+def kernels(like: Tensor) -> Kernels | None:
+    """The kernels for arrays of this type on this device, if there are any."""
+    return _kernels(like.dtype) if like.device.type == "cpu" and like.dtype in TYPES else None
 
 
 @functools.cache
@@ -125,8 +125,8 @@ class Kernels:
         )  # fmt: skip
 
     def sums(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
-        """(n, M, N), each client's x^T y of its own tokens: (T, M), (T, N)."""
-        out = x.new_empty(batch.num_clients, x.shape[1], y.shape[1])
+        """(n, M, N) float32, each client's x^T y of its own tokens: (T, M), (T, N)."""
+        out = torch.empty(batch.num_clients, x.shape[1], y.shape[1])
         self._library.sums(
             out.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
             batch.bounds.data_ptr(), *out.shape, torch.get_num_threads(),

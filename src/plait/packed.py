@@ -20,7 +20,7 @@ from transformers.activations import GELUActivation
 
 from plait.attention import Attention, attention
 from plait.lora import Dropout, Site, layer_index
-from plait.native import Kernels, kernels
+from plait.native import kernels
 from plait.tokens import Batch
 
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
@@ -78,11 +78,6 @@ class _Frozen(torch.autograd.Function):
         return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
 
 
-def _kernels(x: Tensor) -> Kernels | None:
-    """The CPU's kernels for float32. In bfloat16 PyTorch's operators for the same are as fast."""
-    return kernels(x.device, x.dtype) if x.dtype is torch.float32 else None
-
-
 class _Gelu(torch.autograd.Function):
     """GELU that writes over what it is given, the largest arrays of a layer.
 
@@ -92,7 +87,8 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        fused = _kernels(x)
+        # In bfloat16 PyTorch's own is as fast.
+        fused = kernels(x) if x.dtype is torch.float32 else None
         y = fused.gelu(x) if fused else functional.gelu(x)
         ctx.holds_derivative = fused is not None
         ctx.save_for_backward(x)
@@ -108,7 +104,7 @@ class _Gelu(torch.autograd.Function):
 
 def _products(out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False) -> None:
     """Out = x W, or out += x W, each client's tokens times its own W: (T, K), (n, K, N)."""
-    fused = _kernels(x)
+    fused = kernels(x)
     if fused:
         fused.products(out, x, W.contiguous(), batch, add)
         return
@@ -123,7 +119,7 @@ def _products(out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False
 
 def _sums(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
     """(n, M, N), each client's x^T y of its own tokens: (T, M), (T, N)."""
-    fused = _kernels(x)
+    fused = kernels(x)
     if fused:
         return fused.sums(x, y, batch)
     return torch.stack([x_i.mT @ y_i for x_i, y_i in batch.by_client(x, y)])
@@ -250,7 +246,7 @@ class PackedEncoder:
 
     def attention(self, batch: Batch) -> Attention:
         """This model's attention over the batch's texts."""
-        return attention(batch, self.num_heads, self.layers[0].qkv.weight.dtype)
+        return attention(batch, self.num_heads, self.layers[0].qkv.weight)
 
     def below(self, batch: Batch, attend: Attention) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
