@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from plait import comparison
+from plait import workers
 from plait.comparison import compare, conclude
 from plait.config import Config
 from plait.events import Event, to_line
@@ -28,7 +28,7 @@ def write_comparison(out: Path, monkeypatch, **settings: object) -> Plan:
     base = {"config": CONFIG, "methods": tuple(SCORES), "seeds": (0, 1, 2)}
     plan = Plan(**{**base, "out": out, **settings})
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "run", FakeRuns(score))
+        patched.setattr(workers, "run", FakeRuns(score))
         for _ in compare(plan):
             pass
     write_report(conclude(plan))

@@ -52,6 +52,8 @@ def test_the_time_left_follows_the_pace_so_far():
         view.see("adf", event)
     # 1 s to prepare, .5 s to evaluate, 2 s for the round; five rounds are left.
     assert view.left == "0:00:18"
+    view.at_once = 2
+    assert view.left == "0:00:09"
 
 
 def test_a_new_run_of_a_method_starts_its_row_anew():

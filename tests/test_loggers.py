@@ -20,7 +20,8 @@ from plait import loggers
 from plait.comparison import Cell
 from plait.config import Config
 from plait.events import Started, from_line, summarize
-from plait.loggers import LOGGERS, logged, logged_cells, numbers, require
+from plait.loggers import LOGGERS, logged, numbers, require
+from plait.workers import Ended, here
 from said import events
 
 CONFIG = Config(clients=4, rounds=3)
@@ -204,8 +205,9 @@ def test_steps_count_the_rounds_done(monkeypatch, tmp_path):
 def test_each_run_of_a_comparison_is_a_run_of_the_logger(monkeypatch, tmp_path):
     kept = Kept(monkeypatch)
     cells = [Cell(name, CONFIG, tmp_path / name) for name in ("adf-seed0", "ffa-seed0")]
-    said = [(cell, event) for cell in cells for event in events(CONFIG, 0.8)]
-    assert list(logged_cells(iter(said), ["kept"])) == said
+    monkeypatch.setattr("plait.workers.run", lambda *_args, **_kwargs: events(CONFIG, 0.8))
+    said = [(cell, one) for cell in cells for one in (*events(CONFIG, 0.8), Ended())]
+    assert list(here(cells, ["kept"])) == said
     assert [name for name, _ in kept.runs] == ["adf-seed0", "ffa-seed0"]
     assert kept.runs[1][1][-1][1] == final_figures()
     assert kept.closed == 2

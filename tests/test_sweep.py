@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from conftest import save_encoder
 from plait import workers
@@ -20,9 +21,9 @@ from plait.cli import main
 from plait.config import Config
 from plait.plan import MATCHED, Cell, tuning_seed
 from plait.results import collect, failures, load, state
-from plait.runs import run
+from plait.runs import load_events, run
 from plait.sweep import Sweep, effective, load_sweep
-from plait.workers import attempt, executor_for, here, in_processes
+from plait.workers import Ended, executor_for, here, in_processes, num_jobs
 from said import FakeRuns, events
 
 GRID = """
@@ -206,7 +207,8 @@ def test_a_failed_run_is_listed_and_tried_again(monkeypatch, tmp_path, capsys):
     failing(monkeypatch, is_bad, RuntimeError("the disk is gone"), began=True)
     assert swept(tmp_path) == 1
     said = capsys.readouterr()
-    assert said.err.count("the disk is gone") == 2  # one for each p
+    listed = [line for line in said.err.splitlines() if line.startswith("failed: ")]
+    assert len([line for line in listed if "the disk is gone" in line]) == 2  # one for each p
     assert "/ffa-seed1-" in said.err
     frame = load(tmp_path / "out")
     lost = frame[frame["state"] == "failed"]
@@ -360,7 +362,7 @@ def test_a_process_that_is_killed_costs_its_own_run_only(tmp_path, tiny_folder):
     long = sweep.reported[0]
     short = Cell("short", dataclasses.replace(long.config, rounds=1), tmp_path / "out" / "short")
     with in_processes(1) as executor:
-        ended = executor([long, short])
+        said = executor([long, short])
 
         def kill() -> None:
             until((long.folder / "events.jsonl").exists)
@@ -368,7 +370,8 @@ def test_a_process_that_is_killed_costs_its_own_run_only(tmp_path, tiny_folder):
             process.kill()
 
         threading.Thread(target=kill).start()
-        (first, failure), (second, none) = ended
+        ended = [(cell, one.failure) for cell, one in said if isinstance(one, Ended)]
+    (first, failure), (second, none) = ended
     assert (first, second) == (long, short)
     assert failure is not None
     assert "killed" in failure.reason
@@ -378,18 +381,48 @@ def test_a_process_that_is_killed_costs_its_own_run_only(tmp_path, tiny_folder):
 
 def test_what_cannot_run_is_a_failure_with_its_reason(tmp_path):
     config = Config(task="movies", clients=2, backbone="./nowhere")
-    failure = attempt(Cell("x", config, tmp_path / "x"))
-    assert failure is not None
-    assert "There is no model folder" in failure.reason
-    assert not failure.diverged
+    ((_, ended),) = here([Cell("x", config, tmp_path / "x")])
+    assert "There is no model folder" in ended.failure.reason
+    assert not ended.failure.diverged
 
 
-def test_jobs_are_chosen_by_the_device(monkeypatch):
-    monkeypatch.setattr(workers, "num_cores", lambda: 1)
-    with executor_for("cpu", 0) as executor:
-        assert executor is here
+def test_what_is_wrong_with_the_code_is_shown_with_its_traceback(monkeypatch, tmp_path, capsys):
+    def broken(*_args, **_kwargs):
+        raise KeyError("lora")
+
+    monkeypatch.setattr(workers, "run", broken)
+    ((_, ended),) = here([Cell("x", Config(), tmp_path / "x")])
+    assert ended.failure.reason == "KeyError: 'lora'"
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_jobs_are_chosen_by_the_device_and_by_what_there_is_to_do(monkeypatch):
+    monkeypatch.setattr(workers, "num_cores", lambda: 8)
+    assert num_jobs("cpu", 0) == 8
+    assert num_jobs("cpu", 0, 3) == 3
+    assert num_jobs("cpu", 5, 3) == 5
+    monkeypatch.setattr(workers, "resolve_device", torch.device)
+    assert num_jobs("cuda", 0) == 1
     with pytest.raises(ValueError, match="jobs is -1"):
-        executor_for("cpu", -1)
+        num_jobs("cpu", -1)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_executor_says_all_that_its_runs_say_and_that_they_have_ended(
+    tmp_path, jobs, tiny_folder
+):
+    config = Config(task="movies", clients=2, rounds=1, local_steps=1, eval_rows=8)
+    good, bad = (
+        Cell(name, dataclasses.replace(config, backbone=str(backbone)), tmp_path / name)
+        for name, backbone in (("good", tiny_folder), ("bad", "./nowhere"))
+    )
+    with executor_for(jobs) as executor:
+        said = list(executor([bad, good])) + list(executor([good]))
+    of_good = [one for cell, one in said if cell == good]
+    expected = [*load_events(good.folder), Ended()] * 2
+    assert of_good == expected
+    ((_, failed),) = [pair for pair in said if pair[0] == bad]
+    assert "There is no model folder" in failed.failure.reason
 
 
 def test_failures_are_none_where_nothing_failed(monkeypatch, tmp_path):

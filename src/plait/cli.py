@@ -91,6 +91,9 @@ class Compare(Start):
     """Reuse the finished runs in the folder, and go on with the others."""
     log: Names = ()
     """Write each run to a logger too: tensorboard, wandb, mlflow or trackio."""
+    jobs: int = 0
+    """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
+    or one at a time on a graphics card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +134,8 @@ def _compare(args: list[str]) -> None:
     given = _parse(Compare, "compare", args, start)
     from plait.comparison import compare, conclude
     from plait.live import watch
-    from plait.loggers import logged_cells
     from plait.report import notes, rich_tables, write_report
+    from plait.workers import num_jobs
 
     if given.lrs == preset.lrs:  # a preset has rates for all of its methods
         compared = _split(given.methods)
@@ -140,9 +143,10 @@ def _compare(args: list[str]) -> None:
         given = replace(given, lrs=",".join(rates))
     plan = _plan(given, defaults(args))
     console = Console()
-    told = logged_cells(compare(plan), _loggers(given.log))
+    jobs = num_jobs(plan.config.device, given.jobs, sum(plan.planned.values()))
+    told = compare(plan, jobs, _loggers(given.log))
     said = ((cell.label, event) for cell, event in told)
-    watch(said, plan.config.rounds, plan.planned, console)
+    watch(said, plan.config.rounds, plan.planned, console, jobs)
     conclusion = conclude(plan)
     for table in rich_tables(conclusion):
         console.print("", table)

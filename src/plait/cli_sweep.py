@@ -52,10 +52,10 @@ def sweep(args: list[str]) -> int:
     given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
     from plait import results
     from plait.sweep import claim, load_sweep
-    from plait.workers import executor_for
+    from plait.workers import executor_for, num_jobs
 
     grid = load_sweep(given.file, given.out, given.small)
-    context = executor_for(grid.config.device, given.jobs)
+    context = executor_for(num_jobs(grid.config.device, given.jobs))
     claim(grid, given.file)
     progress = Progress(grid)
     try:

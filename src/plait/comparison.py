@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from plait.events import Event, Started
+from plait.events import Event
+from plait.loggers import require
 from plait.methods import build_method
 from plait.paired import Difference, Estimate, differences, estimate
 from plait.plan import MATCHED, Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
-from plait.runs import load_events, load_summary, run
+from plait.runs import load_events, load_summary
+from plait.workers import Ended, Executor, Said, executor_for, num_jobs
 
 FIGURES = (
     "accuracy_client_min",
@@ -84,38 +86,53 @@ class Conclusion:
         return min(self.differences, key=lambda one: one.estimate.mean, default=None)
 
 
-def compare(plan: Plan) -> Iterator[tuple[Cell, Event]]:
+def compare(plan: Plan, jobs: int = 1, loggers: Sequence[str] = ()) -> Iterator[tuple[Cell, Event]]:
     """Run everything in the plan; `conclude` then has the result.
+
+    Args:
+        plan: What to compare.
+        jobs: Runs at a time, each in a process of its own; 1 for this process, 0 for one for each
+            core. Other processes import the main module, so what it does besides belongs under
+            `if __name__ == "__main__"`.
+        loggers: Keys of `plait.loggers.LOGGERS`; each run is written to each of them.
 
     Yields:
         Each event with the run that it comes from.
 
     Raises:
-        ValueError: The folder is used, the config can't run, or training diverged.
+        ValueError: The folder is used, the config can't run, training diverged, or a logger isn't
+            there.
         OSError: The folder can't be written.
     """
     if not plan.resume and plan.out.exists() and (plan.out.is_file() or any(plan.out.iterdir())):
         raise ValueError(f"{plan.out} is not an empty folder; take another --out, or --resume.")
     for method in plan.methods:
         build_method(dataclasses.replace(plan.config, method=method))
-    for number, said in enumerate(_said(plan)):
-        if number == 0:
-            # Only now: a comparison that can't run leaves nothing behind.
-            save_plan(plan)
-        yield said
+    require(loggers)
+    jobs = num_jobs(plan.config.device, jobs, sum(plan.planned.values()))
+    with executor_for(jobs, loggers) as executor:
+        for number, said in enumerate(_said(plan, executor)):
+            if number == 0:
+                # Only now: a comparison that can't run leaves nothing behind.
+                save_plan(plan)
+            yield said
 
 
-def _said(plan: Plan) -> Iterator[tuple[Cell, Event]]:
-    for method in plan.searched:
-        yield from _search(plan, method)
+def _said(plan: Plan, executor: Executor) -> Iterator[tuple[Cell, Event]]:
+    search = [cell for method in plan.searched for cell in tuning_cells(plan, method)]
+    # A rate that is too high diverges: an answer, not a failure.
+    yield from _events(executor(search), may_diverge=True)
     # All methods of a seed, then the next: they share its data and its model.
-    for seed, entry in itertools.product(plan.seeds, entries(plan)):
-        cell = reported_cell(plan, entry, seed)
-        try:
-            for event in run(cell.config, cell.folder, resume=plan.resume):
-                yield cell, event
-        except ValueError as error:
-            raise ValueError(f"{entry.label}, seed {seed}: {error}") from error
+    lines = itertools.product(plan.seeds, entries(plan))
+    yield from _events(executor([reported_cell(plan, entry, seed) for seed, entry in lines]))
+
+
+def _events(said: Iterable[Said], may_diverge: bool = False) -> Iterator[tuple[Cell, Event]]:
+    for cell, one in said:
+        if not isinstance(one, Ended):
+            yield cell, one
+        elif one.failure and not (may_diverge and one.failure.diverged):
+            raise ValueError(f"{cell.label}, seed {cell.config.seed}: {one.failure.reason}")
 
 
 def entries(plan: Plan) -> list[Entry]:
@@ -136,20 +153,6 @@ def entries_at(plan: Plan, searched: Mapping[str, float]) -> list[Entry]:
     if MATCHED in plan.labels:
         found.append(Entry(MATCHED, "dec-lora", rates["adf"] / 2))
     return found
-
-
-def _search(plan: Plan, method: str) -> Iterator[tuple[Cell, Event]]:
-    for cell in tuning_cells(plan, method):
-        began = False
-        try:
-            for event in run(cell.config, cell.folder, resume=plan.resume):
-                began = began or isinstance(event, Started)
-                yield cell, event
-        except ValueError:
-            # A rate that is too high diverges: an answer, not a failure. Anything else that
-            # can't run is found before the first event.
-            if not began:
-                raise
 
 
 def best_rate(method: str, cells: Iterable[Cell]) -> float:

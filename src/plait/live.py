@@ -53,6 +53,7 @@ class View:
     Attributes:
         rounds: Rounds of one run.
         planned: Label -> how many runs it will have.
+        at_once: Runs at a time.
         lines: Label -> what is known of it, in the order in which they began.
         done: Rounds done in all runs.
         seconds: What they took, preparation and evaluation included.
@@ -60,6 +61,7 @@ class View:
 
     rounds: int
     planned: Mapping[str, int]
+    at_once: int = 1
     lines: dict[str, Line] = field(default_factory=dict)
     done: int = 0
     seconds: float = 0.0
@@ -80,7 +82,8 @@ class View:
         """The time left, at the pace so far."""
         if not self.done:
             return "-:--:--"
-        seconds = max(0, self.all_rounds - self.done) * self.seconds / self.done
+        rounds = max(0, self.all_rounds - self.done) / self.at_once
+        seconds = rounds * self.seconds / self.done
         return str(timedelta(seconds=round(seconds)))
 
     def plain(self, label: str) -> str:
@@ -123,7 +126,11 @@ class View:
 
 
 def watch(
-    said: Iterable[tuple[str, Event]], rounds: int, planned: Mapping[str, int], console: Console
+    said: Iterable[tuple[str, Event]],
+    rounds: int,
+    planned: Mapping[str, int],
+    console: Console,
+    at_once: int = 1,
 ) -> None:
     """Loop over what runs say and show it.
 
@@ -133,8 +140,9 @@ def watch(
         planned: Label -> how many runs it will have, for the time left.
         console: Where to show it. On a terminal the table stays in place; elsewhere there is a
             line for each evaluation.
+        at_once: Runs at a time.
     """
-    view = View(rounds, planned)
+    view = View(rounds, planned, at_once)
     if not console.is_terminal:
         for label, event in said:
             view.see(label, event)

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,7 @@ from plait.events import Evaluated, Event, RoundDone, Started, summarize
 from plait.names import lookup
 
 if TYPE_CHECKING:
-    from plait.plan import Cell
+    pass
 
 Numbers = Mapping[str, float]
 Write = Callable[[int, Numbers], None]
@@ -113,24 +111,6 @@ def logged(
             _write(writes, *numbers(event))
             yield event
         _write(writes, config.rounds, _final(summarize(config, said)) if writes else {})
-
-
-def logged_cells(
-    said: Iterable[tuple[Cell, Event]], loggers: Sequence[str]
-) -> Iterator[tuple[Cell, Event]]:
-    """As `logged` for a comparison, whose runs come one after another: one logger's run for each.
-
-    Args:
-        said: What `plait.compare` yields.
-        loggers: Keys of `LOGGERS`.
-
-    Raises:
-        ValueError: As `logged`.
-    """
-    require(loggers)
-    for cell, pairs in groupby(said, key=itemgetter(0)):
-        for event in logged((event for _, event in pairs), loggers, cell.config, cell.folder):
-            yield cell, event
 
 
 def _write(writes: Iterable[Write], step: int, named: Numbers) -> None:

@@ -18,7 +18,7 @@ from plait.files import write_atomically
 from plait.plan import Cell
 from plait.runs import load_summary
 from plait.sweep import Sweep
-from plait.workers import Executor, Failure
+from plait.workers import Ended, Executor, Failure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,10 +55,13 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
     todo = waiting(cells)
     for cell in todo:
         (cell.folder / FAILURE).unlink(missing_ok=True)
-    for cell, failure in executor(todo):
+    for cell, said in executor(todo):
+        if not isinstance(said, Ended):
+            continue
+        failure = said.failure
         cell.folder.mkdir(parents=True, exist_ok=True)
-        name, said = (FAILURE, vars(failure)) if failure else (MADE_BY, {"version": code_version()})
-        write_atomically(cell.folder / name, json.dumps(said) + "\n")
+        name, kept = (FAILURE, vars(failure)) if failure else (MADE_BY, {"version": code_version()})
+        write_atomically(cell.folder / name, json.dumps(kept) + "\n")
         yield cell
 
 
