@@ -59,6 +59,16 @@ def test_each_clients_tokens_times_its_own_matrix(compiler, batch, K, N, add, dt
     assert torch.equal(mine[batch.num_tokens :], wide[batch.num_tokens :])
 
 
+def test_what_is_kept_in_bfloat16_is_rounded_to_the_nearest(compiler, batch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(batch.ids), 1, generator=generator).bfloat16()
+    W = torch.randn(batch.num_clients, 1, 33, generator=generator).bfloat16()
+    out = x.new_zeros(len(x), 33)
+    _products(out, x, W, batch)
+    for own, x_i, W_i in batch.by_client(out, x, W):
+        assert torch.equal(own, (x_i.float() * W_i.float()).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("M", "N"), [(4, 40), (16, 64), (13, 33), (40, 8), (1, 200)])
 def test_each_clients_sum_of_outer_products(compiler, M, N, dtype):
@@ -79,8 +89,8 @@ def test_the_number_of_threads_changes_nothing(compiler, batch, two_threads):
     W = torch.randn(batch.num_clients, 64, 40, generator=generator)
 
     def all_of_them():
-        derivative, out = x.clone(), x.new_zeros(len(x), 40)
-        fused.products(out, x, W, batch)
+        derivative, out = x.clone(), qkv[:, :40].clone()
+        fused.products(out, x, W, batch, add=True)
         return [
             fused.attention(qkv, batch, 4), fused.attention(qkv, batch, 4, x),
             fused.gelu(derivative), derivative, out, fused.sums(x, qkv, batch),

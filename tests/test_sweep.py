@@ -418,6 +418,8 @@ def test_an_executor_says_all_that_its_runs_say_and_that_they_have_ended(
     )
     with executor_for(jobs) as executor:
         said = list(executor([bad, good])) + list(executor([good]))
+        assert len(multiprocessing.active_children()) == (jobs if jobs > 1 else 0)
+    assert not multiprocessing.active_children()
     of_good = [one for cell, one in said if cell == good]
     expected = [*load_events(good.folder), Ended()] * 2
     assert of_good == expected
