@@ -55,6 +55,21 @@ def test_it_equals_one_text_after_another(kind, longest, width, request):
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_what_is_not_finite_is_seen_in_its_own_text_alone(compiler, value, part):
+    batch = pack(tokens_of([5, 20, 40]), torch.arange(3).view(1, 3).numpy())
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(len(batch.ids), 3 * HEADS * 16, generator=generator)
+    column = ["query", "key", "value"].index(part) * HEADS * 16
+    qkv[10, column] = value  # a token of the second text, in the first head
+    context = attention(batch, HEADS, qkv)(qkv)
+    assert not context[5:25, :16].isfinite().all()
+    assert context[:5].isfinite().all()
+    assert context[25 : batch.num_tokens].isfinite().all()
+    assert context[:, 16:].isfinite().all()
+
+
 def one_text(qkv: torch.Tensor) -> torch.Tensor:
     q, k, v = qkv.view(len(qkv), 3, HEADS, -1).permute(1, 2, 0, 3)
     weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)

@@ -80,9 +80,10 @@ INLINE vec choose(ints where, vec a, vec b) { return (vec)(((ints)a & where) | (
 
 INLINE vec maximum(vec a, vec b) { return choose(a > b, a, b); }
 
-/* e^x for x <= 0, to the last bit or two: Cody and Waite's reduction, and Cephes' polynomial. */
+/* e^x for x <= 0, to the last bit or two: Cody and Waite's reduction, and Cephes' polynomial. What is
+ * not a number stays so: a training that diverges has to be seen to. */
 INLINE vec exponential(vec x) {
-    x = maximum(x, (vec){} - 87.0f);
+    x = choose(x < -87.0f, (vec){} - 87.0f, x);
     vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 2^23: the integer is in the low bits */
     vec power = shifted - 12582912.0f;
     vec r = x - power * 0.693359375f + power * 2.12194440e-4f;
@@ -123,8 +124,8 @@ INLINE void tiles(int wide, long M, long K, struct matrix A, const float *B, lon
     for (long left = (M + TALL - 1) / TALL; left; left--) {
         long tall = (M + left - 1) / left;
         switch (tall) {
-#define CASE(n)                                                                  \
-    case n:                                                                      \
+#define CASE(n)                                                         \
+    case n:                                                             \
         tile(n < TALL ? n : TALL, wide, K, A, B, row_B, C, row_C, add); \
         break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
