@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,9 @@ def test_they_are_compiled_once(compiler, monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_or_a_place_there_are_none(monkeypatch, tmp_path):
+    def refused(*_args, **_kwargs):
+        raise PermissionError
+
     make = native._kernels.__wrapped__
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
     for compiler in ("false", "there-is-no-such-compiler", "true"):
@@ -123,6 +127,9 @@ def test_without_a_compiler_or_a_place_there_are_none(monkeypatch, tmp_path):
     monkeypatch.delenv("CC")
     (tmp_path / "file").touch()
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path / "file"))
+    assert make(torch.float32) is None
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "mkdir", refused)
     assert make(torch.float32) is None
 
 

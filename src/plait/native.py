@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,35 +48,48 @@ def kernels(like: Tensor) -> Kernels | None:
 
 @functools.cache
 def _kernels(dtype: torch.dtype) -> Kernels | None:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    given = (*FLAGS, *CPUS.get(torch.backends.cpu.get_cpu_capability(), ()), *TYPES[dtype])
     # Clang's own OpenMP isn't the one that torch brings; then a kernel keeps to one thread.
-    for more in (("-fopenmp",), ()):
-        try:
-            return Kernels(_compiled((*FLAGS, *more, *TYPES[dtype])))
-        except (OSError, subprocess.CalledProcessError):
-            continue
+    commands = [[*compiler, *given, *more] for more in (("-fopenmp",), ())]
+    for made in (_loaded, _compiled):
+        for command in commands:
+            with suppress(OSError, subprocess.CalledProcessError):
+                return Kernels(made(command))
     return None
 
 
-def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library, from the cache where it is there.
+def _place(command: list[str]) -> Path:
+    """Where what the command makes of the source is kept."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()[:32]
+    return cache_dir() / "kernels" / f"{digest}.so"
+
+
+def _loaded(command: list[str]) -> ctypes.CDLL:
+    """The library that an earlier process compiled.
+
+    Raises:
+        OSError: There is none, or it can't be loaded.
+    """
+    return ctypes.CDLL(str(_place(command)))
+
+
+def _compiled(command: list[str]) -> ctypes.CDLL:
+    """The library, compiled now.
 
     Raises:
         OSError: There is no compiler, nowhere to write, or the library can't be loaded.
         subprocess.CalledProcessError: The compiler failed.
     """
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    command = [*compiler, *flags, *CPUS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    digest = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()[:32]
-    library = cache_dir() / "kernels" / f"{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place and then renamed: several processes may be at it.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            made_by = [*command, str(SOURCE), "-o", str(made), "-lm"]
-            subprocess.run(made_by, check=True, capture_output=True)
-            made.rename(library)
-    return ctypes.CDLL(str(library))
+    library = _place(command)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place and then renamed: several processes may be at it.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        arguments = [*command, str(SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(arguments, check=True, capture_output=True)
+        made.rename(library)
+    return _loaded(command)
 
 
 class Kernels:
