@@ -148,7 +148,7 @@ def rest_seconds(shape: Shape) -> dict[str, float]:
     whole, every = shape.whole_layers, shape.layers
     fused = kernels(narrow)
     return {
-        "attention": every * least(_attention(shape), fused and _fused_attention(shape, fused)),
+        "attention": every * least(*_attention(shape), fused and _fused_attention(shape, fused)),
         "GELU": whole * least(_gelu(shape), fused and _fused_gelu(shape, fused)),
         "layer norms": 2 * whole * seconds(partial(functional.layer_norm, narrow, [d], ones, ones))
         + 2 * whole * seconds(norm_back),
@@ -164,8 +164,8 @@ def least(*ways: Callable[[], Any] | None) -> float:
     return min(seconds(way) for way in ways if way)
 
 
-def _attention(shape: Shape) -> Callable[[], Any]:
-    """With torch's operators: two texts in a window, moved there and back."""
+def _attention(shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Torch's fused attention, and plain products: two texts in a window, moved there and back."""
     size = (-(-shape.height // WINDOW), shape.heads, WINDOW, shape.d // shape.heads)
     q, k, v = (torch.randn(size, requires_grad=True) for _ in range(3))
     text = torch.arange(WINDOW) // (WINDOW // 2)
@@ -174,13 +174,19 @@ def _attention(shape: Shape) -> Callable[[], Any]:
     narrow, wide = (torch.randn(shape.height, width * shape.d) for width in (1, 3))
     places = torch.randperm(shape.height)
 
-    def way() -> None:
-        scores = (q @ k.mT * size[-1] ** -0.5).masked_fill(~same, float("-inf"))
-        torch.autograd.grad(scores.softmax(dim=-1) @ v, (q, k, v), grad)
+    def moved(y: torch.Tensor) -> None:
+        torch.autograd.grad(y, (q, k, v), grad)
         for rows in (narrow, wide) * 2:
             rows.index_select(0, places)
 
-    return way
+    def fused() -> None:
+        moved(functional.scaled_dot_product_attention(q, k, v, attn_mask=same))
+
+    def plain() -> None:
+        scores = (q @ k.mT * size[-1] ** -0.5).masked_fill(~same, float("-inf"))
+        moved(scores.softmax(dim=-1) @ v)
+
+    return fused, plain
 
 
 def _fused_attention(shape: Shape, fused: Kernels) -> Callable[[], Any]:

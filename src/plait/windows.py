@@ -93,8 +93,8 @@ class Windows:
     def __init__(self, batch: Batch, num_heads: int, dtype: torch.dtype) -> None:
         """Work out all places, once for all layers; scores will be of `dtype`."""
         self.num_heads = num_heads
-        # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
         filler = len(batch.ids) - batch.num_tokens
+        # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
         windows, apart = lay_out(batch.sizes, filler, slots=64 // dtype.itemsize)
         windows = windows.to(batch.ids.device)
         apart = [one.to(batch.ids.device) for one in apart]

@@ -108,6 +108,9 @@ def num_jobs(device: str, jobs: int, runs: int | None = None) -> int:
 
     On a CPU that is a process with one thread for each core. A graphics card is given to one run at
     a time.
+
+    Raises:
+        ValueError: `jobs` is below 0.
     """
     if jobs < 0:
         raise ValueError(f"jobs is {jobs}; give 1 or more, or 0 for what suits the machine.")
