@@ -29,14 +29,17 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 from work import Work, workers
 
-from plait.native import Kernels, kernels
+from plait.native import Kernels, frozen_kernels, kernels
 from plait.tokens import Batch, Tokens, pack
 
+LIBRARY = "frozen products by torch"
+"""What the machine's GEMM rate is measured by."""
 WINDOW = 32
 """Slots of the rectangles in which torch's operators compute attention."""
 SITES = 2
 """Adapted linear layers in a layer of the model: query and value."""
 GROUPS = {
+    "fused layers": ("fusedlayer",),
     "frozen products": ("linear",),
     "LoRA's products": ("branches", "aten::mm", "addmm"),
     "attention": ("attention", "softmax", "masked_fill", "bmm"),
@@ -123,10 +126,10 @@ def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
     return statistics.median(times[1:])
 
 
-def product_seconds(shape: Shape) -> float:
-    """A chunk's frozen products, each in the faster of torch's two ways."""
+def product_seconds(shape: Shape) -> tuple[float, float]:
+    """A chunk's frozen products: in the faster of torch's two ways each, and in the fastest."""
     prepack = torch.ops.mkldnn._reorder_linear_weight
-    total = 0.0
+    library = fastest = 0.0
     for d_out, d_in, forward, backward in shape.products():
         for rows, columns, often in ((d_out, d_in, forward), (d_in, d_out, backward)):
             x = torch.randn(shape.height, columns)
@@ -134,8 +137,12 @@ def product_seconds(shape: Shape) -> float:
             plain = partial(functional.linear, x, weight)
             linear = torch.ops.mkldnn._linear_pointwise
             packed = partial(linear, x, prepack(weight), None, "none", [], "")
-            total += often * min(seconds(plain), seconds(packed))
-    return total
+            of_torch = min(seconds(plain), seconds(packed))
+            ours = frozen_kernels(weight)
+            own = ours and partial(ours.linear, x, ours.arrange(weight.t()), None, rows)
+            library += often * of_torch
+            fastest += often * min(of_torch, seconds(own) if own else of_torch)
+    return library, fastest
 
 
 def rest_seconds(shape: Shape) -> dict[str, float]:
@@ -270,7 +277,8 @@ def alone(shape: Shape) -> Callable[[], dict[str, float]]:
     """For a worker: the seconds of a chunk's step by kind of operation, on its threads."""
 
     def measure() -> dict[str, float]:
-        return {"frozen products": product_seconds(shape)} | rest_seconds(shape)
+        library, fastest = product_seconds(shape)
+        return {LIBRARY: library, "frozen products": fastest} | rest_seconds(shape)
 
     return measure
 
@@ -304,19 +312,22 @@ class Limits:
             for manner, heard in self._heard.items()
         }
         frozen, model = self.shape.frozen_flop(), self.shape.model_flop()
-        rates = {manner: frozen / kinds["frozen products"] for manner, kinds in manners.items()}
+        rates = {manner: frozen / kinds[LIBRARY] for manner, kinds in manners.items()}
         rate = max(rates.values())
         # Of each kind, too, the faster of the two manners: nothing can be faster.
         floor = {
             kind: min(kinds[kind] for kinds in manners.values()) / self.shape.clients
             for kind in manners["all threads"]
+            if kind != LIBRARY
         }
+        own_rate = frozen / self.shape.clients / floor["frozen products"]
         at_rate = model / self.shape.clients / rate
         reached = at_rate * client_steps_per_second
         limit = at_rate / sum(floor.values())
         peft = at_rate * best_peft
         return {
-            "gemm_flops": rate, "gemm_flops_by_manner": rates, "height": self.shape.height,
+            "gemm_flops": rate, "gemm_flops_by_manner": rates, "fastest_gemm_flops": own_rate,
+            "height": self.shape.height,
             "model_flop_per_client_step": model / self.shape.clients,
             "seconds_per_client_step": floor, "limit": limit, "reached": reached,
             "reached_of_limit": reached / limit, "peft_reached": peft,
@@ -361,7 +372,8 @@ def arithmetic(result: dict[str, Any]) -> str:
     rest = sum(floor.values()) - frozen
     manners = ", ".join(f"{n} {v / 1e9:.0f}" for n, v in result["gemm_flops_by_manner"].items())
     return (
-        f"GEMM rate {rate / 1e9:.0f} GFLOP/s at {result['height']} tokens ({manners}).\n"
+        f"GEMM rate {rate / 1e9:.0f} GFLOP/s at {result['height']} tokens ({manners}); with "
+        f"plait's own products {result['fastest_gemm_flops'] / 1e9:.0f}.\n"
         f"A client's step is {flop / 1e9:.2f} GFLOP on real tokens: {1e3 * flop / rate:.2f} ms at "
         f"that rate.\n"
         f"limit = {1e3 * flop / rate:.2f} / ({1e3 * frozen:.2f} frozen products + "

@@ -18,6 +18,7 @@ from rivals import in_processes, peft_steps, plait_steps, vmap_steps
 from work import Steps, Work, has_bfloat16
 
 from plait.local import chunks
+from plait.native import frozen_kernels
 from plait.tokens import pack
 
 Speed = dict[str, float | None]
@@ -105,7 +106,8 @@ def padding(work: Work) -> float:
     rows = np.stack([work.rows(client, 0) for client in work.clients])
     tokens = work.tokens.lengths[rows].sum(axis=1)
     parts = chunks(tokens, work.config.chunk_tokens, torch.get_num_threads())
-    batches = [pack(work.tokens, rows[part]) for part in parts]
+    filled = frozen_kernels(torch.empty(16, 16)) is None
+    batches = [pack(work.tokens, rows[part], filled) for part in parts]
     return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)
 
 

@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_model
 from plait.backbone import TARGET_MODULES, Backbone, resolve_dtype
 from plait.config import Config
+from plait.frozen import bfloat16_units
 from plait.loading import Loaded
 from plait.local import evaluate, local_phase
 from plait.lora import initial_stack
 from plait.methods import Factor
-from plait.packed import bfloat16_units
 from twin import peft_client, twin_local_phase, twin_logits
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
@@ -29,8 +29,9 @@ def setup(architecture, config, tokens, packed=True):
     stack = initial_stack(
         backbone.layout, backbone.head_start, config.clients, 0, torch.device("cpu")
     )
-    # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped.
-    generator = torch.Generator().manual_seed(1)
+    # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
+    # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
+    generator = torch.Generator().manual_seed(4)
     for value in stack.factors.values():
         value += 0.05 * torch.randn(value.shape, generator=generator)
     shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), config.clients)
@@ -69,7 +70,7 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
 
 @pytest.mark.parametrize(
     "targets",
-    ["query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"],
+    ["key", "query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"],
 )
 @pytest.mark.usefixtures("operators")
 def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
@@ -93,7 +94,7 @@ def test_evaluation_equals_peft(architecture, ragged_tokens):
         peft_model = peft_client(model, backbone.layout, stack, client, config, targets)
         with torch.no_grad():
             expected = twin_logits(peft_model, ragged_tokens, np.arange(len(ragged_tokens)))
-        torch.testing.assert_close(logits[client], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[client], expected.float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("operators")
@@ -115,7 +116,7 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
 def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monkeypatch):
     if units and not bfloat16_units():
         pytest.skip("this CPU doesn't multiply in bfloat16")
-    monkeypatch.setattr("plait.packed.bfloat16_units", lambda: units)
+    monkeypatch.setattr("plait.frozen.bfloat16_units", lambda: units)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         config = Config(clients=4, local_steps=5, batch_size=5, rank=4, lr=5e-3, dtype=dtype)

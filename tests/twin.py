@@ -1,4 +1,7 @@
-"""The slow, readable twin of the stacked engine: plain PEFT, one client after another."""
+"""The slow, readable twin of the stacked engine: plain PEFT, one client after another.
+
+It computes in float64, so that what differs is the engine's own rounding.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from plait.tokens import Tokens
 def peft_client(model, layout, stack, client, config, targets):
     """A PEFT model with one client's factors and head."""
     peft_model = get_peft_model(
-        copy.deepcopy(model),
+        copy.deepcopy(model).double(),
         LoraConfig(
             r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=targets
         ),
@@ -48,7 +51,7 @@ def padded(tokens: Tokens, rows, pad_id):
 
 
 def twin_logits(peft_model, tokens, rows):
-    """(b, C) from the whole PEFT model, padded."""
+    """(b, C) float64 from the whole PEFT model, padded."""
     config = peft_model.config if hasattr(peft_model, "config") else peft_model.base_model.config
     ids, types, mask = padded(tokens, rows, config.pad_token_id or 0)
     kinds = {"token_type_ids": types} if getattr(config, "type_vocab_size", 0) > 1 else {}
@@ -103,4 +106,4 @@ def twin_local_phase(model, layout, stack, train, round_, tokens, shares, config
             rows[Factor.HEAD].append(
                 torch.cat([after[f"base_model.model.{name}"].flatten() for name, _ in layout.head])
             )
-    return np.array(losses), {f: torch.stack(value).detach() for f, value in rows.items()}
+    return np.array(losses), {f: torch.stack(v).detach().float() for f, v in rows.items()}

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from plait.config import Config, Head
+from plait.frozen import bfloat16_units
 from plait.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.heap import keep_freed
 from plait.hooked import HookedEncoder
 from plait.loading import Loaded
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.methods import Factor
-from plait.packed import PACKED_MODEL_TYPES, PackedEncoder, bfloat16_units
+from plait.packed import PACKED_MODEL_TYPES, PackedEncoder
 from plait.tokens import Batch, Tokens, pack
 
 HEAD_NAMES = ("classifier", "score")
@@ -102,7 +103,7 @@ class Backbone:
 
     def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""
-        return pack(tokens, rows).to(self.device)
+        return pack(tokens, rows, filled=not self.encoder.any_width).to(self.device)
 
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
@@ -152,7 +153,7 @@ class Backbone:
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
             batch = self.batch(tokens, texts[None])
-            below = encoder.below(batch, encoder.attention(batch)).cpu()
+            below = encoder.below(batch, encoder.shared(batch)).cpu()
             hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
 

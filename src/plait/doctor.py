@@ -84,7 +84,7 @@ def check_device() -> Finding:
     import torch
 
     from plait.backbone import resolve_device
-    from plait.packed import bfloat16_units
+    from plait.frozen import bfloat16_units
 
     device = resolve_device("auto")
     if device.type == "cuda":

@@ -30,6 +30,8 @@ class _Now(threading.local):
 class HookedEncoder:
     """`base(...)` for the texts of n clients at once."""
 
+    any_width = False  # as PackedEncoder has it
+
     def __init__(self, model: Any, base: Any, sites: tuple[Site, ...], scale: float) -> None:
         """Hook the adapted layers of `model`; `base` is its encoder."""
         self.base = base

@@ -1,5 +1,6 @@
-/* What PyTorch has no quick operator for on a CPU: attention within each of many short texts, GELU
- * together with its derivative, and thin products of many clients' own matrices.
+/* What PyTorch has no quick operator for on a CPU: attention within each of many short texts, thin
+ * products of many clients' own matrices, and an encoder layer whose parts find in cache what the
+ * part before has made.
  *
  * native.py compiles this once for each type of number: float, or with -DBFLOAT16 bfloat16, in which
  * numbers are kept while all arithmetic is float's. What a text or a client gets depends on nothing
@@ -30,6 +31,7 @@ typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 #define INLINE static inline __attribute__((always_inline))
 #define PARALLEL _Pragma("omp parallel num_threads(threads) if (threads > 1)")
 #define SHARED _Pragma("omp for schedule(dynamic, 4)")
+#define EACH _Pragma("omp for schedule(dynamic)")
 
 #ifdef BFLOAT16
 typedef uint16_t number;
@@ -66,9 +68,10 @@ INLINE void store_some(number *to, vec x, long count) {
 
 INLINE long whole(long count) { return (count + LANES - 1) / LANES * LANES; }
 
-/* Room for L numbers; rows that are a power of two apart would share few places in cache. */
-INLINE long room_for(long L) {
-    long S = whole(L);
+/* How far apart rows of so many numbers lie: a multiple of a power of two would leave them few places
+ * in cache. */
+INLINE long room_for(long count) {
+    long S = whole(count);
     return S % 256 ? S : S + LANES;
 }
 
@@ -102,45 +105,56 @@ struct matrix {
     long row, column;
 };
 
-/* A tile of a product in registers: `tall` rows of C, `wide` registers each. */
+/* A tile of a product in registers: `tall` rows of C, `wide` registers each. It starts from `first`, if
+ * there is one: an array like C, or of which each row is the same where `row_first` is 0. */
 INLINE void tile(int tall, int wide, long K, struct matrix A, const float *B, long row_B, float *C,
-                 long row_C, int add) {
-    vec sum[TALL][2] = {};
+                 long row_C, const float *first, long row_first) {
+    vec sum[TALL][3] = {};
+    if (first)
+        for (int i = 0; i < tall; i++)
+            for (int j = 0; j < wide; j++)
+                sum[i][j] = *(const vec *)(first + i * row_first + j * LANES);
     for (long k = 0; k < K; k++)
         for (int i = 0; i < tall; i++)
             for (int j = 0; j < wide; j++)
                 sum[i][j] += A.at[i * A.row + k * A.column] * *(const vec *)(B + k * row_B + j * LANES);
     for (int i = 0; i < tall; i++)
-        for (int j = 0; j < wide; j++) {
-            vec *to = (vec *)(C + i * row_C + j * LANES);
-            if (add) sum[i][j] += *to;
-            *to = sum[i][j];
-        }
+        for (int j = 0; j < wide; j++) *(vec *)(C + i * row_C + j * LANES) = sum[i][j];
 }
 
 /* Tiles below each other, about equally tall: in short ones each sum waits for itself. */
 INLINE void tiles(int wide, long M, long K, struct matrix A, const float *B, long row_B, float *C,
-                  long row_C, int add) {
-    for (long left = (M + TALL - 1) / TALL; left; left--) {
-        long tall = (M + left - 1) / left;
+                  long row_C, const float *first, long row_first) {
+    const long most = wide == 3 ? TALL * 2 / 3 : TALL;
+    for (long left = (M + most - 1) / most; left; left--) {
+        uint32_t tall = (uint32_t)(M + left - 1) / (uint32_t)left;
         switch (tall) {
-#define CASE(n)                                                         \
-    case n:                                                             \
-        tile(n < TALL ? n : TALL, wide, K, A, B, row_B, C, row_C, add); \
+#define CASE(n)                                                                       \
+    case n:                                                                           \
+        tile(n < most ? n : most, wide, K, A, B, row_B, C, row_C, first, row_first); \
         break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
             CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
         }
         M -= tall, A.at += tall * A.row, C += tall * row_C;
+        if (first) first += tall * row_first;
     }
 }
 
-/* C = A B, or C += A B: (M, K) times (K, N), N in whole registers. */
+/* C = first + A B: (M, K) times (K, N), N in whole registers. */
 static __attribute__((noinline)) void product(long M, long N, long K, struct matrix A, const float *B,
-                                              long row_B, float *C, long row_C, int add) {
-    long n = 0;
-    for (; n + 2 * LANES <= N; n += 2 * LANES) tiles(2, M, K, A, B + n, row_B, C + n, row_C, add);
-    if (n < N) tiles(1, M, K, A, B + n, row_B, C + n, row_C, add);
+                                              long row_B, float *C, long row_C, const float *first,
+                                              long row_first) {
+    while (N > 0) {
+        long width = smaller(3 * LANES, N);
+        switch (width / LANES) {
+            case 3: tiles(3, M, K, A, B, row_B, C, row_C, first, row_first); break;
+            case 2: tiles(2, M, K, A, B, row_B, C, row_C, first, row_first); break;
+            case 1: tiles(1, M, K, A, B, row_B, C, row_C, first, row_first); break;
+        }
+        N -= width, B += width, C += width;
+        if (first) first += width;
+    }
 }
 
 #if LANES == 16
@@ -225,48 +239,66 @@ static void softmax_gradient(float *g, const float *p, long L, long S) {
     }
 }
 
-/* out = softmax(q k^T / sqrt(d)) v within each text and head, (T, 3 H d) -> (T, H d); or, where there
- * is a gradient of that, the gradient of qkv, (T, H d) -> (T, 3 H d). */
+/* Room for one text and head of attention: seven arrays of L tokens, two of L by L. */
+struct room {
+    float *q, *k, *v, *g, *result, *across, *weights, *changes;
+};
+
+static struct room room(long longest, long d) {
+    long most = room_for(longest), D = whole(d);
+    float *at = aligned_alloc(4 * LANES, 4 * (6 * most * D + 2 * most * most));
+    float *square = at + 6 * most * D;
+    return (struct room){at, at + most * D, at + 2 * most * D, at + 3 * most * D,
+                         at + 4 * most * D, at + 5 * most * D, square, square + most * most};
+}
+
+/* out = softmax(q k^T / sqrt(d)) v of a text of L tokens in one of the heads that make up `width`; or,
+ * where there is a gradient of that, the gradient of q, k and v. All point to the first token's part. */
+static void attend(number *out, const number *qkv, const number *gradient, long L, long width, long d,
+                   struct room at) {
+    long D = whole(d), S = room_for(L);
+    float scale = 1 / sqrtf(d);
+    gather(at.q, qkv, 3 * width, L, d, D, scale, d);
+    gather(at.k, qkv + width, 3 * width, L, d, D, 1, d);
+    gather(at.v, qkv + 2 * width, 3 * width, L, d, D, 1, d);
+    transpose(at.across, at.q, L, D, S);
+    product(L, S, D, (struct matrix){at.k, D, 1}, at.across, S, at.weights, S, 0, 0);
+    softmax(at.weights, L, S);
+    if (!gradient) {
+        product(L, D, L, (struct matrix){at.weights, 1, S}, at.v, D, at.result, D, 0, 0);
+        scatter(out, at.result, width, L, d, D, 1, d, 0);
+        return;
+    }
+    gather(at.g, gradient, width, L, d, D, 1, d);
+    product(L, D, L, (struct matrix){at.weights, S, 1}, at.g, D, at.result, D, 0, 0);
+    scatter(out + 2 * width, at.result, 3 * width, L, d, D, 1, d, 0);
+    transpose(at.across, at.g, L, D, S);
+    product(L, S, D, (struct matrix){at.v, D, 1}, at.across, S, at.changes, S, 0, 0);
+    softmax_gradient(at.changes, at.weights, L, S);
+    product(L, D, L, (struct matrix){at.changes, 1, S}, at.k, D, at.result, D, 0, 0);
+    scatter(out, at.result, 3 * width, L, d, D, scale, d, 0);
+    product(L, D, L, (struct matrix){at.changes, S, 1}, at.q, D, at.result, D, 0, 0);
+    scatter(out + width, at.result, 3 * width, L, d, D, 1, d, 0);
+}
+
+/* Attention within each text and head, (T, 3 H d) -> (T, H d); or, where there is a gradient of that,
+ * the gradient of qkv, (T, H d) -> (T, 3 H d). */
 void attention(number *out, const number *qkv, const number *gradient, const int64_t *starts,
                const int64_t *lengths, long texts, long longest, long H, long d, int threads) {
-    long width = H * d, D = whole(d), most = room_for(longest);
-    float scale = 1 / sqrtf(d);
+    long width = H * d, wide = gradient ? 3 : 1;
     PARALLEL {
-        float *q = aligned_alloc(4 * LANES, 4 * (6 * most * D + 2 * most * most));
-        float *k = q + most * D, *v = k + most * D, *g = v + most * D;
-        float *result = g + most * D, *across = result + most * D;
-        /* Weights and their gradients, (L, S): a column for each token that attends. */
-        float *weights = across + most * D, *changes = weights + most * most;
+        struct room own = room(longest, d);
         SHARED for (long job = 0; job < texts * H; job++) {
-            long L = lengths[job / H], S = room_for(L);
             long start = starts[job / H] * width, head = job % H * d;
-            const number *from = qkv + 3 * start + head;
-            gather(q, from, 3 * width, L, d, D, scale, d);
-            gather(k, from + width, 3 * width, L, d, D, 1, d);
-            gather(v, from + 2 * width, 3 * width, L, d, D, 1, d);
-            transpose(across, q, L, D, S);
-            product(L, S, D, (struct matrix){k, D, 1}, across, S, weights, S, 0);
-            softmax(weights, L, S);
-            if (!gradient) {
-                product(L, D, L, (struct matrix){weights, 1, S}, v, D, result, D, 0);
-                scatter(out + start + head, result, width, L, d, D, 1, d, 0);
-                continue;
-            }
-            number *to = out + 3 * start + head;
-            gather(g, gradient + start + head, width, L, d, D, 1, d);
-            product(L, D, L, (struct matrix){weights, S, 1}, g, D, result, D, 0);
-            scatter(to + 2 * width, result, 3 * width, L, d, D, 1, d, 0);
-            transpose(across, g, L, D, S);
-            product(L, S, D, (struct matrix){v, D, 1}, across, S, changes, S, 0);
-            softmax_gradient(changes, weights, L, S);
-            product(L, D, L, (struct matrix){changes, 1, S}, k, D, result, D, 0);
-            scatter(to, result, 3 * width, L, d, D, scale, d, 0);
-            product(L, D, L, (struct matrix){changes, S, 1}, q, D, result, D, 0);
-            scatter(to + width, result, 3 * width, L, d, D, 1, d, 0);
+            attend(out + wide * start + head, qkv + 3 * start + head,
+                   gradient ? gradient + start + head : 0, lengths[job / H], width, d, own);
         }
-        free(q);
+        free(own.q);
     }
 }
+
+/* Tokens, or columns, that are computed at once. */
+#define BLOCK 96
 
 #ifndef BFLOAT16
 /* x Phi(x); x becomes the derivative. */
@@ -295,10 +327,310 @@ void gelu(float *y, float *x, long count, int threads) {
     }
 }
 
-#endif
+/* The sum of a register's numbers, in each of them. */
+INLINE vec total(vec x) {
+    for (int times = 1; times < LANES; times *= 2)
+        x = INTERLEAVED(x, x, LOW) + INTERLEAVED(x, x, HIGH);
+    return x;
+}
 
-/* Tokens, or columns, that are computed at once. */
-#define BLOCK 96
+/* What a row's layer normalisation subtracts and what it multiplies by; first x += bias, if there is
+ * one. */
+INLINE void moments(float *x, const float *bias, long d, float epsilon, vec *mean, vec *scale) {
+    vec sum = {}, squares = {};
+    for (long c = 0; c < d; c += LANES) {
+        vec own = load(x + c);
+        if (bias) store(x + c, own += load(bias + c));
+        sum += own;
+    }
+    *mean = total(sum) / (float)d;
+    for (long c = 0; c < d; c += LANES) {
+        vec away = load(x + c) - *mean;
+        squares += away * away;
+    }
+    float variance = total(squares)[0] / d;
+    *scale = (vec){} + (1 / sqrtf(variance + epsilon) + 0 * variance); /* an overflow is seen to */
+}
+
+struct norm {
+    const float *gain, *shift;
+    double epsilon;
+};
+
+/* x += bias; y = LayerNorm(x): (M, d). */
+static void normalise(float *y, float *x, const float *bias, struct norm norm, long M, long d) {
+    for (; M; M--, x += d, y += d) {
+        vec mean, scale;
+        moments(x, bias, d, norm.epsilon, &mean, &scale);
+        for (long c = 0; c < d; c += LANES)
+            store(y + c, (load(x + c) - mean) * scale * load(norm.gain + c) + load(norm.shift + c));
+    }
+}
+
+/* The gradient of x, given that of y; `to` may be `g`. */
+static void normalise_gradient(float *to, const float *g, const float *x, struct norm norm, long M,
+                               long d) {
+    for (; M; M--, x += d, g += d, to += d) {
+        vec mean, scale, sum = {}, along = {};
+        moments((float *)x, 0, d, norm.epsilon, &mean, &scale);
+        for (long c = 0; c < d; c += LANES) {
+            vec own = load(g + c) * load(norm.gain + c);
+            sum += own, along += own * (load(x + c) - mean);
+        }
+        sum = total(sum) / (float)d, along = total(along) * scale * scale / (float)d;
+        for (long c = 0; c < d; c += LANES) {
+            vec own = load(g + c) * load(norm.gain + c);
+            store(to + c, scale * (own - sum - along * (load(x + c) - mean)));
+        }
+    }
+}
+
+/* A frozen matrix (K, N) as `frozen` reads it: a panel of three registers' columns, then the next. */
+void arrange(float *to, const float *W, long row, long column, long K, long N) {
+    for (long n = 0; n < N; n += 3 * LANES)
+        for (long k = 0, width = smaller(3 * LANES, N - n); k < K; k++)
+            for (long j = 0; j < width; j++) *to++ = W[k * row + (n + j) * column];
+}
+
+/* C = GELU(C) of (M, N), rows so far apart; the derivative to `derivative`, if that isn't NULL. */
+static void gelu_in_place(float *C, long row, long M, long N, float *derivative) {
+    for (; M; M--, C += row)
+        for (long n = 0; n < N; n += LANES) {
+            vec x = load(C + n);
+            store(C + n, gelu_of(&x));
+            if (derivative) store(derivative, x), derivative += LANES;
+        }
+}
+
+/* C *= other, whose rows lie one after another. */
+static void multiply(float *C, long row, long M, long N, const float *other) {
+    for (; M; M--, C += row)
+        for (long n = 0; n < N; n += LANES, other += LANES) store(C + n, load(C + n) * load(other));
+}
+
+enum after { NOTHING, GELU, TIMES };
+
+/* C = first + A B, B arranged; then C = GELU(C), with the derivative to `other` if there is one, or
+ * C *= other, which lies in the order in which it was computed. */
+static void frozen(long M, long N, long K, const float *A, long row_A, const float *B, float *C,
+                   long row_C, const float *first, long row_first, enum after after, float *other) {
+    for (long m = 0; m < M; m += BLOCK)
+        for (long n = 0, some = smaller(BLOCK, M - m); n < N; n += 3 * LANES) {
+            long width = smaller(3 * LANES, N - n);
+            float *c = C + m * row_C + n, *own = other ? other + m * N + n * some : 0;
+            if (after == TIMES)
+                for (long i = 0; i < some * width; i += 16) __builtin_prefetch(own + i);
+            product(some, width, K, (struct matrix){(float *)A + m * row_A, row_A, 1}, B + n * K, width, c, row_C,
+                    first ? first + m * row_first + n : 0, row_first);
+            if (after == GELU) gelu_in_place(c, row_C, some, width, own);
+            if (after == TIMES) multiply(c, row_C, some, width, own);
+        }
+}
+
+/* Tokens that go through frozen layers together: enough to make use of a weight once it is in cache,
+ * and few enough for what they become to stay there. */
+INLINE long together(long T, int threads) {
+    return smaller(384, (T / threads + TALL) / TALL * TALL);
+}
+
+/* out = x W + bias, or without a bias x W; W arranged. */
+void linear(float *out, const float *x, const float *W, const float *bias, long T, long N, long K,
+            int threads) {
+    long rows = together(T, threads);
+    PARALLEL {
+        EACH for (long t = 0; t < T; t += rows)
+            frozen(smaller(rows, T - t), N, K, x + t * K, K, W, out + t * N, N, bias, 0, NOTHING, 0);
+    }
+}
+
+/* A layer's frozen weights: matrices arranged for the forward pass and for the backward pass, H heads. */
+struct layer {
+    const float *qkv, *qkv_back, *qkv_bias, *merge, *merge_back, *merge_bias;
+    const float *up, *up_back, *up_bias, *down, *down_back, *down_bias;
+    struct norm norm_1, norm_2;
+    long d, f, H;
+};
+
+/* out = norm_2(a + down(GELU(up(a)))), a = norm_1(h + merge(context)): (T, d). What went into the norms
+ * and the derivative of GELU are kept, unless they are NULL. */
+void past_attention(float *out, float *sum_1, float *sum_2, float *derivative, const float *context,
+                    const float *h, const struct layer *layer, long T, int threads) {
+    long d = layer->d, f = layer->f, rows = together(T, threads);
+    PARALLEL {
+        long F = room_for(f);
+        float *a = aligned_alloc(4 * LANES, 4 * rows * (2 * d + F)), *inner = a + rows * d;
+        float *sum = inner + rows * F;
+        EACH for (long t = 0; t < T; t += rows) {
+            long M = smaller(rows, T - t), at = t * d;
+            float *before_1 = sum_1 ? sum_1 + at : sum, *before_2 = sum_2 ? sum_2 + at : sum;
+            frozen(M, d, d, context + at, d, layer->merge, before_1, d, h + at, d, NOTHING, 0);
+            normalise(a, before_1, layer->merge_bias, layer->norm_1, M, d);
+            frozen(M, f, d, a, d, layer->up, inner, F, layer->up_bias, 0, GELU,
+                   derivative ? derivative + t * f : 0);
+            frozen(M, d, f, inner, F, layer->down, before_2, d, a, d, NOTHING, 0);
+            normalise(out + at, before_2, layer->down_bias, layer->norm_2, M, d);
+        }
+        free(a);
+    }
+}
+
+/* The gradients of context and h. */
+void past_attention_gradient(float *grad_context, float *grad_h, const float *gradient,
+                             const float *sum_1, const float *sum_2, float *derivative,
+                             const struct layer *layer, long T, int threads) {
+    long d = layer->d, f = layer->f, rows = together(T, threads);
+    PARALLEL {
+        long F = room_for(f);
+        float *g = aligned_alloc(4 * LANES, 4 * rows * (d + F)), *inner = g + rows * d;
+        EACH for (long t = 0; t < T; t += rows) {
+            long M = smaller(rows, T - t), at = t * d;
+            normalise_gradient(g, gradient + at, sum_2 + at, layer->norm_2, M, d);
+            frozen(M, f, d, g, d, layer->down_back, inner, F, 0, 0, TIMES, derivative + t * f);
+            frozen(M, d, f, inner, F, layer->up_back, grad_h + at, d, g, d, NOTHING, 0);
+            normalise_gradient(grad_h + at, grad_h + at, sum_1 + at, layer->norm_1, M, d);
+            frozen(M, d, d, grad_h + at, d, layer->merge_back, grad_context + at, d, 0, 0, NOTHING, 0);
+        }
+        free(g);
+    }
+}
+
+/* LoRA factors of `count` of query, key and value, which `part` numbers: A (n, r, d) and B (n, d, r),
+ * one client's so far from the next one's. R = count r, S the same in whole registers. */
+struct adapters {
+    const float *A[3], *B[3];
+    long client_A, client_B, part[3], count, r;
+    float scale;
+};
+
+/* Texts of one client: portions, over which its factors' gradients are summed one by one, so that a sum
+ * does not depend on who computes it; and pieces, some portions that are computed together, of at most
+ * so many `rows` of tokens. Portion i begins with text[i], piece p with portion[p]. */
+struct pieces {
+    const int64_t *text, *portion, *starts, *lengths;
+    long count, texts_each, rows, longest;
+};
+
+/* Texts, and their tokens. */
+struct span {
+    long client, text, end, begin, rows;
+};
+
+static struct span span(const struct pieces *all, long portion, long portions_end) {
+    long text = all->text[portion], end = all->text[portions_end], begin = all->starts[text];
+    return (struct span){text / all->texts_each, text, end, begin,
+                         all->starts[end - 1] + all->lengths[end - 1] - begin};
+}
+
+static struct span piece(const struct pieces *all, long p) {
+    return span(all, all->portion[p], all->portion[p + 1]);
+}
+
+/* context = attention(h W + bias + LoRA(h)), (T, d) -> (T, d). What attention was given and h A^T,
+ * (T, S), are kept, unless they are NULL. */
+void adapted_attention(float *context, float *qkv, float *low, const float *h, const struct layer *layer,
+                       const struct adapters *lora, const struct pieces *pieces, int threads) {
+    long d = layer->d, width = d / layer->H, r = lora->r, R = lora->count * r, S = whole(R), s = whole(r);
+    PARALLEL {
+        struct room own = room(pieces->longest, width);
+        long rows = pieces->rows;
+        float *A = aligned_alloc(4 * LANES, 4 * (rows * (3 * d + S) + d * (R + S + 2 * s) + LANES));
+        float *A_t = A + R * d, *B = A_t + S * d, *B_t = B + s * d, *own_qkv = B_t + s * d;
+        EACH for (long p = 0; p < pieces->count; p++) {
+            struct span at = piece(pieces, p);
+            const float *x = h + at.begin * d;
+            float *y = qkv ? qkv + 3 * at.begin * d : own_qkv;
+            float *l = low ? low + at.begin * S : own_qkv + 3 * rows * d;
+            frozen(at.rows, 3 * d, d, x, d, layer->qkv, y, 3 * d, layer->qkv_bias, 0, NOTHING, 0);
+            for (long b = 0; b < lora->count; b++)
+                gather(A + b * r * d, lora->A[b] + at.client * lora->client_A, d, r, d, d, lora->scale, d);
+            transpose(A_t, A, R, d, S);
+            product(at.rows, S, d, (struct matrix){(float *)x, d, 1}, A_t, S, l, S, 0, 0);
+            for (long b = 0; b < lora->count; b++) {
+                float *to = y + lora->part[b] * d;
+                gather(B, lora->B[b] + at.client * lora->client_B, r, d, r, s, 1, r);
+                transpose(B_t, B, d, s, d);
+                product(at.rows, d, r, (struct matrix){l + b * r, S, 1}, B_t, d, to, 3 * d, to, 3 * d);
+            }
+            for (long text = at.text; text < at.end; text++)
+                for (long head = 0, start = pieces->starts[text]; head < d; head += width)
+                    attend(context + start * d + head, y + 3 * (start - at.begin) * d + head, 0,
+                           pieces->lengths[text], d, width, own);
+        }
+        free(own.q), free(A);
+    }
+}
+
+/* What a portion adds to the gradients (n, R, d) of A and B. */
+static void add_portion(float *grad_A, float *grad_B, const float *own_A, const float *own_B, long size,
+                        struct span at, const struct pieces *pieces) {
+    for (int k = 0; k < 2; k++) {
+        float *to = k ? grad_B : grad_A;
+        const float *from = k ? own_B : own_A;
+        if (!to) continue;
+        to += at.client * size;
+        if (at.text % pieces->texts_each == 0) memcpy(to, from, 4 * size);
+        else
+            for (long i = 0; i < size; i += LANES) store(to + i, load(to + i) + load(from + i));
+    }
+}
+
+/* The gradients of A and of B^T, (n, R, d), and of h, added to what is there; what is NULL isn't
+ * wanted. */
+void adapted_attention_gradient(float *grad_h, float *grad_A, float *grad_B, const float *gradient,
+                                const float *qkv, const float *low, const float *h,
+                                const struct layer *layer, const struct adapters *lora,
+                                const struct pieces *pieces, int threads) {
+    long d = layer->d, width = d / layer->H, r = lora->r, R = lora->count * r, S = whole(R);
+    long size = R * d, portions = pieces->portion[pieces->count];
+    long slots = threads > 1 ? portions : 1;
+    float *own_A = aligned_alloc(4 * LANES, 4 * (2 * slots * size + LANES)), *own_B = own_A + slots * size;
+    PARALLEL {
+        struct room own = room(pieces->longest, width);
+        long rows = pieces->rows;
+        float *grad_qkv = aligned_alloc(4 * LANES, 4 * (rows * (3 * d + S) + size + S * d + LANES));
+        float *grad_low = grad_qkv + 3 * rows * d, *A = grad_low + rows * S, *B = A + size;
+        EACH for (long p = 0; p < pieces->count; p++) {
+            struct span at = piece(pieces, p);
+            for (long text = at.text; text < at.end; text++)
+                for (long head = 0, start = pieces->starts[text]; head < d; head += width)
+                    attend(grad_qkv + 3 * (start - at.begin) * d + head, qkv + 3 * start * d + head,
+                           gradient + start * d + head, pieces->lengths[text], d, width, own);
+            for (long b = 0; b < lora->count && (grad_A || grad_h); b++) {
+                const float *g = grad_qkv + lora->part[b] * d;
+                const float *own_B = lora->B[b] + at.client * lora->client_B;
+                memcpy(A + b * r * d, lora->A[b] + at.client * lora->client_A, 4 * r * d);
+                /* This one's B beside zeros in the places of the others: they all add to grad_low. */
+                memset(B, 0, 4 * S * d);
+                for (long c = 0; c < d; c++)
+                    for (long k = 0; k < r; k++) B[c * S + b * r + k] = lora->scale * own_B[c * r + k];
+                product(at.rows, S, d, (struct matrix){(float *)g, 3 * d, 1}, B, S, grad_low, S,
+                        b ? grad_low : 0, S);
+            }
+            for (long i = pieces->portion[p]; i < pieces->portion[p + 1] && size; i++) {
+                struct span some = span(pieces, i, i + 1);
+                const float *g = grad_qkv + 3 * (some.begin - at.begin) * d, *l = low + some.begin * S;
+                float *to_A = own_A + (slots > 1 ? i * size : 0), *to_B = own_B + (slots > 1 ? i * size : 0);
+                if (grad_A)
+                    product(R, d, some.rows, (struct matrix){grad_low + (some.begin - at.begin) * S, 1, S},
+                            h + some.begin * d, d, to_A, d, 0, 0);
+                for (long b = 0; b < lora->count && grad_B; b++)
+                    product(r, d, some.rows, (struct matrix){(float *)l + b * r, 1, S},
+                            g + lora->part[b] * d, 3 * d, to_B + b * r * d, d, 0, 0);
+                if (slots == 1) add_portion(grad_A, grad_B, to_A, to_B, size, some, pieces);
+            }
+            if (!grad_h) continue;
+            float *to = grad_h + at.begin * d;
+            frozen(at.rows, d, 3 * d, grad_qkv, 3 * d, layer->qkv_back, to, d, to, d, NOTHING, 0);
+            product(at.rows, d, R, (struct matrix){grad_low, S, 1}, A, d, to, d, to, d);
+        }
+        free(own.q), free(grad_qkv);
+    }
+    for (long i = 0; i < portions && slots > 1; i++)
+        add_portion(grad_A, grad_B, own_A + i * size, own_B + i * size, size, span(pieces, i, i + 1), pieces);
+    free(own_A);
+}
+
+#endif
 
 /* Each client's tokens times its own matrix: out = x W, or out += x W, (T, K) and (n, K, N) -> (T, N). */
 void products(number *out, long row_out, const number *x, long row_x, const number *W,
@@ -315,7 +647,7 @@ void products(number *out, long row_out, const number *x, long row_x, const numb
             if (M <= 0) continue;
             gather(own, W + i * K * N, N, K, N, width, 1, N);
             gather(tokens, x + begin * row_x, row_x, M, K, depth, 1, row_x);
-            product(M, width, K, (struct matrix){tokens, depth, 1}, own, width, result, width, 0);
+            product(M, width, K, (struct matrix){tokens, depth, 1}, own, width, result, width, 0, 0);
             scatter(out + begin * row_out, result, row_out, M, N, width, 1, row_out, add);
         }
         free(tokens);
@@ -337,7 +669,7 @@ void sums(float *out, const number *x, long row_x, const number *y, long row_y, 
                 gather(left, x + begin * row_x, row_x, K, M, height, 1, row_x);
                 gather(right, y + begin * row_y + column, row_y, K, own, width, 1, row_y);
                 product(M, width, K, (struct matrix){left, 1, height}, right, width, result, width,
-                        begin > bounds[i]);
+                        begin > bounds[i] ? result : 0, width);
             }
             for (long m = 0; m < M; m++)
                 memcpy(out + (i * M + m) * N + column, result + m * width, own * sizeof(float));

@@ -32,18 +32,38 @@ CPUS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
 TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 """The types that there are kernels for."""
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 SIGNATURES = {
-    "attention": [_POINTER] * 5 + [_LONG] * 4 + [_INT],
-    "gelu": [_POINTER] * 2 + [_LONG, _INT],
-    "products": [_POINTER, _LONG] * 2 + [_POINTER] * 2 + [_LONG] * 3 + [_INT] * 2,
-    "sums": [_POINTER] + [_POINTER, _LONG] * 2 + [_POINTER] + [_LONG] * 3 + [_INT],
+    "attention": [POINTER] * 5 + [LONG] * 4 + [INT],
+    "gelu": [POINTER] * 2 + [LONG, INT],
+    "arrange": [POINTER] * 2 + [LONG] * 4,
+    "linear": [POINTER] * 4 + [LONG] * 3 + [INT],
+    "past_attention": [POINTER] * 7 + [LONG, INT],
+    "past_attention_gradient": [POINTER] * 7 + [LONG, INT],
+    "adapted_attention": [POINTER] * 7 + [INT],
+    "adapted_attention_gradient": [POINTER] * 10 + [INT],
+    "products": [POINTER, LONG] * 2 + [POINTER] * 2 + [LONG] * 3 + [INT] * 2,
+    "sums": [POINTER] + [POINTER, LONG] * 2 + [POINTER] + [LONG] * 3 + [INT],
 }
 
 
 def kernels(like: Tensor) -> Kernels | None:
     """The kernels for arrays of this type on this device, if there are any."""
     return _kernels(like.dtype) if like.device.type == "cpu" and like.dtype in TYPES else None
+
+
+def frozen_kernels(weight: Tensor) -> Kernels | None:
+    """The kernels for products with a frozen matrix, if there are any.
+
+    They are made for x86's vector units, for float32, and for widths that are multiples of 16. For
+    other machines PyTorch's library knows better, and it has bfloat16's units.
+    """
+    suits = (
+        weight.dtype is torch.float32
+        and torch.backends.cpu.get_cpu_capability() in CPUS
+        and all(width % 16 == 0 for width in weight.shape)
+    )
+    return kernels(weight) if suits else None
 
 
 @functools.cache
@@ -129,6 +149,28 @@ class Kernels:
         y = torch.empty_like(x)
         self._library.gelu(y.data_ptr(), x.data_ptr(), x.numel(), torch.get_num_threads())
         return y
+
+    def arrange(self, W: Tensor) -> Tensor:
+        """W (K, N), K and N multiples of 16, in the order in which `linear` and `call` want it."""
+        out = torch.empty(W.numel())
+        self._library.arrange(out.data_ptr(), W.data_ptr(), *W.stride(), *W.shape)
+        return out
+
+    def linear(self, x: Tensor, W: Tensor, bias: Tensor | None, N: int) -> Tensor:
+        """X W + bias, or without a bias x W, with W arranged: (T, K) -> (T, N)."""
+        out = x.new_empty(len(x), N)
+        self.call("linear", out, x, W, bias, len(x), N, x.shape[1], torch.get_num_threads())
+        return out
+
+    def call(self, name: str, *arguments: Tensor | ctypes.Structure | int | None) -> None:
+        """One of the functions of kernels.c by its name."""
+        given = (
+            one.data_ptr() if isinstance(one, Tensor)
+            else ctypes.addressof(one) if isinstance(one, ctypes.Structure)
+            else one
+            for one in arguments
+        )  # fmt: skip
+        getattr(self._library, name)(*given)
 
     def products(self, out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False) -> None:
         """Out = x W, or out += x W, each client's tokens times its own: (T, K), (n, K, N)."""

@@ -11,58 +11,22 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers.activations import GELUActivation
 
 from plait.attention import Attention, attention
+from plait.frozen import FrozenLinear
+from plait.fused import FusedLayer, Pieces
 from plait.lora import Dropout, Site, layer_index
 from plait.native import kernels
 from plait.tokens import Batch
 
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-
-
-def bfloat16_units() -> bool:
-    """Whether oneDNN multiplies in bfloat16 on this CPU, for which it wants AVX-512 or newer."""
-    return bool(
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-class FrozenLinear:
-    """x W^T + b with W frozen and, on the CPU, prepacked for oneDNN, forward and backward."""
-
-    def __init__(self, layers: list[nn.Linear]) -> None:
-        """The layers side by side, as one: (d_out_1 + d_out_2 + ..., d_in)."""
-        self.weight = torch.cat([layer.weight for layer in layers]).detach().contiguous()
-        self.bias = torch.cat([layer.bias for layer in layers]).detach()
-        self.prepacked = (
-            self.weight.device.type == "cpu"
-            and torch.backends.mkldnn.is_available()
-            and (self.weight.dtype is torch.float32 or bfloat16_units())
-        )
-        if self.prepacked:
-            reorder = torch.ops.mkldnn._reorder_linear_weight
-            self.packed = reorder(self.weight)
-            self.packed_t = reorder(self.weight.t().contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, d_in) -> (T, d_out)."""
-        if self.prepacked:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return functional.linear(x, self.weight, self.bias)
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """(T, d_out) -> (T, d_in)."""
-        if self.prepacked:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return]
-        return grad @ self.weight
 
 
 class _Frozen(torch.autograd.Function):
@@ -200,11 +164,36 @@ class _Layer:
         self.down = FrozenLinear([layer.output.dense])
         self.norm_1, self.norm_2 = merge.LayerNorm, layer.output.LayerNorm
         activation = layer.intermediate.intermediate_act_fn
-        self.activation = _Gelu.apply if isinstance(activation, GELUActivation) else activation
+        is_gelu = isinstance(activation, GELUActivation)
+        self.activation = _Gelu.apply if is_gelu else activation
+        linears = {"qkv": self.qkv, "merge": self.merge, "up": self.up, "down": self.down}
+        norms = {"norm_1": self.norm_1, "norm_2": self.norm_2}
+        self.fused = (
+            FusedLayer(linears, norms, inner.num_attention_heads)
+            if is_gelu and all(linear.kernels for linear in linears.values())
+            else None
+        )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all layers need to know of where a batch's texts lie.
+
+    Attributes:
+        attend: Attention over them.
+        pieces: How fused layers cut them; None where there are none.
+    """
+
+    attend: Attention
+    pieces: Pieces | None
 
 
 class PackedEncoder:
-    """Embeddings and encoder layers of a BERT-like model over packed tokens."""
+    """Embeddings and encoder layers of a BERT-like model over packed tokens.
+
+    Attributes:
+        any_width: Any number of tokens is as good as another, so a batch needs no filler.
+    """
 
     def __init__(self, base: Any, prefix: str, sites: tuple[Site, ...], scale: float) -> None:
         """Lay out the weights of `base`, whose path in the whole model is `prefix`."""
@@ -217,6 +206,7 @@ class PackedEncoder:
             _Layer(f"{prefix}encoder.layer.{index}", layer)
             for index, layer in enumerate(base.encoder.layer)
         ]
+        self.any_width = all(layer.fused for layer in self.layers)
         # RoBERTa's family counts positions from the padding id on.
         roberta = base.config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = base.config.pad_token_id + 1 if roberta else 0
@@ -238,21 +228,24 @@ class PackedEncoder:
             dropout: The LoRA branches' dropout.
             first_tokens: Only these are wanted, so the last layer computes little else.
         """
-        attend = self.attention(batch)
-        h = self.below(batch, attend) if batch.hidden is None else batch.hidden
+        shared = self.shared(batch)
+        h = self.below(batch, shared) if batch.hidden is None else batch.hidden
         for layer in self.layers[self.first_adapted : -1]:
-            h = self._layer(layer, h, batch, attend, A, B, dropout)
-        return self._layer(self.layers[-1], h, batch, attend, A, B, dropout, first_tokens)
+            h = self._layer(layer, h, batch, shared, A, B, dropout)
+        return self._layer(self.layers[-1], h, batch, shared, A, B, dropout, first_tokens)
 
-    def attention(self, batch: Batch) -> Attention:
-        """This model's attention over the batch's texts."""
-        return attention(batch, self.num_heads, self.layers[0].qkv.weight)
+    def shared(self, batch: Batch) -> Shared:
+        """What all layers need to know of where the batch's texts lie."""
+        return Shared(
+            attention(batch, self.num_heads, self.layers[0].qkv.weight),
+            Pieces(batch) if self.layers[0].fused else None,
+        )
 
-    def below(self, batch: Batch, attend: Attention) -> Tensor:
+    def below(self, batch: Batch, shared: Shared) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
         h = self.embed(batch)
         for layer in self.layers[: self.first_adapted]:
-            h = self._layer(layer, h, batch, attend, {}, {}, None)
+            h = self._layer(layer, h, batch, shared, {}, {}, None)
         return h
 
     def embed(self, batch: Batch) -> Tensor:
@@ -269,12 +262,18 @@ class PackedEncoder:
         layer: _Layer,
         h: Tensor,
         batch: Batch,
-        attend: Attention,
+        shared: Shared,
         A: Any,
         B: Any,
         dropout: Dropout | None,
         first_tokens: bool = False,
     ) -> Tensor:
+        # A branch past attention needs to know whose the tokens are.
+        last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
+        if layer.fused and shared.pieces and not dropout and not last_branches:
+            branches = {k: (A[n], B[n]) for k, n in enumerate(layer.qkv_names) if n in A}
+            return layer.fused(h, batch, shared.pieces, branches, self.scale, first_tokens)
+
         def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
             y = _Frozen.apply(x, frozen)  # type: ignore[no-untyped-call]
@@ -290,9 +289,8 @@ class PackedEncoder:
             return y  # type: ignore[no-any-return]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
-        context = attend(qkv)
-        # Past attention tokens don't meet again. A branch there needs to know whose they are.
-        last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
+        context = shared.attend(qkv)
+        # Past attention tokens don't meet again.
         if first_tokens and not last_branches:
             context, h = context[batch.starts], h[batch.starts]
         h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context).add_(h))

@@ -82,8 +82,8 @@ def tokenize(
 class Batch:
     """The texts of one step for n clients, packed.
 
-    The last few of the T tokens are filler, under one in sixty: they belong to no text, and make
-    T one of few numbers, since the machine prepares its products anew for each.
+    The last few of the T tokens may be filler, under one in sixty: they belong to no text, and make
+    T one of few numbers, since oneDNN prepares its products anew for each.
 
     Attributes:
         num_clients: n.
@@ -135,13 +135,19 @@ class Batch:
         return zip(*rows, strict=True)
 
 
-def pack(tokens: Tokens, rows: np.ndarray) -> Batch:
-    """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients."""
+def pack(tokens: Tokens, rows: np.ndarray, filled: bool = True) -> Batch:
+    """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients.
+
+    Args:
+        tokens: The split.
+        rows: Which texts.
+        filled: With filler at the end.
+    """
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
     num_tokens = int(lengths.sum())
-    filler = -num_tokens % _grain(num_tokens)
+    filler = -num_tokens % _grain(num_tokens) if filled else 0
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
     positions, source = (np.pad(array, (0, filler)) for array in (positions, source))

@@ -1,0 +1,155 @@
+"""Layers as two kernels each way: whatever the pieces and threads, and what is not finite.
+
+That they compute what PEFT computes is in test_twin.py.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import tiny_model
+from plait.backbone import Backbone
+from plait.config import Config
+from plait.loading import Loaded
+from plait.local import evaluate, local_phase
+from plait.lora import initial_stack
+from plait.methods import Factor
+from plait.native import frozen_kernels, kernels
+
+CONFIG = Config(clients=3, local_steps=3, batch_size=9, rank=3, lr=5e-3)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def trained(tokens, clients, architecture="bert"):
+    """Losses, factors and logits after the local phase of some clients, all from the same start."""
+    backbone = Backbone(Loaded(tiny_model(architecture), None, ()), CONFIG)
+    stack = initial_stack(backbone.layout, backbone.head_start, 3, 0, torch.device("cpu"))
+    stack.factors[Factor.B] += 0.05 * torch.randn(
+        stack.factors[Factor.B].shape, generator=torch.Generator().manual_seed(1)
+    )
+    for rows in (stack.factors, stack.first, stack.second):
+        rows.update({factor: value[clients].clone() for factor, value in rows.items()})
+    shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), 3)
+    losses = local_phase(backbone, stack, Factor.AB, 0, tokens, shares, clients, CONFIG)
+    logits = evaluate(backbone, stack.factors, tokens, CONFIG)
+    return [torch.from_numpy(losses), *stack.factors.values(), logits]
+
+
+def same(one, other):
+    return all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mean-pooled"])
+def test_the_size_of_pieces_changes_nothing(
+    compiler, architecture, ragged_tokens, monkeypatch, threads
+):
+    threads(1)
+    monkeypatch.setattr("plait.fused.PORTION_TOKENS", 30)
+    results = []
+    for tokens in (30, 70, 1000):
+        monkeypatch.setattr("plait.fused.PIECE_TOKENS", tokens)
+        results.append(trained(ragged_tokens, [0, 1, 2], architecture))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+def test_the_size_of_portions_changes_only_the_rounding(compiler, ragged_tokens, monkeypatch):
+    results = []
+    for tokens in (1, 40, 1000):
+        monkeypatch.setattr("plait.fused.PORTION_TOKENS", tokens)
+        results.append(trained(ragged_tokens, [0, 1, 2]))
+    for result in results[1:]:
+        assert not same(results[0], result)
+        for one, other in zip(results[0], result, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("first_tokens", [True, False])
+def test_the_number_of_threads_changes_nothing(compiler, ragged_tokens, threads, first_tokens):
+    backbone = Backbone(Loaded(tiny_model("bert"), None, ()), CONFIG)
+    batch = backbone.batch(ragged_tokens, np.arange(20).reshape(1, 20))
+    results = []
+    for forward, backward in ((1, 1), (2, 2), (2, 1)):
+        threads(forward)
+        stack = initial_stack(backbone.layout, backbone.head_start, 1, 0, torch.device("cpu"))
+        for value in stack.factors.values():
+            value.requires_grad_()
+        A, B = (backbone.layout.views(f, stack.factors[f]) for f in (Factor.A, Factor.B))
+        hidden = backbone.encoder(batch, A, B, None, first_tokens)
+        threads(backward)
+        hidden.square().sum().backward()
+        results.append([hidden, stack.factors[Factor.A].grad, stack.factors[Factor.B].grad])
+    assert len(results[0][0]) == (20 if first_tokens else batch.num_tokens)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+def test_what_is_not_finite_is_seen_in_its_own_text_alone(compiler, ragged_tokens):
+    backbone = Backbone(Loaded(tiny_model("mean-pooled"), None, ()), CONFIG)
+    stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
+    A, B = (backbone.layout.views(f, stack.factors[f]) for f in (Factor.A, Factor.B))
+    batch = backbone.batch(ragged_tokens, np.arange(8).reshape(2, 4))
+    layer, shared = backbone.encoder.layers[0], backbone.encoder.shared(batch)
+    h = backbone.encoder.embed(batch)
+    branches = {0: (A[layer.qkv_names[0]], B[layer.qkv_names[0]])}
+    args = (batch, shared.pieces, branches, 1.0, False)
+    expected = layer.fused(h, *args)
+    start, end = int(batch.starts[5]), int(batch.starts[6])
+    spoilt = h.clone()
+    spoilt[start + 1, 7] = float("nan")
+    result = layer.fused(spoilt, *args)
+    assert result[start:end].isnan().all()
+    result[start:end] = expected[start:end]
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [1, 7, 97, 801])
+@pytest.mark.parametrize(("K", "N"), [(16, 48), (64, 16), (48, 112), (400, 32)])
+def test_a_product_with_a_frozen_matrix(compiler, K, N, count, bias, threads):
+    generator = torch.Generator().manual_seed(N)
+    x = torch.randn(count, K, generator=generator)
+    W = torch.randn(N, K, generator=generator) / K**0.5
+    b = torch.randn(N, generator=generator) if bias else None
+    fused = frozen_kernels(W)
+    expected = functional.linear(x.double(), W.double(), None if b is None else b.double())
+    results = []
+    for number in (1, 2):
+        threads(number)
+        results.append(fused.linear(x, fused.arrange(W.t()), b, N))
+        torch.testing.assert_close(results[-1].double(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(*results)
+    assert torch.equal(fused.linear(x[-1:], fused.arrange(W.t()), b, N), results[0][-1:])
+
+
+def test_only_where_they_suit(compiler, monkeypatch):
+    assert frozen_kernels(torch.zeros(32, 16)) is not None
+    assert frozen_kernels(torch.zeros(32, 20)) is None
+    assert frozen_kernels(torch.zeros(20, 32)) is None
+    assert frozen_kernels(torch.zeros(32, 16, dtype=torch.bfloat16)) is None
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SVE256")
+    assert frozen_kernels(torch.zeros(32, 16)) is None
+    assert kernels(torch.zeros(32, 16)) is not None
+
+
+def test_other_activations_go_step_by_step(compiler):
+    model = tiny_model("bert")
+    assert all(layer.fused for layer in encoder(model).layers)
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = torch.nn.ReLU()
+    assert not any(layer.fused for layer in encoder(model).layers)
+
+
+def encoder(model):
+    return Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG).encoder
