@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import tiny_model
 from plait.backbone import Backbone
@@ -31,9 +32,9 @@ def threads():
     torch.set_num_threads(before)
 
 
-def trained(tokens, clients, architecture="bert"):
+def trained(tokens, clients, model):
     """Losses, factors and logits after the local phase of some clients, all from the same start."""
-    backbone = Backbone(Loaded(tiny_model(architecture), None, ()), CONFIG)
+    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG)
     stack = initial_stack(backbone.layout, backbone.head_start, 3, 0, torch.device("cpu"))
     stack.factors[Factor.B] += 0.05 * torch.randn(
         stack.factors[Factor.B].shape, generator=torch.Generator().manual_seed(1)
@@ -59,7 +60,7 @@ def test_the_size_of_pieces_changes_nothing(
     results = []
     for tokens in (30, 70, 1000):
         monkeypatch.setattr("plait.fused.PIECE_TOKENS", tokens)
-        results.append(trained(ragged_tokens, [0, 1, 2], architecture))
+        results.append(trained(ragged_tokens, [0, 1, 2], tiny_model(architecture)))
     assert same(results[0], results[1])
     assert same(results[0], results[2])
 
@@ -68,11 +69,38 @@ def test_the_size_of_portions_changes_only_the_rounding(compiler, ragged_tokens,
     results = []
     for tokens in (1, 40, 1000):
         monkeypatch.setattr("plait.fused.PORTION_TOKENS", tokens)
-        results.append(trained(ragged_tokens, [0, 1, 2]))
+        results.append(trained(ragged_tokens, [0, 1, 2], tiny_model("bert")))
     for result in results[1:]:
         assert not same(results[0], result)
         for one, other in zip(results[0], result, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [80, 112])
+def test_wider_layers_equal_transformers_own(compiler, ragged_tokens, width):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=1000, hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=2 * width, max_position_embeddings=64, num_labels=3,
+        )
+    )  # fmt: skip
+    results = []
+    for packed in (True, False):
+        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, packed)
+        stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
+        torch.manual_seed(1)
+        factors = {
+            factor: (value + 0.05 * torch.randn(value.shape)).requires_grad_()
+            for factor, value in stack.factors.items()
+        }
+        logits = backbone.logits(
+            backbone.batch(ragged_tokens, np.arange(20).reshape(2, 10)), factors
+        )
+        logits.square().sum().backward()
+        results.append([logits, *(value.grad for value in factors.values())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("first_tokens", [True, False])

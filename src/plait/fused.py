@@ -131,7 +131,7 @@ class FusedLayer:
 
         Args:
             h: The layer's input.
-            batch: The packed texts of n clients.
+            batch: The packed texts of n clients, without filler.
             pieces: The same, cut.
             branches: 0 for query, 1 for key, 2 for value -> A (n, r, d) and B (n, d, r).
             scale: What the branches are multiplied by.
@@ -169,7 +169,6 @@ class _FusedLayer(torch.autograd.Function):
             lora.A[k], lora.B[k], lora.part[k] = A.data_ptr(), B.data_ptr(), part
             lora.client_A, lora.client_B, lora.r = A.stride(0), B.stride(0), A.shape[1]
         context = torch.empty_like(h)
-        context[batch.num_tokens :] = 0  # the filler
         wide = -(-lora.count * lora.r // 16) * 16
         qkv, low = (h.new_empty(len(h), width) if kept else None for width in (3 * layer.d, wide))
         call("adapted_attention", context, qkv, low, h, layer.weights, lora, pieces.struct, threads)
