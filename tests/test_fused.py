@@ -25,13 +25,6 @@ from plait.native import frozen_kernels, kernels
 CONFIG = Config(clients=3, local_steps=3, batch_size=9, rank=3, lr=5e-3)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def trained(tokens, clients, model):
     """Losses, factors and logits after the local phase of some clients, all from the same start."""
     backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG)

@@ -24,13 +24,6 @@ def batch():
     return pack(random_tokens(), rows.numpy())
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    yield lambda: torch.set_num_threads(2)
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 15, 16, 1003])
 def test_gelu_and_its_derivative(compiler, count):
     x = torch.linspace(-12, 9, count)
@@ -83,7 +76,7 @@ def test_each_clients_sum_of_outer_products(compiler, M, N, dtype):
     torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-4)
 
 
-def test_the_number_of_threads_changes_nothing(compiler, batch, two_threads):
+def test_the_number_of_threads_changes_nothing(compiler, batch, threads):
     fused = kernels(torch.zeros(0))
     generator = torch.Generator().manual_seed(0)
     qkv, x = (torch.randn(len(batch.ids), n, generator=generator) for n in (3 * 64, 64))
@@ -98,7 +91,7 @@ def test_the_number_of_threads_changes_nothing(compiler, batch, two_threads):
         ]  # fmt: skip
 
     alone = all_of_them()
-    two_threads()
+    threads(2)
     assert all(map(torch.equal, alone, all_of_them()))
 
 
