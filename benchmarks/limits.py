@@ -29,6 +29,7 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 from work import Work, workers
 
+from plait.devices import chunk_tokens
 from plait.native import Kernels, frozen_kernels, kernels
 from plait.tokens import Batch, Tokens, pack
 
@@ -70,7 +71,8 @@ class Shape:
     def of(cls, work: Work, tokens: float) -> Shape:
         """A chunk of as many clients, of `tokens` a step, as come nearest to its height."""
         model, config = work.model.config, work.config
-        clients = max(1, min(len(work.clients), round(config.chunk_tokens / tokens)))
+        at_once = chunk_tokens(config.chunk_tokens, torch.device("cpu"))
+        clients = max(1, min(len(work.clients), round(at_once / tokens)))
         return cls(
             height=round(clients * tokens), clients=clients, texts=config.batch_size,
             layers=model.num_hidden_layers, d=model.hidden_size, f=model.intermediate_size,

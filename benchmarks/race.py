@@ -17,6 +17,7 @@ from rich.table import Table
 from rivals import in_processes, peft_steps, plait_steps, vmap_steps
 from work import Steps, Work, has_bfloat16
 
+from plait.devices import chunk_tokens
 from plait.local import chunks
 from plait.native import frozen_kernels
 from plait.tokens import pack
@@ -105,7 +106,8 @@ def padding(work: Work) -> float:
     """Share of the tokens computed in a step of all clients that are filler."""
     rows = np.stack([work.rows(client, 0) for client in work.clients])
     tokens = work.tokens.lengths[rows].sum(axis=1)
-    parts = chunks(tokens, work.config.chunk_tokens, torch.get_num_threads())
+    at_once = chunk_tokens(work.config.chunk_tokens, torch.device("cpu"))
+    parts = chunks(tokens, at_once, torch.get_num_threads())
     filled = frozen_kernels(torch.empty(16, 16)) is None
     batches = [pack(work.tokens, rows[part], filled) for part in parts]
     return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)

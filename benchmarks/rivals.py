@@ -20,6 +20,7 @@ from torch.nn import functional
 from work import Steps, Work, workers
 
 from plait.backbone import Backbone
+from plait.devices import moved, resolve_device
 from plait.loading import Loaded
 from plait.local import local_phase
 from plait.lora import Stack
@@ -71,9 +72,9 @@ def peft_steps(work: Work, bfloat16: bool = False, length: int | None = None) ->
 
     In bfloat16 the frozen weights are stored so, since autocast would cast them in every step.
     """
-    config = work.config
+    config, device = work.config, resolve_device(work.config.device)
     model = copy.deepcopy(work.model).to(torch.bfloat16 if bfloat16 else torch.float32)
-    model = adapted(work, model)
+    model = adapted(work, model).to(device)
     slots = [p for name, p in model.named_parameters() if "lora_" in name]
     clients = []
     for number in work.clients:
@@ -84,21 +85,22 @@ def peft_steps(work: Work, bfloat16: bool = False, length: int | None = None) ->
         clients.append((number, own, optimizer))
 
     def steps(count: int) -> np.ndarray:
-        losses = np.empty((len(clients), count))
-        for k, (number, own, optimizer) in enumerate(clients):
+        losses = []
+        for number, own, optimizer in clients:
             for slot, value in zip(slots, own, strict=True):
                 slot.data = value.data
             for step in range(count):
-                batch = padded_batch(work, work.rows(number, step), length)
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                padded = padded_batch(work, work.rows(number, step), length)
+                batch = {name: moved(value, device) for name, value in padded.items()}
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     loss = model(**batch).loss
                 loss.backward()
                 for slot, value in zip(slots, own, strict=True):
                     value.grad, slot.grad = slot.grad, None
                 torch.nn.utils.clip_grad_norm_(own, config.clip_norm)
                 optimizer.step()
-                losses[k, step] = loss.item()
-        return losses
+                losses.append(loss.detach())
+        return torch.stack(losses).view(len(clients), count).cpu().numpy()
 
     return steps
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from plait.backbone import find_sites, resolve_device
+from plait.backbone import find_sites
 from plait.config import Config
+from plait.devices import resolve_device
 from plait.loading import load_model
 from plait.local import batch_rows
 from plait.lora import Layout, Stack, initial_stack

@@ -120,6 +120,12 @@ def random_tokens() -> Tokens:
     )
 
 
+@pytest.fixture(autouse=True)
+def cpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere sums are rounded otherwise; test_accelerator.py names the device."""
+    monkeypatch.setattr("plait.devices.PREFERRED", ("cpu",))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests tokenise isn't left in the user's cache."""
@@ -140,6 +146,17 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         request.getfixturevalue("compiler")
     else:
         monkeypatch.setattr("plait.native._kernels", lambda _dtype: None)
+
+
+@pytest.fixture(params=["kernels", "PyTorch's operators", "as on an accelerator"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of these, and all clients at once."""
+    if request.param == "kernels":
+        request.getfixturevalue("compiler")
+    else:
+        monkeypatch.setattr("plait.native._kernels", lambda _dtype: None)
+    if request.param == "as on an accelerator":
+        monkeypatch.setattr("plait.devices.all_at_once", lambda _device: True)
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 import plait
 from conftest import WORDS, save_encoder
-from plait.backbone import Backbone, resolve_device
+from plait.backbone import Backbone
 from plait.config import Config
+from plait.devices import resolve_device
 from plait.export import save_adapter
 from plait.heads import MeanPooledClassifier
 from plait.job import prepare

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from plait.backbone import TARGET_MODULES, Backbone, resolve_dtype
+from plait.backbone import TARGET_MODULES, Backbone
 from plait.config import Config
-from plait.frozen import bfloat16_units
+from plait.devices import bfloat16_units, resolve_dtype
 from plait.loading import Loaded
 from plait.local import evaluate, local_phase
 from plait.lora import initial_stack
@@ -40,7 +40,7 @@ def setup(architecture, config, tokens, packed=True):
     return model, backbone, stack, shares, targets
 
 
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("head", ["frozen", "mixed"])
 @pytest.mark.parametrize("train", PHASES, ids=lambda f: f.name)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -72,7 +72,7 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
     "targets",
     ["key", "query,key,value", "attention.output.dense", "query,intermediate.dense,output.dense"],
 )
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("ways")
 def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
     config = Config(clients=3, local_steps=3, batch_size=4, rank=2, target_modules=targets)
     model, backbone, stack, shares, names = setup("bert", config, ragged_tokens)
@@ -84,7 +84,7 @@ def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
     torch.testing.assert_close(stack.factors[Factor.A], expected[Factor.A], rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluation_equals_peft(architecture, ragged_tokens):
     config = Config(clients=3, rank=4, chunk_tokens=100)
@@ -97,7 +97,7 @@ def test_evaluation_equals_peft(architecture, ragged_tokens):
         torch.testing.assert_close(logits[client], expected.float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", PACKED)
 def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
@@ -111,7 +111,7 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("units", [True, False])
 def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monkeypatch):
     if units and not bfloat16_units():
@@ -129,11 +129,11 @@ def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monk
 
 
 def test_auto_takes_bfloat16_only_where_there_are_units(monkeypatch):
-    monkeypatch.setattr("plait.backbone.bfloat16_units", lambda: True)
+    monkeypatch.setattr("plait.devices.bfloat16_units", lambda: True)
     assert resolve_dtype("auto", torch.device("cpu")) is torch.bfloat16
     assert resolve_dtype("float32", torch.device("cpu")) is torch.float32
     assert resolve_dtype("auto", torch.device("mps")) is torch.float32
-    monkeypatch.setattr("plait.backbone.bfloat16_units", lambda: False)
+    monkeypatch.setattr("plait.devices.bfloat16_units", lambda: False)
     assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
 
 
@@ -175,7 +175,7 @@ def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
             assert torch.equal(own.factors[factor][0], value[k])
 
 
-@pytest.mark.usefixtures("operators")
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("cached", [True, False])
 def test_adapting_the_top_layers_only(cached, ragged_tokens):
     config = Config(clients=3, local_steps=3, batch_size=4, rank=2, top_layers=1)

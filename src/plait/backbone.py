@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
+from plait import devices
 from plait.config import Config, Head
-from plait.frozen import bfloat16_units
+from plait.devices import resolve_device, resolve_dtype
 from plait.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.heap import keep_freed
 from plait.hooked import HookedEncoder
@@ -126,12 +128,13 @@ class Backbone:
             return self._head_logits(features, factors).float()
 
     def _head_logits(self, features: Tensor, factors: dict[Factor, Tensor]) -> Tensor:
-        """(n, b, d) -> (n, b, C), client by client: few rows are multiplied otherwise than many."""
+        """(n, b, d) -> (n, b, C)."""
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
-        own = [
-            {self._head_prefix + name: part[i].to(self.dtype) for name, part in heads.items()}
-            for i in range(len(features))
-        ]
+        parts = {self._head_prefix + name: part.to(self.dtype) for name, part in heads.items()}
+        if devices.all_at_once(self.device):
+            return vmap(partial(functional_call, self.head))(parts, features)  # type: ignore[no-any-return]
+        # Not even all rows at once: few are multiplied otherwise than many.
+        own = [{name: part[i] for name, part in parts.items()} for i in range(len(features))]
         return torch.stack(
             [functional_call(self.head, *call) for call in zip(own, features, strict=True)]
         )
@@ -192,25 +195,3 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
     if not sites:
         raise ValueError(f"No linear layer of the {model_type} model is named {targets}.")
     return tuple(sites)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then the CPU; a device that is named must be there."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ValueError(f"There is no {name} device here; take --device cpu or auto.")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device has units for it, else float32."""
-    if name == "auto":
-        units = {"cuda": torch.cuda.is_bf16_supported, "cpu": bfloat16_units}.get(device.type)
-        name = "bfloat16" if units and units() else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

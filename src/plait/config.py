@@ -136,8 +136,9 @@ class Config:
     cache_gib: float = 2.0
     """Memory for what the layers below the first adapted one (`--top-layers`) make of the texts;
     computed anew in every step when it takes more."""
-    chunk_tokens: int = 2048
-    """About so many tokens are computed at once by each core: few enough to stay in its cache."""
+    chunk_tokens: int | None = None
+    """About so many tokens are computed at once by each core or by a graphics card. If not given,
+    2048 by a core, in whose cache they stay; 32768 by a card, if half its free memory will do."""
     memory_gib: float | None = None
     """Memory for the clients' state and local training, beside the model; chunks get smaller and
     fewer at once where they need more. Not limited when not given."""
@@ -145,10 +146,10 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what cannot run, with the reason and the fix."""
         for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every",
-                     "max_length", "eval_every", "save_every", "chunk_tokens"):  # fmt: skip
+                     "max_length", "eval_every", "save_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("eval_rows", "client_size", "top_layers"):
+        for name in ("eval_rows", "client_size", "top_layers", "chunk_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")

@@ -83,8 +83,7 @@ def check_device() -> Finding:
     """Where `--device auto` computes."""
     import torch
 
-    from plait.backbone import resolve_device
-    from plait.frozen import bfloat16_units
+    from plait.devices import bfloat16_units, resolve_device
 
     device = resolve_device("auto")
     if device.type == "cuda":

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plait.devices import bfloat16_units
 from plait.native import frozen_kernels
-
-
-def bfloat16_units() -> bool:
-    """Whether oneDNN multiplies in bfloat16 on this CPU, for which it wants AVX-512 or newer."""
-    return bool(
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
 
 
 class FrozenLinear:

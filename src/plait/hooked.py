@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from plait.devices import moved
 from plait.lora import Dropout, Site, branch
 from plait.tokens import Batch
 
@@ -60,21 +61,25 @@ class HookedEncoder:
         first_tokens: bool,
     ) -> Tensor:
         """The last hidden state (T, d) or (R, d), as `PackedEncoder.__call__`."""
-        texts_per_client = len(batch.lengths) // batch.num_clients
+        num_texts, device = batch.sizes.shape[1], batch.ids.device
+        lengths = torch.from_numpy(batch.sizes.ravel())  # worked out on the host, which won't wait
+        starts = lengths.cumsum(0) - lengths
         ids = torch.cat([batch.ids, batch.ids.new_tensor([self.pad_id])])
         types = torch.cat([batch.types, batch.types.new_tensor([0])])
         hidden = []
         places = []
-        for texts in similar_lengths(batch.lengths):
-            index, mask = _rectangle(batch, texts)
-            client = texts // texts_per_client
+        for texts in similar_lengths(lengths):
+            places_here, mask = _rectangle(starts[texts], lengths[texts], len(batch.ids))
+            real = moved(mask.flatten().nonzero()[:, 0], device)
+            index, client = moved(places_here, device), moved(texts // num_texts, device)
             self._now.of_text = {name: (A[name][client], B[name][client]) for name in A}
             self._now.keep = dropout and _arranged(dropout, index)
             kinds = {"token_type_ids": types[index]} if self.has_types else {}
-            out = self.base(input_ids=ids[index], attention_mask=mask.long(), **kinds)
-            hidden.append(out.last_hidden_state[mask])
-            places.append(index[mask])
-        packed = torch.cat(hidden)[torch.cat(places).argsort()]
+            attended = moved(mask.long(), device)
+            out = self.base(input_ids=ids[index], attention_mask=attended, **kinds)
+            hidden.append(out.last_hidden_state.flatten(0, 1)[real])
+            places.append(places_here[mask])
+        packed = torch.cat(hidden)[moved(torch.cat(places).argsort(), device)]
         return packed[batch.starts] if first_tokens else packed
 
 
@@ -95,15 +100,14 @@ def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> lis
             room, used, longest = 0, 0, size
         groups[-1].append(text)
         room, used = room + longest, used + size
-    return [torch.tensor(group, device=lengths.device) for group in groups]
+    return [torch.tensor(group) for group in groups]
 
 
-def _rectangle(batch: Batch, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """(R_g, L_g) places of the texts' tokens, T where there is none, and where there is one."""
-    lengths = batch.lengths[texts][:, None]
-    columns = torch.arange(int(lengths.max()), device=texts.device)
-    mask = columns < lengths
-    return torch.where(mask, batch.starts[texts][:, None] + columns, len(batch.ids)), mask
+def _rectangle(starts: Tensor, lengths: Tensor, none: int) -> tuple[Tensor, Tensor]:
+    """(R_g, L_g) places of the texts' tokens, `none` where none is, and where one is."""
+    columns = torch.arange(int(lengths.max()))
+    mask = columns < lengths[:, None]
+    return torch.where(mask, starts[:, None] + columns, none), mask
 
 
 def _arranged(dropout: Dropout, index: Tensor) -> Dropout:

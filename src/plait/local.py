@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.adamw import adamw
 
+from plait import devices
 from plait.backbone import Backbone
 from plait.config import Config
+from plait.devices import chunk_tokens, moved
 from plait.lora import Dropout, Stack
 from plait.memory import tokens_at_once
 from plait.methods import Factor
@@ -64,28 +66,35 @@ def local_phase(
 
     def train_chunk(chunk: list[int]) -> None:
         ids = [clients[k] for k in chunk]
+        rows = moved(torch.tensor(chunk), backbone.device)
         leaves = {
-            factor: value[chunk].requires_grad_(factor in train)
+            factor: value[rows].requires_grad_(factor in train)
             for factor, value in stack.factors.items()
         }
+        moments = {f: (stack.first[f][rows], stack.second[f][rows]) for f in active}
+        of_steps = []
         for step, position in enumerate(positions):
             batch = backbone.batch(tokens, texts[chunk, step])
             dropout = lora_dropout(batch, ids, position, config)
             client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
             client_losses.sum().backward()
-            losses[chunk, step] = client_losses.detach().double().cpu().numpy()
+            of_steps.append(client_losses.detach())
             _clip([leaves[factor].grad for factor in active], config.clip_norm)
             for factor in active:
-                _step(stack, factor, chunk, leaves[factor], step, config)
+                lr = config.head_lr if factor is Factor.HEAD else config.lr
+                taken = stack.steps[factor] + step
+                _step(leaves[factor], *moments[factor], taken, lr, config.weight_decay)
                 leaves[factor].grad = None
         for factor in active:
-            stack.factors[factor][chunk] = leaves[factor].detach()
+            stack.factors[factor][rows] = leaves[factor].detach()
+            stack.first[factor][rows], stack.second[factor][rows] = moments[factor]
+        losses[chunk] = torch.stack(of_steps, dim=1).cpu().double().numpy()
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
     workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
-    chunk_tokens = min(config.chunk_tokens, most / workers)
-    on_cores(train_chunk, chunks(tokens_each, chunk_tokens, workers), workers)
+    at_once = min(chunk_tokens(config.chunk_tokens, backbone.device), most / workers)
+    on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
     return losses
@@ -180,7 +189,7 @@ def lora_dropout(
             )
             for client, count in zip(clients, batch.counts, strict=True)
         ]
-        mask = (torch.cat(draws) >= rate).to(x.device, x.dtype) / (1 - rate)
+        mask = moved((torch.cat(draws) >= rate).to(x.dtype), x.device) / (1 - rate)
         return functional.pad(mask, (0, 0, 0, len(batch.ids) - len(mask)))
 
     return keep
@@ -199,29 +208,29 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
 
 
 def _step(
-    stack: Stack, factor: Factor, chunk: list[int], leaf: Tensor, step: int, config: Config
+    leaf: Tensor, first: Tensor, second: Tensor, taken: int, lr: float, weight_decay: float
 ) -> None:
-    """One AdamW step on a chunk's rows of one factor, with Hugging Face's defaults."""
+    """One AdamW step on a factor (n, P) and its moments, in place, with Hugging Face's defaults."""
     assert leaf.grad is not None
+    parts = [leaf.detach(), leaf.grad, first, second]
     # Each client's row by itself: the last few entries of a tensor are rounded otherwise than those
     # before them, and which are the last must not depend on who else is here.
-    values, grads = list(leaf.detach().unbind()), list(leaf.grad.unbind())
-    first, second = ([m[factor][k] for k in chunk] for m in (stack.first, stack.second))
-    taken = torch.tensor(float(stack.steps[factor] + step), device=leaf.device)
+    at_once = devices.all_at_once(leaf.device)
+    values, grads, firsts, seconds = ([part] if at_once else list(part) for part in parts)
     with torch.no_grad():
         adamw(
             values,
             grads,
-            first,
-            second,
+            firsts,
+            seconds,
             [],
-            [taken.clone() for _ in values],
+            list(torch.full((len(values),), float(taken), device=leaf.device)),
             fused=True,
             amsgrad=False,
             beta1=0.9,
             beta2=0.999,
-            lr=config.head_lr if factor is Factor.HEAD else config.lr,
-            weight_decay=config.weight_decay,
+            lr=lr,
+            weight_decay=weight_decay,
             eps=1e-8,
             maximize=False,
         )
@@ -243,11 +252,12 @@ def evaluate(
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
-    texts_at_once = max(1, int(config.chunk_tokens / tokens.lengths.mean() / 8))
+    at_once = chunk_tokens(config.chunk_tokens, backbone.device)
+    texts_at_once = max(1, int(at_once / tokens.lengths.mean() / 8))
     pieces = [
         (texts, chunk)
         for texts in np.split(order, range(texts_at_once, len(order), texts_at_once))
-        for chunk in chunks(np.full(num_clients, tokens.lengths[texts].sum()), config.chunk_tokens)
+        for chunk in chunks(np.full(num_clients, tokens.lengths[texts].sum()), at_once)
     ]
 
     def logits_of(piece: tuple[np.ndarray, list[int]]) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from plait.backbone import Backbone
 from plait.config import Config
+from plait.devices import free_bytes
 from plait.lora import Stack
 from plait.tokens import Tokens
 
@@ -15,13 +18,15 @@ from plait.tokens import Tokens
 def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Config) -> float:
     """What `config.memory_gib` leaves for activations beside the clients' state, in tokens.
 
-    Infinity without a budget. The model itself, which every run needs once, isn't counted.
+    Without a budget, what half of a graphics card's free memory holds, since the backward pass
+    needs some too; on a CPU infinity. The model itself, which every run needs once, isn't counted.
 
     Raises:
         ValueError: One client's batch doesn't fit.
     """
     if config.memory_gib is None:
-        return float("inf")
+        free = free_bytes(backbone.device) / 2
+        return free if math.isinf(free) else free / activation_bytes(backbone, stack, tokens)
     parts = [*stack.factors.values(), *stack.first.values(), *stack.second.values()]
     state = sum(part.nbytes for part in parts)
     hidden = 0 if tokens.hidden is None else tokens.hidden.nbytes

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.devices import exact, exact_device
 from plait.lora import Layout
 from plait.methods import Factor
 
@@ -75,17 +76,17 @@ class Diagnostics:
 
 def consensus(X: Tensor) -> float:
     """Xi = mean_i ||X_i - mean(X)||_F^2 of X (N, ...)."""
-    return float(distances(X, X.double().mean(dim=0)).mean())
+    return float(distances(X, exact(X).mean(dim=0)).mean())
 
 
 def distances(X: Tensor, mean: Tensor) -> Tensor:
     """(m,) ||X_i - mean||_F^2 of X (m, ...) and mean (...): who is far from the others."""
-    return (X.double() - mean).flatten(1).square().sum(dim=1)
+    return (exact(X) - mean).flatten(1).square().sum(dim=1)
 
 
 def product_norm(P: Tensor, Q: Tensor) -> float:
     """||P Q||_F of P (d_out, k) and Q (k, d_in)."""
-    P, Q = P.double(), Q.double()
+    P, Q = exact(P), exact(Q)
     if P.shape[1] >= min(P.shape[0], Q.shape[1]):
         return float((P @ Q).norm())
     squared = float(((P.T @ P) * (Q @ Q.T)).sum())
@@ -94,7 +95,7 @@ def product_norm(P: Tensor, Q: Tensor) -> float:
 
 def cross_term(A: Tensor, B: Tensor) -> float:
     """||mean(B_i A_i) - mean(B) mean(A)||_F of A (N, r, d_in) and B (N, d_out, r)."""
-    means = A.double().mean(dim=0), B.double().mean(dim=0)
+    means = exact(A).mean(dim=0), exact(B).mean(dim=0)
     return norm_of_sum([cross_part(A, B, *means, len(A))])
 
 
@@ -113,8 +114,8 @@ def cross_part(
     Returns:
         Two matrices (d_out, m r) and (m r, d_in) whose product it is, or that product alone.
     """
-    P = ((B.double() - mean_B) / num_clients).permute(1, 0, 2).flatten(1)
-    Q = (A.double() - mean_A).flatten(0, 1)
+    P = ((exact(B) - mean_B) / num_clients).permute(1, 0, 2).flatten(1)
+    Q = (exact(A) - mean_A).flatten(0, 1)
     return (P, Q) if P.numel() + Q.numel() < len(P) * Q.shape[1] else (P @ Q,)
 
 
@@ -143,11 +144,11 @@ def mixing_errors(A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.
     errors = []
     for i in range(len(W)):
         heard = np.flatnonzero(W[i])
-        weights = torch.from_numpy(W[i, heard]).to(A.device)[:, None, None]
-        dA = A[heard].double() - A_after[i].double()
-        dB = B[heard].double() - B_after[i].double()
-        left = [*(weights * dB), (weights * dB).sum(0), B_after[i].double()]
-        right = [*dA, A_after[i].double(), (weights * dA).sum(0)]
+        weights = torch.from_numpy(W[i, heard]).to(exact_device(A.device))[:, None, None]
+        dA = exact(A[heard]) - exact(A_after[i])
+        dB = exact(B[heard]) - exact(B_after[i])
+        left = [*(weights * dB), (weights * dB).sum(0), exact(B_after[i])]
+        right = [*dA, exact(A_after[i]), (weights * dA).sum(0)]
         errors.append(product_norm(torch.cat(left, dim=1), torch.cat(right, dim=0)))
     return torch.tensor(errors, dtype=torch.float64)
 
@@ -169,10 +170,10 @@ def pair_distances(layout: Layout, state: dict[Factor, Tensor]) -> Tensor:
         layout: Where the layers lie.
         state: Factor -> (N, P).
     """
-    gram = torch.zeros((), dtype=torch.float64, device=state[Factor.A].device)
+    gram = exact(state[Factor.A].new_zeros(()))
     for factor in (Factor.A, Factor.B):
         for view in layout.views(factor, state[factor][:MOST_PAIRED]).values():
-            flat = view.flatten(1).double()
+            flat = exact(view.flatten(1))
             flat = flat - flat.mean(dim=0)
             gram = gram + flat @ flat.T
     norms = gram.diagonal()
@@ -218,7 +219,7 @@ def layer_part(
     """
     norms = [X.flatten(1).norm(dim=1) for X in (A, B)]
     values = [distances(A, mean_A), distances(B, mean_B), mixing_errors(*heard, A, B, W), *norms]
-    return torch.stack([value.double().cpu() for value in values])
+    return torch.stack([value.cpu().double() for value in values])
 
 
 def diagnose(
@@ -259,7 +260,7 @@ def diagnostics(
         for site in sites:
             A, B = view[Factor.A][site], view[Factor.B][site]
             heard = views[0][Factor.A][site], views[0][Factor.B][site]
-            means = A.double().mean(dim=0), B.double().mean(dim=0)
+            means = exact(A).mean(dim=0), exact(B).mean(dim=0)
             parts.append(layer_part(A, B, *means, heard, W))
         cross_terms.append([cross_term(view[Factor.A][s], view[Factor.B][s]) for s in sites])
     return diagnose(sites, torch.stack(parts).unflatten(0, (2, -1)), cross_terms)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.devices import exact, exact_device
 from plait.names import lookup
 
 Number = TypeVar("Number", int, float)
@@ -112,7 +113,7 @@ def clipped_gossip(radius: float) -> Mix:
         for i, j in zip(*np.nonzero(W), strict=True):
             step = theirs[j] - mine[i]
             # In float64, where the square of the largest float32 is still a number.
-            norm = float(torch.linalg.vector_norm(step, dtype=torch.float64))
+            norm = float(torch.linalg.vector_norm(exact(step)))
             mixed[i].add_(step, alpha=float(W[i, j]) * (radius / max(norm, radius)))
         return mixed
 
@@ -195,4 +196,10 @@ def neighbour_weights(W: np.ndarray) -> np.ndarray:
 
 def mean(stack: Tensor) -> Tensor:
     """The mean client (1, P) of a stack (N, P), accumulated in float64."""
-    return stack.to(torch.float64).mean(dim=0, keepdim=True).to(stack.dtype)
+    return (total(stack) / len(stack)).to(stack.dtype).to(stack.device)
+
+
+def total(stack: Tensor) -> Tensor:
+    """The sum (1, P) float64 of a stack (n, P), on the device if that has the type."""
+    there = stack.to(exact_device(stack.device))
+    return there.sum(dim=0, keepdim=True, dtype=torch.float64)

@@ -26,7 +26,11 @@ from plait.store import cache_dir
 from plait.tokens import Batch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = (
+    "-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared",
+    # Without it GCC 13 rounds a sum otherwise when it is the only one than when there are several.
+    "--param=avoid-fma-max-bits=0",
+)  # fmt: skip
 CPUS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
 """What torch calls the CPU's vector units -> how compilers are told to use them."""
 TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.activations import GELUActivation
 
+from plait import devices
 from plait.attention import Attention, attention
 from plait.frozen import FrozenLinear
 from plait.fused import FusedLayer, Pieces
@@ -72,6 +73,14 @@ def _products(out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False
     if fused:
         fused.products(out, x, W.contiguous(), batch, add)
         return
+    if devices.all_at_once(x.device):
+        y = torch.bmm(batch.rectangle(x), W).flatten(0, 1).index_select(0, batch.slots)
+        own = out[: batch.num_tokens]
+        if add:
+            own.add_(y)
+        else:
+            own.copy_(y)
+        return
     if W.shape[1] > W.shape[2]:  # several times faster where the longer side is contiguous
         W = W.mT.contiguous().mT
     for out_i, x_i, W_i in batch.by_client(out, x, W):
@@ -86,6 +95,8 @@ def _sums(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
     fused = kernels(x)
     if fused:
         return fused.sums(x, y, batch)
+    if devices.all_at_once(x.device):
+        return torch.bmm(batch.rectangle(x).mT, batch.rectangle(y))
     return torch.stack([x_i.mT @ y_i for x_i, y_i in batch.by_client(x, y)])
 
 

@@ -97,12 +97,13 @@ def privatise(
         deviation = config.dp_noise * config.dp_clip
         sent = torch.from_numpy(start + change + deviation * noise(client, round_, change))
         for factor, part in zip(before, sent.split(sizes), strict=True):
-            after[factor][row] = part.to(after[factor])
+            own = after[factor]
+            own[row] = part.to(own.dtype).to(own.device)
 
 
 def _row(factors: Mapping[Factor, Tensor], which: Iterable[Factor], row: int) -> np.ndarray:
     parts = torch.cat([factors[factor][row] for factor in which])
-    return np.asarray(parts.double().cpu().numpy())
+    return np.asarray(parts.cpu().double().numpy())
 
 
 # -- accounting

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.devices import moved
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -117,11 +119,11 @@ class Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value
+        there: dict[str, Any] = {
+            name: moved(value, device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
-        return Batch(**moved)
+        return Batch(**there)
 
     @property
     def counts(self) -> list[int]:
@@ -133,6 +135,20 @@ class Batch:
         counts = [*self.counts, len(self.ids) - self.num_tokens]  # the filler is nobody's
         rows = (a.split(counts)[:-1] if len(a) == len(self.ids) else a.unbind() for a in arrays)
         return zip(*rows, strict=True)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """(T less the filler,) each token's place in a rectangle with a row for each client."""
+        counts = np.array(self.counts)
+        begins = np.arange(len(counts)) * counts.max() - np.cumsum(counts) + counts
+        places = np.arange(self.num_tokens) + np.repeat(begins, counts)
+        return moved(torch.from_numpy(places), self.ids.device)
+
+    def rectangle(self, x: Tensor) -> Tensor:
+        """(T, w) -> (n, L, w), each client's tokens in a row, and zeros after them."""
+        blank = x.new_zeros(self.num_clients * max(self.counts), x.shape[1])
+        rows = blank.index_copy_(0, self.slots, x[: self.num_tokens])
+        return rows.view(self.num_clients, -1, x.shape[1])
 
 
 def pack(tokens: Tokens, rows: np.ndarray, filled: bool = True) -> Batch:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.devices import moved
 from plait.tokens import Batch
 
 
@@ -41,7 +42,7 @@ class Places:
 
     def to(self, device: torch.device) -> Places:
         """The same places on a device."""
-        return Places(self.index.to(device), self.inverse.to(device))
+        return Places(moved(self.index, device), moved(self.inverse, device))
 
 
 class Slices:
@@ -97,7 +98,7 @@ class Windows:
         # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
         windows, apart = lay_out(batch.sizes, filler, slots=64 // dtype.itemsize)
         windows = windows.to(batch.ids.device)
-        apart = [one.to(batch.ids.device) for one in apart]
+        apart = [moved(one, batch.ids.device) for one in apart]
         # (w H, S, S) for each size: what is added to the scores, -inf for another text's slot.
         self.masks = [
             torch.zeros(one.shape, dtype=dtype, device=one.device)

@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 
-from plait.backbone import resolve_device
+from plait.devices import resolve_device
 from plait.events import Event, Started
 from plait.loggers import logged
 from plait.plan import Cell

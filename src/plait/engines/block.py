@@ -29,6 +29,7 @@ from torch import Tensor
 
 from plait.checkpoint import lay_out, load_rows, write_rows
 from plait.config import Config
+from plait.devices import exact_device
 from plait.engines.steps import Judged, judge, round_done, train_round
 from plait.events import RoundDone, Started
 from plait.export import save_adapter, save_clients
@@ -36,7 +37,7 @@ from plait.job import Job
 from plait.lora import Stack
 from plait.methods import Factor
 from plait.metrics import cross_part, factor_views, layer_part, norm_of_sum
-from plait.mixing import neighbour_weights
+from plait.mixing import neighbour_weights, total
 from plait.privacy import seeded_noise
 
 Rows = dict[Factor, np.ndarray]
@@ -191,7 +192,7 @@ class Block:
     def sums(self) -> Rows:
         """The sums of the block's rows."""
         factors = self.stack.factors.items()
-        return {f: _array(value.sum(0, True, dtype=torch.float64)) for f, value in factors}
+        return {f: _array(total(value)) for f, value in factors}
 
     def measure(self, round_: int, *sums: Rows) -> tuple[Part | Cross, ...]:
         """Work out the block's part of the diagnostics.
@@ -239,7 +240,7 @@ class Block:
 
     def mean(self, *sums: Rows) -> dict[Factor, Tensor]:
         """The mean client, factor -> (1, P) float64, of the sums of all blocks."""
-        device, count = self.job.backbone.device, self.config.clients
+        device, count = exact_device(self.job.backbone.device), self.config.clients
         return {
             factor: torch.tensor(sum(part[factor] for part in sums) / count, device=device)
             for factor in sums[0]
