@@ -26,14 +26,12 @@ PHASES = (Factor.A, Factor.B, Factor.AB)
 def setup(architecture, config, tokens, packed=True):
     model = tiny_model(architecture)
     backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, packed)
-    stack = initial_stack(
-        backbone.layout, backbone.head_start, config.clients, 0, torch.device("cpu")
-    )
+    stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
     # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
     # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
     generator = torch.Generator().manual_seed(4)
     for value in stack.factors.values():
-        value += 0.05 * torch.randn(value.shape, generator=generator)
+        value += 0.05 * torch.randn(value.shape, generator=generator).to(value.device)
     shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), config.clients)
     kind = model.config.model_type
     targets = config.target_modules.split(",") if config.target_modules else TARGET_MODULES[kind]
