@@ -174,9 +174,13 @@ def test_consensus_and_cross_term_by_definition():
 
 
 @pytest.mark.parametrize("active_only", [False, True])
-def test_mixing_error_by_definition(active_only):
-    A, B = factors()
-    W = build_schedule(Config(topology="ring", clients=5))(0)
+@pytest.mark.parametrize("topology", ["ring", "complete", "star", "pairs"])
+@pytest.mark.parametrize("width", [7, 40])  # of five clients with rank 3, some hear many there
+@pytest.mark.parametrize("room", [1, 10**6])
+def test_mixing_error_by_definition(active_only, topology, width, room, monkeypatch):
+    monkeypatch.setattr("plait.metrics.ROOM", room)
+    A, B = factors(d_in=width, d_out=width + 4)
+    W = build_schedule(Config(topology=topology, clients=5, p=0.5))(0)
     mix = torch.from_numpy(W)
     A_after = A if active_only else torch.einsum("ij,jab->iab", mix, A)
     B_after = torch.einsum("ij,jab->iab", mix, B)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.devices import exact, exact_device
+from plait.devices import exact
 from plait.lora import Layout
 from plait.methods import Factor
 
@@ -127,12 +127,16 @@ def norm_of_sum(parts: Sequence[tuple[Tensor, ...]]) -> float:
     return float(torch.stack([reduce(torch.matmul, part) for part in parts]).sum(dim=0).norm())
 
 
+ROOM = 4_000_000
+"""Numbers that are formed at once, about."""
+
+
 def mixing_errors(A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.ndarray) -> Tensor:
     """(m,) ||E_i||_F, the distance of each client's mixed product from the mix of the products.
 
-    Written around the mixed state, which cancels exactly what two large products would cancel
-    only to rounding:
-    E_i = sum_j w_ij (B_j - B~)(A_j - A~) + (sum_j w_ij B_j - B~) A~ + B~ (sum_j w_ij A_j - A~).
+    Written around a centre A', B', as the mixed state or the mean of all, which cancels exactly
+    what two large products would cancel only to rounding. With a = A - A' and b = B - B':
+    E_i = sum_j w_ij b_j a_j - b~_i a~_i + (sum_j w_ij b_j - b~_i) A' + B' (sum_j w_ij a_j - a~_i).
 
     Args:
         A: (n, r, d_in) before mixing, of all that were heard.
@@ -141,16 +145,55 @@ def mixing_errors(A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.
         B_after: (m, d_out, r).
         W: (m, n) their rows of the mixing matrix, each summing to one.
     """
-    errors = []
-    for i in range(len(W)):
-        heard = np.flatnonzero(W[i])
-        weights = torch.from_numpy(W[i, heard]).to(exact_device(A.device))[:, None, None]
-        dA = exact(A[heard]) - exact(A_after[i])
-        dB = exact(B[heard]) - exact(B_after[i])
-        left = [*(weights * dB), (weights * dB).sum(0), exact(B_after[i])]
-        right = [*dA, exact(A_after[i]), (weights * dA).sum(0)]
-        errors.append(product_norm(torch.cat(left, dim=1), torch.cat(right, dim=0)))
-    return torch.tensor(errors, dtype=torch.float64)
+    A, B, A_after, B_after = map(exact, (A, B, A_after, B_after))
+    ranks = (np.count_nonzero(W, axis=1) + 2) * A.shape[1]
+    many = ranks >= min(A.shape[2], B.shape[1])
+    errors = A.new_empty(len(W))
+    if many.any():
+        errors[many] = _errors_around_all(A, B, A_after[many], B_after[many], W[many])
+    for rank in np.unique(ranks[~many]):
+        alike = np.flatnonzero(ranks == rank)
+        size = len(alike) * int(rank) * (A.shape[2] + B.shape[1])
+        for some in np.array_split(alike, min(len(alike), -(-size // ROOM))):
+            errors[some] = _errors_around_each(A, B, A_after[some], B_after[some], W[some])
+    return errors
+
+
+def _errors_around_each(
+    A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.ndarray
+) -> Tensor:
+    """The mixing errors of clients that heard equally many, and few: products stay in factors."""
+    heard = np.nonzero(W)[1].reshape(len(W), -1)
+    weights = torch.from_numpy(np.take_along_axis(W, heard, axis=1)).to(A.device)
+    places = torch.from_numpy(heard).to(A.device)
+    a = A[places] - A_after[:, None]
+    b = (B[places] - B_after[:, None]) * weights[:, :, None, None]
+    left = (
+        torch.cat([b, b.sum(1, keepdim=True), B_after[:, None]], dim=1).transpose(1, 2).flatten(2)
+    )
+    mean_a = (a * weights[:, :, None, None]).sum(1, keepdim=True)
+    right = torch.cat([a, A_after[:, None], mean_a], dim=1).flatten(1, 2)
+    squares = ((left.mT @ left) * (right @ right.mT)).sum(dim=(1, 2))
+    return squares.clamp(min=0).sqrt()
+
+
+def _errors_around_all(
+    A: Tensor, B: Tensor, A_after: Tensor, B_after: Tensor, W: np.ndarray
+) -> Tensor:
+    """The mixing errors of clients that heard many: each product is formed once for all of them."""
+    A0, B0 = A.mean(dim=0), B.mean(dim=0)
+    a, b, a_after, b_after = A - A0, B - B0, A_after - A0, B_after - B0
+    weights = torch.from_numpy(W).to(A.device)
+    off_a = (weights @ a.flatten(1)).view_as(a_after) - a_after
+    off_b = (weights @ b.flatten(1)).view_as(b_after) - b_after
+    left = torch.cat([off_b, B0.expand_as(b_after), -b_after], dim=2)
+    right = torch.cat([A0.expand_as(a_after), off_a, a_after], dim=1)
+    squares = A.new_zeros(len(W))
+    rows = max(1, ROOM // (len(A) * A.shape[2]))
+    for some, left_rows in zip(b.split(rows, dim=1), left.split(rows, dim=1), strict=True):
+        mixed = (weights @ (some @ a).flatten(1)).view(len(W), -1, A.shape[2])
+        squares += mixed.baddbmm_(left_rows, right).square_().sum(dim=(1, 2))
+    return squares.sqrt()
 
 
 Pair = tuple[int, int, float]
