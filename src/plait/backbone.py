@@ -105,7 +105,8 @@ class Backbone:
 
     def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""
-        return pack(tokens, rows, filled=not self.encoder.any_width).to(self.device)
+        any_width = self.encoder.any_width or devices.all_at_once(self.device)
+        return pack(tokens, rows, filled=not any_width).to(self.device)
 
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None

@@ -73,14 +73,6 @@ def _products(out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False
     if fused:
         fused.products(out, x, W.contiguous(), batch, add)
         return
-    if devices.all_at_once(x.device):
-        y = torch.bmm(batch.rectangle(x), W).flatten(0, 1).index_select(0, batch.slots)
-        own = out[: batch.num_tokens]
-        if add:
-            own.add_(y)
-        else:
-            own.copy_(y)
-        return
     if W.shape[1] > W.shape[2]:  # several times faster where the longer side is contiguous
         W = W.mT.contiguous().mT
     for out_i, x_i, W_i in batch.by_client(out, x, W):
@@ -95,8 +87,6 @@ def _sums(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
     fused = kernels(x)
     if fused:
         return fused.sums(x, y, batch)
-    if devices.all_at_once(x.device):
-        return torch.bmm(batch.rectangle(x).mT, batch.rectangle(y))
     return torch.stack([x_i.mT @ y_i for x_i, y_i in batch.by_client(x, y)])
 
 
@@ -158,6 +148,20 @@ class _Branches(torch.autograd.Function):
             _products(grad_x, grad_low, A, batch)
         each = zip(grad_A, grad_B, strict=True)
         return grad, grad_x, None, None, None, *(one for pair in each for one in pair)
+
+
+def _branches_at_once(
+    y: Tensor, x: Tensor, batch: Batch, scale: float, columns: list[slice], *factors: Tensor
+) -> Tensor:
+    """The same for an accelerator: few products, of a rectangle with a row for each client."""
+    A = torch.cat(factors[::2], dim=1).to(x.dtype)
+    wide = [
+        functional.pad(B.mT.to(x.dtype), (part.start, y.shape[1] - part.stop))
+        for part, B in zip(columns, factors[1::2], strict=True)
+    ]
+    low = torch.bmm(batch.rectangle(x), A.mT) * scale
+    added = torch.bmm(low, torch.cat(wide, dim=1)).flatten(0, 1)[batch.slots]
+    return y + added
 
 
 class _Layer:
@@ -296,7 +300,8 @@ class PackedEncoder:
                 seen = x * dropout(group[0][1], x) if dropout else x
                 columns = [slice(k * width, (k + 1) * width) for k, _ in group]
                 factors = [factor for _, name in group for factor in (A[name], B[name])]
-                y = _Branches.apply(y, seen, batch, self.scale, columns, *factors)  # type: ignore[no-untyped-call]
+                add = _branches_at_once if devices.all_at_once(y.device) else _Branches.apply
+                y = add(y, seen, batch, self.scale, columns, *factors)
             return y  # type: ignore[no-any-return]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)

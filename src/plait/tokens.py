@@ -138,7 +138,7 @@ class Batch:
 
     @cached_property
     def slots(self) -> Tensor:
-        """(T less the filler,) each token's place in a rectangle with a row for each client."""
+        """(T,) each token's place in a rectangle with a row for each client; without filler."""
         counts = np.array(self.counts)
         begins = np.arange(len(counts)) * counts.max() - np.cumsum(counts) + counts
         places = np.arange(self.num_tokens) + np.repeat(begins, counts)
@@ -147,8 +147,7 @@ class Batch:
     def rectangle(self, x: Tensor) -> Tensor:
         """(T, w) -> (n, L, w), each client's tokens in a row, and zeros after them."""
         blank = x.new_zeros(self.num_clients * max(self.counts), x.shape[1])
-        rows = blank.index_copy_(0, self.slots, x[: self.num_tokens])
-        return rows.view(self.num_clients, -1, x.shape[1])
+        return blank.index_copy_(0, self.slots, x).view(self.num_clients, -1, x.shape[1])
 
 
 def pack(tokens: Tokens, rows: np.ndarray, filled: bool = True) -> Batch:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait import devices
 from plait.devices import moved
 from plait.tokens import Batch
 
@@ -96,7 +97,9 @@ class Windows:
         self.num_heads = num_heads
         filler = len(batch.ids) - batch.num_tokens
         # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
-        windows, apart = lay_out(batch.sizes, filler, slots=64 // dtype.itemsize)
+        # Accelerators mind some more slots less than some more calls.
+        per_octave = 1 if devices.all_at_once(batch.ids.device) else 4
+        windows, apart = lay_out(batch.sizes, filler, 64 // dtype.itemsize, per_octave)
         windows = windows.to(batch.ids.device)
         apart = [moved(one, batch.ids.device) for one in apart]
         # (w H, S, S) for each size: what is added to the scores, -inf for another text's slot.
@@ -151,7 +154,9 @@ class _Attention(torch.autograd.Function):
         return windows.qkv.join(grads), None
 
 
-def lay_out(texts: np.ndarray, filler: int, slots: int) -> tuple[Places, list[Tensor]]:
+def lay_out(
+    texts: np.ndarray, filler: int, slots: int, per_octave: int = 4
+) -> tuple[Places, list[Tensor]]:
     """Whole texts side by side in windows of, say, 16, 32, 48, 64, 80, 96, 112, 128, 160 slots.
 
     Few slots are wasted, and the calls are far fewer than with a rectangle for each length. No
@@ -162,6 +167,7 @@ def lay_out(texts: np.ndarray, filler: int, slots: int) -> tuple[Places, list[Te
         texts: (n, b), tokens of each text.
         filler: Tokens of no text at the end.
         slots: A power of two that the number of slots of a window is a multiple of.
+        per_octave: At most so many sizes up to each power of two.
 
     Returns:
         Places of the tokens in w_1 windows of S_1 slots, then w_2 larger ones of S_2, and so on;
@@ -169,8 +175,8 @@ def lay_out(texts: np.ndarray, filler: int, slots: int) -> tuple[Places, list[Te
     """
     lengths = texts.ravel()
     starts = np.cumsum(lengths) - lengths
-    # At most four sizes up to each power of two.
-    steps = np.maximum(slots, 2.0 ** (np.frexp(lengths - 1)[1] - 3)).astype(np.int64)
+    steps = 2.0 ** np.frexp(lengths - 1)[1] / 2 / per_octave
+    steps = np.maximum(slots, steps).astype(np.int64)
     sizes = -(-lengths // steps) * steps
     begins = np.empty(len(lengths), dtype=np.int64)
     shapes = []
