@@ -40,7 +40,7 @@ class Work:
 
     def rows(self, client: int, step: int) -> np.ndarray:
         """(b,) the texts of a client's step."""
-        return batch_rows(self.shares[client], client, step, self.config)
+        return batch_rows(self.shares[client], client, range(step, step + 1), self.config)[0]
 
     def only(self, clients: list[int]) -> Work:
         """The same for some of the clients."""

@@ -82,7 +82,8 @@ def twin_local_phase(model, layout, stack, train, round_, tokens, shares, config
         )
         client_losses = []
         for step in range(config.local_steps):
-            texts = batch_rows(share, client, round_ * config.local_steps + step, config)
+            position = round_ * config.local_steps + step
+            (texts,) = batch_rows(share, client, range(position, position + 1), config)
             logits = twin_logits(peft_model, tokens, texts)
             loss = functional.cross_entropy(logits, torch.from_numpy(tokens.labels[texts]))
             optimizer.zero_grad()

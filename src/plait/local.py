@@ -61,7 +61,7 @@ def local_phase(
     """
     active = [factor for factor in stack.factors if factor in train]
     positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
-    texts = np.array([[batch_rows(shares[i], i, p, config) for p in positions] for i in clients])
+    texts = np.array([batch_rows(shares[i], i, positions, config) for i in clients])
     losses = np.empty(texts.shape[:2])
 
     def train_chunk(chunk: list[int]) -> None:
@@ -144,18 +144,17 @@ def on_cores(
         torch.set_num_threads(threads)
 
 
-def batch_rows(share: np.ndarray, client: int, position: int, config: Config) -> np.ndarray:
-    """(b,) the rows of a client's step `position`, counted from the first round on.
+def batch_rows(share: np.ndarray, client: int, positions: range, config: Config) -> np.ndarray:
+    """(K, b) the rows of some consecutive steps of a client, counted from the first round on.
 
     A client goes through its rows in an order drawn anew for each pass, one pass after another
     without a gap, so every batch is full.
     """
-    places = np.arange(position * config.batch_size, (position + 1) * config.batch_size)
-    orders = {
-        epoch: stream(config.seed, "batches", client, int(epoch)).permutation(len(share))
-        for epoch in np.unique(places // len(share))
-    }
-    return np.array([share[orders[place // len(share)][place % len(share)]] for place in places])
+    first, end = (place * config.batch_size for place in (positions.start, positions.stop))
+    passes = range(first // len(share), -(-end // len(share)))
+    orders = [stream(config.seed, "batches", client, k).permutation(len(share)) for k in passes]
+    begin = first - passes.start * len(share)
+    return share[np.concatenate(orders)[begin : begin + end - first]].reshape(len(positions), -1)
 
 
 def batch_losses(logits: Tensor, labels: Tensor) -> Tensor:
