@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from conftest import tiny_model
 from plait.backbone import Backbone
 from plait.config import Config
+from plait.fused import Pieces
 from plait.loading import Loaded
 from plait.local import evaluate, local_phase
 from plait.lora import initial_stack
@@ -106,7 +107,7 @@ def test_the_number_of_threads_changes_nothing(compiler, ragged_tokens, threads,
         stack = initial_stack(backbone.layout, backbone.head_start, 1, 0, torch.device("cpu"))
         for value in stack.factors.values():
             value.requires_grad_()
-        A, B = (backbone.layout.views(f, stack.factors[f]) for f in (Factor.A, Factor.B))
+        A, B = stack.factors[Factor.A], stack.factors[Factor.B]
         hidden = backbone.encoder(batch, A, B, None, first_tokens)
         threads(backward)
         hidden.square().sum().backward()
@@ -119,17 +120,14 @@ def test_the_number_of_threads_changes_nothing(compiler, ragged_tokens, threads,
 def test_what_is_not_finite_is_seen_in_its_own_text_alone(compiler, ragged_tokens):
     backbone = Backbone(Loaded(tiny_model("mean-pooled"), None, ()), CONFIG)
     stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
-    A, B = (backbone.layout.views(f, stack.factors[f]) for f in (Factor.A, Factor.B))
     batch = backbone.batch(ragged_tokens, np.arange(8).reshape(2, 4))
-    layer, shared = backbone.encoder.layers[0], backbone.encoder.shared(batch)
-    h = backbone.encoder.embed(batch)
-    branches = {0: (A[layer.qkv_names[0]], B[layer.qkv_names[0]])}
-    args = (batch, shared.pieces, branches, 1.0, False)
-    expected = layer.fused(h, *args)
+    layers, h = backbone.encoder.fused, backbone.encoder.embed(batch)
+    args = (batch, Pieces(batch), stack.factors[Factor.A], stack.factors[Factor.B], False)
+    expected = layers(h, *args)
     start, end = int(batch.starts[5]), int(batch.starts[6])
     spoilt = h.clone()
     spoilt[start + 1, 7] = float("nan")
-    result = layer.fused(spoilt, *args)
+    result = layers(spoilt, *args)
     assert result[start:end].isnan().all()
     result[start:end] = expected[start:end]
     assert torch.equal(result, expected)

@@ -93,11 +93,10 @@ class Backbone:
             scale=config.alpha / config.rank,
             head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
         )
-        scale = self.layout.scale
         self.encoder: PackedEncoder | HookedEncoder = (
-            PackedEncoder(base, prefix, sites, scale)
+            PackedEncoder(base, prefix, self.layout)
             if packed and base.config.model_type in PACKED_MODEL_TYPES
-            else HookedEncoder(model, base, sites, scale)
+            else HookedEncoder(model, base, self.layout)
         )
         self.head: MeanHead | OwnHead = MeanHead(model) if mean_pooled else OwnHead(model)
         self._head_prefix = "" if mean_pooled else "model."
@@ -121,8 +120,7 @@ class Backbone:
         Returns:
             (n, b, C) float32.
         """
-        A = self.layout.views(Factor.A, factors[Factor.A])
-        B = self.layout.views(Factor.B, factors[Factor.B])
+        A, B = factors[Factor.A], factors[Factor.B]
         hidden = self.encoder(batch, A, B, dropout, self.head.first_tokens)
         features = self.head.pool(hidden, batch).unflatten(0, (batch.num_clients, -1))
         with self._head_lock:
@@ -157,7 +155,7 @@ class Backbone:
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
             batch = self.batch(tokens, texts[None])
-            below = encoder.below(batch, encoder.shared(batch)).cpu()
+            below = encoder.below(batch).cpu()
             hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
 

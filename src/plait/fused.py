@@ -1,9 +1,10 @@
-"""A layer of a BERT-like encoder as two kernels each way, where the CPU has them.
+"""The layers of a BERT-like encoder as one call each way, where the CPU has the kernels.
 
-The first computes query, key and value with their LoRA branches and attention, a few texts of one
-client at a time; the second all that follows, a few hundred tokens at a time. So what one product
-makes is still in cache when the next one reads it, and only what the backward pass needs goes to
-memory. packed.py computes the same step by step, and stands in where a layer isn't of this kind.
+A layer is computed in two parts. The first is query, key and value with their LoRA branches and
+attention, a few texts of one client at a time; the second all that follows, a few hundred tokens at
+a time. So what one product makes is still in cache when the next one reads it, and only what the
+backward pass needs goes to memory. packed.py computes the same step by step, and stands in where
+layers aren't of this kind.
 
 Legend: T tokens of a batch, R its texts, n its clients, d the model's width.
 """
@@ -11,6 +12,7 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ class _Weights(ctypes.Structure):
             for part in ("", "_back", "_bias")
         ),
         ("norm_1", _Norm), ("norm_2", _Norm), ("d", LONG), ("f", LONG), ("H", LONG),
+        ("part", LONG * 3), ("place", LONG * 3), ("count", LONG),
     )  # fmt: skip
 
 
@@ -45,8 +48,7 @@ class _Adapters(ctypes.Structure):
     """Of kernels.c: struct adapters."""
 
     _fields_ = (
-        ("A", POINTER * 3), ("B", POINTER * 3), ("client_A", LONG), ("client_B", LONG),
-        ("part", LONG * 3), ("count", LONG), ("r", LONG), ("scale", ctypes.c_float),
+        ("A", POINTER), ("B", POINTER), ("places", LONG), ("r", LONG), ("scale", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -56,7 +58,16 @@ class _Pieces(ctypes.Structure):
     _fields_ = (
         ("text", POINTER), ("portion", POINTER), ("starts", POINTER), ("lengths", POINTER),
         ("count", LONG), ("texts_each", LONG), ("rows", LONG), ("longest", LONG),
+        ("texts", LONG), ("tokens", LONG),
     )  # fmt: skip
+
+
+class _Kept(ctypes.Structure):
+    """Of kernels.c: struct kept."""
+
+    _fields_ = tuple(
+        (name, POINTER) for name in ("out", "qkv", "low", "sum_1", "sum_2", "derivative")
+    )
 
 
 class Pieces:
@@ -90,14 +101,26 @@ class Pieces:
         self.struct = _Pieces(
             self._texts.data_ptr(), self._portions.data_ptr(), batch.starts.data_ptr(),
             batch.lengths.data_ptr(), len(pieces), texts_each, max(rows), int(batch.sizes.max()),
+            batch.sizes.size, batch.num_tokens,
         )  # fmt: skip
 
 
 class FusedLayer:
-    """An encoder layer's frozen weights, as the kernels want them."""
+    """An encoder layer's frozen weights, as the kernels want them.
+
+    Attributes:
+        d: The model's width.
+        f: The width between up and down.
+        count: At how many of query, key and value LoRA sits.
+        struct: Of kernels.c: struct layer.
+    """
 
     def __init__(
-        self, linears: dict[str, FrozenLinear], norms: dict[str, nn.LayerNorm], num_heads: int
+        self,
+        linears: dict[str, FrozenLinear],
+        norms: dict[str, nn.LayerNorm],
+        num_heads: int,
+        places: dict[int, int],
     ) -> None:
         """Take note of where everything lies.
 
@@ -105,118 +128,107 @@ class FusedLayer:
             linears: qkv, merge, up, down.
             norms: norm_1, norm_2.
             num_heads: H.
+            places: 0 for query, 1 for key, 2 for value -> the number of the place, where LoRA sits.
         """
         self._keep = linears, norms
         self.kernels: Any = linears["qkv"].kernels
-        places: dict[str, Any] = {}
-        for name, linear in linears.items():
-            places[name] = linear.packed.data_ptr()
-            places[name + "_back"] = linear.packed_t.data_ptr()
-            places[name + "_bias"] = linear.bias.data_ptr()
-        for name, norm in norms.items():
-            places[name] = _Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
         self.f, self.d = linears["up"].weight.shape
-        self.weights = _Weights(**places, d=self.d, f=self.f, H=num_heads)
+        self.count = len(places)
+        fields: dict[str, Any] = {"d": self.d, "f": self.f, "H": num_heads, "count": self.count}
+        for name, linear in linears.items():
+            fields[name] = linear.packed.data_ptr()
+            fields[name + "_back"] = linear.packed_t.data_ptr()
+            fields[name + "_bias"] = linear.bias.data_ptr()
+        for name, norm in norms.items():
+            fields[name] = _Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)
+        fields |= {"part": (LONG * 3)(*places), "place": (LONG * 3)(*places.values())}
+        self.struct = _Weights(**fields)
+
+
+class FusedLayers:
+    """Layers one after another."""
+
+    def __init__(self, layers: Sequence[FusedLayer], rank: int, scale: float) -> None:
+        """Put the layers together.
+
+        Args:
+            layers: The layers, none of whose inputs needs a gradient but for what LoRA adds.
+            rank: r.
+            scale: What the branches are multiplied by.
+        """
+        self.layers, self.rank, self.scale = layers, rank, scale
+        self.structs = (_Weights * len(layers))(*(layer.struct for layer in layers))
 
     def __call__(
-        self,
-        h: Tensor,
-        batch: Batch,
-        pieces: Pieces,
-        branches: dict[int, tuple[Tensor, Tensor]],
-        scale: float,
-        first_tokens: bool,
+        self, h: Tensor, batch: Batch, pieces: Pieces, A: Tensor, B: Tensor, first_tokens: bool
     ) -> Tensor:
         """(T, d) -> (T, d), or (R, d) of the first tokens.
 
         Args:
-            h: The layer's input.
+            h: The first layer's input, which has no gradient.
             batch: The packed texts of n clients, without filler.
             pieces: The same, cut.
-            branches: 0 for query, 1 for key, 2 for value -> A (n, r, d) and B (n, d, r).
-            scale: What the branches are multiplied by.
+            A: (n, P) the clients' A factors.
+            B: (n, P) their B factors.
             first_tokens: Only these are wanted.
         """
-        factors = [factor for pair in branches.values() for factor in pair]
-        return _FusedLayer.apply(  # type: ignore[no-any-return, no-untyped-call]
-            h, self, batch, pieces, list(branches), scale, first_tokens, *factors
-        )
+        return _FusedLayers.apply(A, B, h, self, batch, pieces, first_tokens)  # type: ignore[no-any-return, no-untyped-call]
 
 
-NUM_OTHERS = 7
-"""Arguments of the function below before the factors."""
-
-
-class _FusedLayer(torch.autograd.Function):
-    """The gradient of a factor that doesn't train, or of the first input, is never formed."""
+class _FusedLayers(torch.autograd.Function):
+    """The gradient of a factor that doesn't train is never formed."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        A: Tensor,
+        B: Tensor,
         h: Tensor,
-        layer: FusedLayer,
+        own: FusedLayers,
         batch: Batch,
         pieces: Pieces,
-        parts: list[int],
-        scale: float,
         first_tokens: bool,
-        *factors: Tensor,
     ) -> Tensor:
+        A, B, h, threads = A.contiguous(), B.contiguous(), h.contiguous(), torch.get_num_threads()
+        count, d, (T, R) = len(own.layers), own.layers[0].d, (len(h), len(batch.starts))
         kept = any(ctx.needs_input_grad)
-        call, h, threads = layer.kernels.call, h.contiguous(), torch.get_num_threads()
-        lora = _Adapters(count=len(parts), scale=scale)
-        for k, (part, A, B) in enumerate(zip(parts, factors[::2], factors[1::2], strict=True)):
-            lora.A[k], lora.B[k], lora.part[k] = A.data_ptr(), B.data_ptr(), part
-            lora.client_A, lora.client_B, lora.r = A.stride(0), B.stride(0), A.shape[1]
-        context = torch.empty_like(h)
-        wide = -(-lora.count * lora.r // 16) * 16
-        qkv, low = (h.new_empty(len(h), width) if kept else None for width in (3 * layer.d, wide))
-        call("adapted_attention", context, qkv, low, h, layer.weights, lora, pieces.struct, threads)
-
-        # Past attention tokens don't meet again.
-        rest, own = (context[batch.starts], h[batch.starts]) if first_tokens else (context, h)
-        out = torch.empty_like(own)
-        inner = [
-            own.new_empty(len(own), width) if kept else None
-            for width in (layer.d, layer.d, layer.f)
-        ]
-        call("past_attention", out, *inner, rest, own, layer.weights, len(own), threads)
-        ctx.layer, ctx.batch, ctx.pieces, ctx.lora = layer, batch, pieces, lora
-        # The order in which the kernels keep numbers depends on how many threads there were.
-        ctx.first_tokens, ctx.threads = first_tokens, threads
-        ctx.save_for_backward(*inner, qkv, low, h, *factors)
-        return out
+        arrays: list[list[Tensor]] = []
+        for number, layer in enumerate(own.layers):
+            height = R if first_tokens and number == count - 1 else T
+            wide = -(-layer.count * own.rank // 16) * 16
+            inner = [(T, 3 * d), (T, wide), (height, d), (height, d), (height, layer.f)]
+            # What isn't kept goes to and fro between two arrays.
+            out = h.new_empty(height, d) if kept or number < 2 or height == R else arrays[-2][0]
+            arrays.append([out, *(h.new_empty(shape) for shape in inner if kept)])
+        structs = (_Kept * count)(*(_Kept(*(a.data_ptr() for a in one)) for one in arrays))
+        lora = _Adapters(
+            A.data_ptr(), B.data_ptr(), A.shape[1] // (own.rank * d), own.rank, own.scale
+        )
+        own.layers[0].kernels.call(
+            "layers", structs, h, own.structs, lora, count, pieces.struct, first_tokens, threads
+        )
+        result = arrays[-1][0]
+        if kept:
+            ctx.own, ctx.batch, ctx.pieces, ctx.first_tokens = own, batch, pieces, first_tokens
+            # The order in which the kernels keep numbers depends on how many threads there were.
+            ctx.structs, ctx.lora, ctx.threads = structs, lora, threads
+            arrays[-1] = arrays[-1][1:]  # nobody needs the result again
+            ctx.save_for_backward(A, B, h, *(array for one in arrays for array in one))
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layer, batch, lora = ctx.layer, ctx.batch, ctx.lora
-        sum_1, sum_2, derivative, qkv, low, h, *_ = ctx.saved_tensors
-        needs_h, *_ = ctx.needs_input_grad
-        trains_A, trains_B = (any(ctx.needs_input_grad[NUM_OTHERS + k :: 2]) for k in (0, 1))
-        call, grad = layer.kernels.call, grad.contiguous()
-        grad_context, grad_h = torch.empty_like(grad), torch.empty_like(grad)
-        call(
-            "past_attention_gradient", grad_context, grad_h, grad, sum_1, sum_2, derivative,
-            layer.weights, len(grad), ctx.threads,
+        A, B, h, *_ = ctx.saved_tensors
+        own, lora = ctx.own, ctx.lora
+        trains_A, trains_B, *_ = ctx.needs_input_grad
+        grad_A = torch.empty_like(A) if trains_A else None
+        grad_B = torch.empty_like(B) if trains_B else None
+        pointers = (None if one is None else one.data_ptr() for one in (grad_A, grad_B))
+        grads = _Adapters(*pointers, lora.places, lora.r, lora.scale)
+        own.layers[0].kernels.call(
+            "layers_gradient", grads, grad.contiguous(), ctx.structs, h, own.structs, lora,
+            len(own.layers), ctx.pieces.struct, ctx.first_tokens, ctx.threads,
         )  # fmt: skip
-        if ctx.first_tokens:
-            grad_context, grad_h = (
-                torch.zeros_like(h).index_copy_(0, batch.starts, one)
-                for one in (grad_context, grad_h)
-            )
-        shape = (batch.num_clients, lora.count * lora.r, layer.d)
-        grad_A, grad_B = (h.new_empty(shape) if trains else None for trains in (trains_A, trains_B))
-        call(
-            "adapted_attention_gradient", grad_h if needs_h else None, grad_A, grad_B, grad_context,
-            qkv, low, h, layer.weights, lora, ctx.pieces.struct, ctx.threads,
-        )  # fmt: skip
-        each_A, each_B = (
-            [None] * lora.count if one is None else one.chunk(lora.count, dim=1)
-            for one in (grad_A, grad_B)
-        )
-        of_factors = (
-            one
-            for own_A, own_B in zip(each_A, each_B, strict=True)
-            for one in (own_A, None if own_B is None else own_B.mT)
-        )
-        return grad_h if needs_h else None, *[None] * (NUM_OTHERS - 1), *of_factors
+        if grad_B is not None:  # each place's is transposed
+            grad_B = grad_B.view(len(B), lora.places, lora.r, -1).mT.reshape(B.shape)
+        return grad_A, grad_B, *[None] * 5

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.devices import moved
-from plait.lora import Dropout, Site, branch
+from plait.lora import Dropout, Layout, branch
+from plait.methods import Factor
 from plait.tokens import Batch
 
 
@@ -33,14 +34,14 @@ class HookedEncoder:
 
     any_width = False  # as PackedEncoder has it
 
-    def __init__(self, model: Any, base: Any, sites: tuple[Site, ...], scale: float) -> None:
+    def __init__(self, model: Any, base: Any, layout: Layout) -> None:
         """Hook the adapted layers of `model`; `base` is its encoder."""
         self.base = base
-        self.scale = scale
+        self.layout = layout
         self.has_types = getattr(base.config, "type_vocab_size", 0) > 1
         self.pad_id = base.config.pad_token_id or 0
         self._now = _Now()
-        for site in sites:
+        for site in layout.sites:
             model.get_submodule(site.name).register_forward_hook(self._hook(site.name))
 
     def _hook(self, name: str) -> Any:
@@ -48,19 +49,15 @@ class HookedEncoder:
             A, B = self._now.of_text[name]
             keep = self._now.keep
             x = inputs[0] if keep is None else inputs[0] * keep(name, inputs[0])
-            return output + branch(x, A, B, self.scale)
+            return output + branch(x, A, B, self.layout.scale)
 
         return add_branch
 
     def __call__(
-        self,
-        batch: Batch,
-        A: dict[str, Tensor],
-        B: dict[str, Tensor],
-        dropout: Dropout | None,
-        first_tokens: bool,
+        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, first_tokens: bool
     ) -> Tensor:
         """The last hidden state (T, d) or (R, d), as `PackedEncoder.__call__`."""
+        all_A, all_B = self.layout.views(Factor.A, A), self.layout.views(Factor.B, B)
         num_texts, device = batch.sizes.shape[1], batch.ids.device
         lengths = torch.from_numpy(batch.sizes.ravel())  # worked out on the host, which won't wait
         starts = lengths.cumsum(0) - lengths
@@ -72,7 +69,7 @@ class HookedEncoder:
             places_here, mask = _rectangle(starts[texts], lengths[texts], len(batch.ids))
             real = moved(mask.flatten().nonzero()[:, 0], device)
             index, client = moved(places_here, device), moved(texts // num_texts, device)
-            self._now.of_text = {name: (A[name][client], B[name][client]) for name in A}
+            self._now.of_text = {name: (all_A[name][client], all_B[name][client]) for name in all_A}
             self._now.keep = dropout and _arranged(dropout, index)
             kinds = {"token_type_ids": types[index]} if self.has_types else {}
             attended = moved(mask.long(), device)

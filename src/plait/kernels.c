@@ -443,18 +443,19 @@ void linear(float *out, const float *x, const float *W, const float *bias, long 
     }
 }
 
-/* A layer's frozen weights: matrices arranged for the forward pass and for the backward pass, H heads. */
+/* A layer's frozen weights: matrices arranged for the forward pass and for the backward pass, H heads.
+ * LoRA sits at `count` of query, key and value, which `part` numbers; `place` numbers all its places. */
 struct layer {
     const float *qkv, *qkv_back, *qkv_bias, *merge, *merge_back, *merge_bias;
     const float *up, *up_back, *up_bias, *down, *down_back, *down_bias;
     struct norm norm_1, norm_2;
-    long d, f, H;
+    long d, f, H, part[3], place[3], count;
 };
 
 /* out = norm_2(a + down(GELU(up(a)))), a = norm_1(h + merge(context)): (T, d). What went into the norms
  * and the derivative of GELU are kept, unless they are NULL. */
-void past_attention(float *out, float *sum_1, float *sum_2, float *derivative, const float *context,
-                    const float *h, const struct layer *layer, long T, int threads) {
+static void past_attention(float *out, float *sum_1, float *sum_2, float *derivative, const float *context,
+                           const float *h, const struct layer *layer, long T, int threads) {
     long d = layer->d, f = layer->f, rows = together(T, threads);
     PARALLEL {
         long F = room_for(f);
@@ -475,9 +476,9 @@ void past_attention(float *out, float *sum_1, float *sum_2, float *derivative, c
 }
 
 /* The gradients of context and h. */
-void past_attention_gradient(float *grad_context, float *grad_h, const float *gradient,
-                             const float *sum_1, const float *sum_2, float *derivative,
-                             const struct layer *layer, long T, int threads) {
+static void past_attention_gradient(float *grad_context, float *grad_h, const float *gradient,
+                                    const float *sum_1, const float *sum_2, float *derivative,
+                                    const struct layer *layer, long T, int threads) {
     long d = layer->d, f = layer->f, rows = together(T, threads);
     PARALLEL {
         long F = room_for(f);
@@ -494,20 +495,25 @@ void past_attention_gradient(float *grad_context, float *grad_h, const float *gr
     }
 }
 
-/* LoRA factors of `count` of query, key and value, which `part` numbers: A (n, r, d) and B (n, d, r),
- * one client's so far from the next one's. R = count r, S the same in whole registers. */
+/* The LoRA factors of all places: A (n, places, r, d) and B (n, places, d, r), or their gradients, B's
+ * transposed. In a layer R = count r, S the same in whole registers. */
 struct adapters {
-    const float *A[3], *B[3];
-    long client_A, client_B, part[3], count, r;
+    float *A, *B;
+    long places, r;
     float scale;
 };
+
+/* A client's factors of a place, or the gradients of them. */
+INLINE long factor(const struct adapters *lora, long client, long place, long d) {
+    return (client * lora->places + place) * lora->r * d;
+}
 
 /* Texts of one client: portions, over which its factors' gradients are summed one by one, so that a sum
  * does not depend on who computes it; and pieces, some portions that are computed together, of at most
  * so many `rows` of tokens. Portion i begins with text[i], piece p with portion[p]. */
 struct pieces {
     const int64_t *text, *portion, *starts, *lengths;
-    long count, texts_each, rows, longest;
+    long count, texts_each, rows, longest, texts, tokens;
 };
 
 /* Texts, and their tokens. */
@@ -527,9 +533,10 @@ static struct span piece(const struct pieces *all, long p) {
 
 /* context = attention(h W + bias + LoRA(h)), (T, d) -> (T, d). What attention was given and h A^T,
  * (T, S), are kept, unless they are NULL. */
-void adapted_attention(float *context, float *qkv, float *low, const float *h, const struct layer *layer,
-                       const struct adapters *lora, const struct pieces *pieces, int threads) {
-    long d = layer->d, width = d / layer->H, r = lora->r, R = lora->count * r, S = whole(R), s = whole(r);
+static void adapted_attention(float *context, float *qkv, float *low, const float *h,
+                              const struct layer *layer, const struct adapters *lora,
+                              const struct pieces *pieces, int threads) {
+    long d = layer->d, width = d / layer->H, r = lora->r, R = layer->count * r, S = whole(R), s = whole(r);
     PARALLEL {
         struct room own = room(pieces->longest, width);
         long rows = pieces->rows;
@@ -541,13 +548,14 @@ void adapted_attention(float *context, float *qkv, float *low, const float *h, c
             float *y = qkv ? qkv + 3 * at.begin * d : own_qkv;
             float *l = low ? low + at.begin * S : own_qkv + 3 * rows * d;
             frozen(at.rows, 3 * d, d, x, d, layer->qkv, y, 3 * d, layer->qkv_bias, 0, NOTHING, 0);
-            for (long b = 0; b < lora->count; b++)
-                gather(A + b * r * d, lora->A[b] + at.client * lora->client_A, d, r, d, d, lora->scale, d);
+            for (long b = 0; b < layer->count; b++)
+                gather(A + b * r * d, lora->A + factor(lora, at.client, layer->place[b], d), d, r, d, d,
+                       lora->scale, d);
             transpose(A_t, A, R, d, S);
             product(at.rows, S, d, (struct matrix){(float *)x, d, 1}, A_t, S, l, S, 0, 0);
-            for (long b = 0; b < lora->count; b++) {
-                float *to = y + lora->part[b] * d;
-                gather(B, lora->B[b] + at.client * lora->client_B, r, d, r, s, 1, r);
+            for (long b = 0; b < layer->count; b++) {
+                float *to = y + layer->part[b] * d;
+                gather(B, lora->B + factor(lora, at.client, layer->place[b], d), r, d, r, s, 1, r);
                 transpose(B_t, B, d, s, d);
                 product(at.rows, d, r, (struct matrix){l + b * r, S, 1}, B_t, d, to, 3 * d, to, 3 * d);
             }
@@ -560,27 +568,42 @@ void adapted_attention(float *context, float *qkv, float *low, const float *h, c
     }
 }
 
-/* What a portion adds to the gradients (n, R, d) of A and B. */
-static void add_portion(float *grad_A, float *grad_B, const float *own_A, const float *own_B, long size,
-                        struct span at, const struct pieces *pieces) {
-    for (int k = 0; k < 2; k++) {
-        float *to = k ? grad_B : grad_A;
-        const float *from = k ? own_B : own_A;
-        if (!to) continue;
-        to += at.client * size;
-        if (at.text % pieces->texts_each == 0) memcpy(to, from, 4 * size);
-        else
-            for (long i = 0; i < size; i += LANES) store(to + i, load(to + i) + load(from + i));
+/* Rows of the texts' first tokens, (R, d), each to its token's place among all, (T, d), and zeros between. */
+static void spread(float *x, const struct pieces *pieces, long d) {
+    long end = pieces->tokens;
+    for (long i = pieces->texts - 1; i >= 0; i--) {
+        long start = pieces->starts[i];
+        memmove(x + start * d, x + i * d, 4 * d);
+        memset(x + (start + 1) * d, 0, 4 * d * (end - start - 1));
+        end = start;
     }
 }
 
-/* The gradients of A and of B^T, (n, R, d), and of h, added to what is there; what is NULL isn't
- * wanted. */
-void adapted_attention_gradient(float *grad_h, float *grad_A, float *grad_B, const float *gradient,
-                                const float *qkv, const float *low, const float *h,
-                                const struct layer *layer, const struct adapters *lora,
-                                const struct pieces *pieces, int threads) {
-    long d = layer->d, width = d / layer->H, r = lora->r, R = lora->count * r, S = whole(R);
+/* What a portion adds to the gradients of a layer's A and B. */
+static void add_portion(const struct adapters *grads, const float *own_A, const float *own_B,
+                        const struct layer *layer, struct span at, const struct pieces *pieces) {
+    long size = grads->r * layer->d;
+    for (long b = 0; b < layer->count; b++) {
+        long place = factor(grads, at.client, layer->place[b], layer->d);
+        for (int k = 0; k < 2; k++) {
+            float *to = (k ? grads->B : grads->A);
+            const float *from = (k ? own_B : own_A) + b * size;
+            if (!to) continue;
+            to += place;
+            if (at.text % pieces->texts_each == 0) memcpy(to, from, 4 * size);
+            else
+                for (long i = 0; i < size; i += LANES) store(to + i, load(to + i) + load(from + i));
+        }
+    }
+}
+
+/* The gradients of the factors, and of h, added to what is there; what is NULL isn't wanted. */
+static void adapted_attention_gradient(float *grad_h, const struct adapters *grads,
+                                       const float *gradient, const float *qkv, const float *low,
+                                       const float *h, const struct layer *layer,
+                                       const struct adapters *lora, const struct pieces *pieces,
+                                       int threads) {
+    long d = layer->d, width = d / layer->H, r = lora->r, R = layer->count * r, S = whole(R);
     long size = R * d, portions = pieces->portion[pieces->count];
     long slots = threads > 1 ? portions : 1;
     float *own_A = aligned_alloc(4 * LANES, 4 * (2 * slots * size + LANES)), *own_B = own_A + slots * size;
@@ -595,10 +618,11 @@ void adapted_attention_gradient(float *grad_h, float *grad_A, float *grad_B, con
                 for (long head = 0, start = pieces->starts[text]; head < d; head += width)
                     attend(grad_qkv + 3 * (start - at.begin) * d + head, qkv + 3 * start * d + head,
                            gradient + start * d + head, pieces->lengths[text], d, width, own);
-            for (long b = 0; b < lora->count && (grad_A || grad_h); b++) {
-                const float *g = grad_qkv + lora->part[b] * d;
-                const float *own_B = lora->B[b] + at.client * lora->client_B;
-                memcpy(A + b * r * d, lora->A[b] + at.client * lora->client_A, 4 * r * d);
+            for (long b = 0; b < layer->count && (grads->A || grad_h); b++) {
+                const float *g = grad_qkv + layer->part[b] * d;
+                long place = factor(lora, at.client, layer->place[b], d);
+                const float *own_B = lora->B + place;
+                memcpy(A + b * r * d, lora->A + place, 4 * r * d);
                 /* This one's B beside zeros in the places of the others: they all add to grad_low. */
                 memset(B, 0, 4 * S * d);
                 for (long c = 0; c < d; c++)
@@ -610,13 +634,13 @@ void adapted_attention_gradient(float *grad_h, float *grad_A, float *grad_B, con
                 struct span some = span(pieces, i, i + 1);
                 const float *g = grad_qkv + 3 * (some.begin - at.begin) * d, *l = low + some.begin * S;
                 float *to_A = own_A + (slots > 1 ? i * size : 0), *to_B = own_B + (slots > 1 ? i * size : 0);
-                if (grad_A)
+                if (grads->A)
                     product(R, d, some.rows, (struct matrix){grad_low + (some.begin - at.begin) * S, 1, S},
                             h + some.begin * d, d, to_A, d, 0, 0);
-                for (long b = 0; b < lora->count && grad_B; b++)
+                for (long b = 0; b < layer->count && grads->B; b++)
                     product(r, d, some.rows, (struct matrix){(float *)l + b * r, 1, S},
-                            g + lora->part[b] * d, 3 * d, to_B + b * r * d, d, 0, 0);
-                if (slots == 1) add_portion(grad_A, grad_B, to_A, to_B, size, some, pieces);
+                            g + layer->part[b] * d, 3 * d, to_B + b * r * d, d, 0, 0);
+                if (slots == 1) add_portion(grads, to_A, to_B, layer, some, pieces);
             }
             if (!grad_h) continue;
             float *to = grad_h + at.begin * d;
@@ -626,8 +650,56 @@ void adapted_attention_gradient(float *grad_h, float *grad_A, float *grad_B, con
         free(own.q), free(grad_qkv);
     }
     for (long i = 0; i < portions && slots > 1; i++)
-        add_portion(grad_A, grad_B, own_A + i * size, own_B + i * size, size, span(pieces, i, i + 1), pieces);
+        add_portion(grads, own_A + i * size, own_B + i * size, layer, span(pieces, i, i + 1), pieces);
     free(own_A);
+}
+
+/* What a layer gives, and what it keeps for the backward pass, or NULL. */
+struct kept {
+    float *out, *qkv, *low, *sum_1, *sum_2, *derivative;
+};
+
+/* Layers one after another, (T, d) -> (T, d); of the last one only the texts' first tokens, if so asked,
+ * (R, d): past attention tokens don't meet again. */
+void layers(const struct kept *kept, const float *h, const struct layer *layer,
+            const struct adapters *lora, long count, const struct pieces *pieces, int first_tokens,
+            int threads) {
+    long d = layer->d, T = pieces->tokens, R = pieces->texts;
+    float *context = aligned_alloc(4 * LANES, whole(T * d) * 4), *firsts = 0;
+    for (const struct layer *last = layer + count - 1; layer <= last; layer++, kept++) {
+        adapted_attention(context, kept->qkv, kept->low, h, layer, lora, pieces, threads);
+        if (layer == last && first_tokens) {
+            firsts = aligned_alloc(4 * LANES, whole(R * d) * 4);
+            for (long i = 0; i < R; i++) {
+                long place = pieces->starts[i] * d;
+                memcpy(firsts + i * d, h + place, 4 * d);
+                memmove(context + i * d, context + place, 4 * d);
+            }
+        }
+        past_attention(kept->out, kept->sum_1, kept->sum_2, kept->derivative, context, firsts ? firsts : h,
+                       layer, firsts ? R : T, threads);
+        h = kept->out;
+    }
+    free(context), free(firsts);
+}
+
+/* The gradients of all layers' factors, given that of the result. */
+void layers_gradient(const struct adapters *grads, const float *gradient, const struct kept *kept,
+                     const float *h, const struct layer *layer, const struct adapters *lora, long count,
+                     const struct pieces *pieces, int first_tokens, int threads) {
+    long d = layer->d, T = pieces->tokens, R = pieces->texts;
+    float *grad_context = aligned_alloc(4 * LANES, whole(T * d) * 4);
+    float *grad_h = aligned_alloc(4 * LANES, whole(T * d) * 4);
+    for (long k = count - 1; k >= 0; k--) {
+        int firsts = k == count - 1 && first_tokens;
+        past_attention_gradient(grad_context, grad_h, gradient, kept[k].sum_1, kept[k].sum_2,
+                                kept[k].derivative, layer + k, firsts ? R : T, threads);
+        if (firsts) spread(grad_context, pieces, d), spread(grad_h, pieces, d);
+        adapted_attention_gradient(k ? grad_h : 0, grads, grad_context, kept[k].qkv, kept[k].low,
+                                   k ? kept[k - 1].out : h, layer + k, lora, pieces, threads);
+        gradient = grad_h;
+    }
+    free(grad_context), free(grad_h);
 }
 
 #endif

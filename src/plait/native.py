@@ -42,10 +42,8 @@ SIGNATURES = {
     "gelu": [POINTER] * 2 + [LONG, INT],
     "arrange": [POINTER] * 2 + [LONG] * 4,
     "linear": [POINTER] * 4 + [LONG] * 3 + [INT],
-    "past_attention": [POINTER] * 7 + [LONG, INT],
-    "past_attention_gradient": [POINTER] * 7 + [LONG, INT],
-    "adapted_attention": [POINTER] * 7 + [INT],
-    "adapted_attention_gradient": [POINTER] * 10 + [INT],
+    "layers": [POINTER] * 4 + [LONG, POINTER] + [INT] * 2,
+    "layers_gradient": [POINTER] * 6 + [LONG, POINTER] + [INT] * 2,
     "products": [POINTER, LONG] * 2 + [POINTER] * 2 + [LONG] * 3 + [INT] * 2,
     "sums": [POINTER] + [POINTER, LONG] * 2 + [POINTER] + [LONG] * 3 + [INT],
 }
@@ -166,11 +164,13 @@ class Kernels:
         self.call("linear", out, x, W, bias, len(x), N, x.shape[1], torch.get_num_threads())
         return out
 
-    def call(self, name: str, *arguments: Tensor | ctypes.Structure | int | None) -> None:
+    def call(
+        self, name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array[Any] | int | None
+    ) -> None:
         """One of the functions of kernels.c by its name."""
         given = (
             one.data_ptr() if isinstance(one, Tensor)
-            else ctypes.addressof(one) if isinstance(one, ctypes.Structure)
+            else ctypes.addressof(one) if isinstance(one, ctypes.Structure | ctypes.Array)
             else one
             for one in arguments
         )  # fmt: skip

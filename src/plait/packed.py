@@ -11,7 +11,6 @@ Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from transformers.activations import GELUActivation
 from plait import devices
 from plait.attention import Attention, attention
 from plait.frozen import FrozenLinear
-from plait.fused import FusedLayer, Pieces
-from plait.lora import Dropout, Site, layer_index
+from plait.fused import FusedLayer, FusedLayers, Pieces
+from plait.lora import Dropout, Layout, layer_index
+from plait.methods import Factor
 from plait.native import kernels
 from plait.tokens import Batch
 
@@ -165,9 +165,22 @@ def _branches_at_once(
 
 
 class _Layer:
-    """One encoder layer's frozen weights, and the names of the places where LoRA may sit."""
+    """One encoder layer's frozen weights, and the names of the places where LoRA may sit.
 
-    def __init__(self, name: str, layer: Any) -> None:
+    Attributes:
+        any_width: Its products are our own, which want no number of tokens beforehand.
+        fused: The same for the kernels; None if the layer isn't of their kind.
+    """
+
+    def __init__(self, name: str, layer: Any, places: dict[str, int], num_heads: int) -> None:
+        """Lay out the weights.
+
+        Args:
+            name: The layer's path in the model.
+            layer: Its module.
+            places: Name of each adapted linear layer of the model -> its number.
+            num_heads: H.
+        """
         inner, merge = layer.attention.self, layer.attention.output
         self.qkv_names = [f"{name}.attention.self.{part}" for part in ("query", "key", "value")]
         self.merge_name = f"{name}.attention.output.dense"
@@ -181,26 +194,15 @@ class _Layer:
         activation = layer.intermediate.intermediate_act_fn
         is_gelu = isinstance(activation, GELUActivation)
         self.activation = _Gelu.apply if is_gelu else activation
+        # A branch past attention needs to know whose the tokens are.
+        self.last_branches = places.keys() & {self.merge_name, self.up_name, self.down_name}
         linears = {"qkv": self.qkv, "merge": self.merge, "up": self.up, "down": self.down}
-        norms = {"norm_1": self.norm_1, "norm_2": self.norm_2}
-        self.fused = (
-            FusedLayer(linears, norms, inner.num_attention_heads)
-            if is_gelu and all(linear.kernels for linear in linears.values())
-            else None
-        )
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all layers need to know of where a batch's texts lie.
-
-    Attributes:
-        attend: Attention over them.
-        pieces: How fused layers cut them; None where there are none.
-    """
-
-    attend: Attention
-    pieces: Pieces | None
+        self.any_width = all(linear.kernels for linear in linears.values())
+        self.fused: FusedLayer | None = None
+        if self.any_width and is_gelu and not self.last_branches:
+            norms = {"norm_1": self.norm_1, "norm_2": self.norm_2}
+            own = {k: places[n] for k, n in enumerate(self.qkv_names) if n in places}
+            self.fused = FusedLayer(linears, norms, num_heads, own)
 
 
 class PackedEncoder:
@@ -208,59 +210,64 @@ class PackedEncoder:
 
     Attributes:
         any_width: Any number of tokens is as good as another, so a batch needs no filler.
+        fused: The layers from the first adapted one on; None if not all are of the kernels' kind.
     """
 
-    def __init__(self, base: Any, prefix: str, sites: tuple[Site, ...], scale: float) -> None:
+    def __init__(self, base: Any, prefix: str, layout: Layout) -> None:
         """Lay out the weights of `base`, whose path in the whole model is `prefix`."""
-        self.first_adapted = min(layer_index(site.name) for site in sites)
+        self.layout = layout
+        self.first_adapted = min(layer_index(site.name) for site in layout.sites)
         self.embeddings = base.embeddings
         self.project = getattr(base, "embeddings_project", None)
-        self.scale = scale
         self.num_heads = int(base.config.num_attention_heads)
+        places = {site.name: number for number, site in enumerate(layout.sites)}
         self.layers = [
-            _Layer(f"{prefix}encoder.layer.{index}", layer)
+            _Layer(f"{prefix}encoder.layer.{index}", layer, places, self.num_heads)
             for index, layer in enumerate(base.encoder.layer)
         ]
-        self.any_width = all(layer.fused for layer in self.layers)
+        self.any_width = all(layer.any_width for layer in self.layers)
+        self.fused_below = self._fused(self.layers[: self.first_adapted])
+        self.fused = self._fused(self.layers[self.first_adapted :])
         # RoBERTa's family counts positions from the padding id on.
         roberta = base.config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = base.config.pad_token_id + 1 if roberta else 0
 
+    def _fused(self, layers: list[_Layer]) -> FusedLayers | None:
+        fused = [layer.fused for layer in layers if layer.fused]
+        alike = fused and len(fused) == len(layers)
+        return FusedLayers(fused, self.layout.rank, self.layout.scale) if alike else None
+
     def __call__(
-        self,
-        batch: Batch,
-        A: dict[str, Tensor],
-        B: dict[str, Tensor],
-        dropout: Dropout | None,
-        first_tokens: bool,
+        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, first_tokens: bool
     ) -> Tensor:
         """The last hidden state (T, d) of the batch's clients, or (R, d) of their first tokens.
 
         Args:
             batch: The packed texts of n clients.
-            A: Site name -> (n, r, d_in).
-            B: Site name -> (n, d_out, r).
+            A: (n, P) their A factors.
+            B: (n, P) their B factors.
             dropout: The LoRA branches' dropout.
             first_tokens: Only these are wanted, so the last layer computes little else.
         """
-        shared = self.shared(batch)
-        h = self.below(batch, shared) if batch.hidden is None else batch.hidden
+        h = self.below(batch) if batch.hidden is None else batch.hidden
+        if self.fused and not dropout:
+            return self.fused(h, batch, Pieces(batch), A, B, first_tokens)
+        views = self.layout.views(Factor.A, A), self.layout.views(Factor.B, B)
+        attend = attention(batch, self.num_heads, h)
         for layer in self.layers[self.first_adapted : -1]:
-            h = self._layer(layer, h, batch, shared, A, B, dropout)
-        return self._layer(self.layers[-1], h, batch, shared, A, B, dropout, first_tokens)
+            h = self._layer(layer, h, batch, attend, *views, dropout)
+        return self._layer(self.layers[-1], h, batch, attend, *views, dropout, first_tokens)
 
-    def shared(self, batch: Batch) -> Shared:
-        """What all layers need to know of where the batch's texts lie."""
-        return Shared(
-            attention(batch, self.num_heads, self.layers[0].qkv.weight),
-            Pieces(batch) if self.layers[0].fused else None,
-        )
-
-    def below(self, batch: Batch, shared: Shared) -> Tensor:
+    def below(self, batch: Batch) -> Tensor:
         """(T, d), the input of the first adapted layer: the same for every client and step."""
         h = self.embed(batch)
-        for layer in self.layers[: self.first_adapted]:
-            h = self._layer(layer, h, batch, shared, {}, {}, None)
+        if self.fused_below:
+            none = h.new_empty(batch.num_clients, 0)
+            return self.fused_below(h, batch, Pieces(batch), none, none, first_tokens=False)
+        if self.first_adapted:
+            attend = attention(batch, self.num_heads, h)
+            for layer in self.layers[: self.first_adapted]:
+                h = self._layer(layer, h, batch, attend, {}, {}, None)
         return h
 
     def embed(self, batch: Batch) -> Tensor:
@@ -277,18 +284,12 @@ class PackedEncoder:
         layer: _Layer,
         h: Tensor,
         batch: Batch,
-        shared: Shared,
-        A: Any,
-        B: Any,
+        attend: Attention,
+        A: dict[str, Tensor],
+        B: dict[str, Tensor],
         dropout: Dropout | None,
         first_tokens: bool = False,
     ) -> Tensor:
-        # A branch past attention needs to know whose the tokens are.
-        last_branches = A.keys() & {layer.merge_name, layer.up_name, layer.down_name}
-        if layer.fused and shared.pieces and not dropout and not last_branches:
-            branches = {k: (A[n], B[n]) for k, n in enumerate(layer.qkv_names) if n in A}
-            return layer.fused(h, batch, shared.pieces, branches, self.scale, first_tokens)
-
         def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
             y = _Frozen.apply(x, frozen)  # type: ignore[no-untyped-call]
@@ -301,15 +302,15 @@ class PackedEncoder:
                 columns = [slice(k * width, (k + 1) * width) for k, _ in group]
                 factors = [factor for _, name in group for factor in (A[name], B[name])]
                 add = _branches_at_once if devices.all_at_once(y.device) else _Branches.apply
-                y = add(y, seen, batch, self.scale, columns, *factors)
+                y = add(y, seen, batch, self.layout.scale, columns, *factors)
             return y  # type: ignore[no-any-return]
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
-        context = shared.attend(qkv)
+        context = attend(qkv)
         # Past attention tokens don't meet again.
-        if first_tokens and not last_branches:
+        if first_tokens and not layer.last_branches:
             context, h = context[batch.starts], h[batch.starts]
         h = layer.norm_1(adapted(layer.merge, [layer.merge_name], context).add_(h))
         up = layer.activation(adapted(layer.up, [layer.up_name], h))
         h = layer.norm_2(adapted(layer.down, [layer.down_name], up).add_(h))
-        return h[batch.starts] if first_tokens and last_branches else h
+        return h[batch.starts] if first_tokens and layer.last_branches else h
