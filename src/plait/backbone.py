@@ -23,6 +23,7 @@ from torch.func import functional_call, vmap
 from plait import devices
 from plait.config import Config, Head
 from plait.devices import resolve_device, resolve_dtype
+from plait.frozen import take_rows_apart
 from plait.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.heap import keep_freed
 from plait.hooked import HookedEncoder
@@ -99,6 +100,7 @@ class Backbone:
             else HookedEncoder(model, base, self.layout)
         )
         self.head: MeanHead | OwnHead = MeanHead(model) if mean_pooled else OwnHead(model)
+        self._rows_apart = self.head_policy == "frozen" and take_rows_apart(self.head)
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
@@ -132,7 +134,9 @@ class Backbone:
         parts = {self._head_prefix + name: part.to(self.dtype) for name, part in heads.items()}
         if devices.all_at_once(self.device):
             return vmap(partial(functional_call, self.head))(parts, features)  # type: ignore[no-any-return]
-        # Not even all rows at once: few are multiplied otherwise than many.
+        if self._rows_apart:
+            return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # type: ignore[no-any-return]
+        # Client by client: few rows are multiplied otherwise than many.
         own = [{name: part[i] for name, part in parts.items()} for i in range(len(features))]
         return torch.stack(
             [functional_call(self.head, *call) for call in zip(own, features, strict=True)]

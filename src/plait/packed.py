@@ -30,19 +30,6 @@ from plait.tokens import Batch
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
-class _Frozen(torch.autograd.Function):
-    """A frozen layer; its weights have no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
-        ctx.linear = linear
-        return linear.forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
-
-
 class _Gelu(torch.autograd.Function):
     """GELU that writes over what it is given, the largest arrays of a layer.
 
@@ -292,7 +279,7 @@ class PackedEncoder:
     ) -> Tensor:
         def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
-            y = _Frozen.apply(x, frozen)  # type: ignore[no-untyped-call]
+            y = frozen(x)
             width = y.shape[1] // len(names)
             sites = [(k, name) for k, name in enumerate(names) if name in A]
             # With dropout each branch sees another x.
@@ -303,7 +290,7 @@ class PackedEncoder:
                 factors = [factor for _, name in group for factor in (A[name], B[name])]
                 add = _branches_at_once if devices.all_at_once(y.device) else _Branches.apply
                 y = add(y, seen, batch, self.layout.scale, columns, *factors)
-            return y  # type: ignore[no-any-return]
+            return y
 
         qkv = adapted(layer.qkv, layer.qkv_names, h)
         context = attend(qkv)
