@@ -1,4 +1,4 @@
-"""Layers as two kernels each way: whatever the pieces and threads, and what is not finite.
+"""All layers in one call each way: whatever the pieces and threads, and what is not finite.
 
 That they compute what PEFT computes is in test_twin.py.
 """
@@ -6,16 +6,20 @@ That they compute what PEFT computes is in test_twin.py.
 from __future__ import annotations
 
 import copy
+import os
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import tiny_model
+from plait import native
 from plait.backbone import Backbone
 from plait.config import Config
+from plait.frozen import take_rows_apart
 from plait.fused import Pieces
 from plait.loading import Loaded
 from plait.local import evaluate, local_phase
@@ -150,6 +154,42 @@ def test_a_product_with_a_frozen_matrix(compiler, K, N, count, bias, threads):
         torch.testing.assert_close(results[-1].double(), expected, rtol=0, atol=1e-5)
     assert torch.equal(*results)
     assert torch.equal(fused.linear(x[-1:], fused.arrange(W.t()), b, N), results[0][-1:])
+
+
+def test_a_sum_alone_is_rounded_as_among_others_whatever_the_compiler_likes(compiler, monkeypatch):
+    # GCC 13 multiplies and adds in two steps where a loop has but one sum; this makes others do so.
+    monkeypatch.setenv("CC", os.environ.get("CC", "cc") + " --param=avoid-fma-max-bits=512")
+    fused = native._kernels.__wrapped__(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(shape, generator=generator) for shape in ((7, 64), (64, 16)))
+    together = fused.linear(x, fused.arrange(W), None, 16)
+    assert torch.equal(fused.linear(x[-1:], fused.arrange(W), None, 16), together[-1:])
+
+
+@pytest.mark.parametrize("threads_", [1, 2])
+def test_rows_of_a_frozen_head_are_apart(compiler, threads, threads_):
+    threads(threads_)
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(48, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 3))
+    head.requires_grad_(False)
+    x = torch.randn(5, 9, 48)
+    expected = head(x)
+    assert take_rows_apart(head)
+    together = head(x)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
+    for one, own in zip(x, together, strict=True):
+        assert torch.equal(head(one), own)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [nn.Linear(20, 3), nn.Linear(32, 3, bias=False), nn.Bilinear(32, 32, 3), nn.Conv1d(32, 3, 1)],
+)
+def test_a_head_of_another_kind_stays_as_it_is(compiler, head):
+    whole = nn.Sequential(nn.Linear(32, 32), head)
+    assert not take_rows_apart(whole)
+    assert whole[1] is head
+    assert isinstance(whole[0], nn.Linear)
 
 
 def test_only_where_they_suit(compiler, monkeypatch):

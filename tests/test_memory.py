@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from plait import local
 from plait.config import Config
+from plait.devices import chunk_tokens, free_bytes
 from plait.local import chunks, local_phase, on_cores
 from plait.memory import activation_bytes, tokens_at_once
 from plait.methods import Factor
@@ -126,6 +127,20 @@ def test_a_budget_that_holds_no_batch_says_what_is_needed(ragged_tokens):
     with pytest.raises(ValueError, match=r"5 clients and one batch need 0\.0\d GiB"):
         tokens_at_once(backbone, stack, ragged_tokens, small)
     assert tokens_at_once(backbone, stack, ragged_tokens, CONFIG) == float("inf")
+
+
+def test_a_graphics_card_gets_as_much_as_half_its_free_memory_holds(ragged_tokens, monkeypatch):
+    _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens)
+    per_token = activation_bytes(backbone, stack, ragged_tokens)
+    monkeypatch.setattr("plait.memory.free_bytes", lambda _device: 2000 * per_token)
+    assert tokens_at_once(backbone, stack, ragged_tokens, CONFIG) == pytest.approx(1000)
+
+
+def test_more_is_computed_at_once_on_an_accelerator():
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert chunk_tokens(None, cpu) < chunk_tokens(None, card)
+    assert chunk_tokens(100, cpu) == chunk_tokens(100, card) == 100
+    assert free_bytes(cpu) == float("inf")
 
 
 @pytest.mark.skipif(

@@ -13,7 +13,7 @@ from plait.backbone import TARGET_MODULES, Backbone
 from plait.config import Config
 from plait.devices import bfloat16_units, resolve_dtype
 from plait.loading import Loaded
-from plait.local import evaluate, local_phase
+from plait.local import batch_rows, evaluate, local_phase
 from plait.lora import initial_stack
 from plait.methods import Factor
 from twin import peft_client, twin_local_phase, twin_logits
@@ -192,3 +192,13 @@ def test_adapting_the_top_layers_only(cached, ragged_tokens):
     logits = evaluate(backbone, stack.factors, part, config)
     whole = evaluate(backbone, stack.factors, ragged_tokens, config)
     torch.testing.assert_close(logits, whole[:, [7, 3, 30]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 16, 23])
+def test_every_pass_has_every_row_once_in_an_order_of_its_own(size):
+    share, config = np.arange(100, 100 + size), Config(batch_size=4)
+    rows = batch_rows(share, 3, range(3 * size), config)  # twelve passes
+    passes = rows.ravel().reshape(12, size)
+    assert (np.sort(passes, axis=1) == share).all()
+    assert len({tuple(one) for one in passes.tolist()}) > 6
+    np.testing.assert_array_equal(batch_rows(share, 3, range(7, 9), config), rows[7:9])
