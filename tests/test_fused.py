@@ -126,7 +126,7 @@ def test_what_is_not_finite_is_seen_in_its_own_text_alone(compiler, ragged_token
     stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
     batch = backbone.batch(ragged_tokens, np.arange(8).reshape(2, 4))
     layers, h = backbone.encoder.fused, backbone.encoder.embed(batch)
-    args = (batch, Pieces(batch), stack.factors[Factor.A], stack.factors[Factor.B], False)
+    args = (Pieces(batch), stack.factors[Factor.A], stack.factors[Factor.B], False)
     expected = layers(h, *args)
     start, end = int(batch.starts[5]), int(batch.starts[6])
     spoilt = h.clone()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from plait.devices import bfloat16_units
 from plait.native import frozen_kernels
@@ -87,8 +88,8 @@ class RowsApart(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.width = len(linear.weight)
-        whole = nn.Linear(linear.in_features, -(-self.width // 16) * 16).requires_grad_(False)
-        for to, value in ((whole.weight, linear.weight), (whole.bias, linear.bias)):
+        whole = skip_init(nn.Linear, linear.in_features, -(-self.width // 16) * 16)
+        for to, value in ((whole.weight.data, linear.weight), (whole.bias.data, linear.bias)):
             to.zero_()[: self.width] = value
         self.frozen = FrozenLinear([whole])
 

@@ -78,7 +78,7 @@ class Pieces:
     """
 
     def __init__(self, batch: Batch) -> None:
-        """Cut the batch: for one thread in large pieces, for several in small ones."""
+        """Cut a batch without filler: for one thread in large pieces, for several in small ones."""
         most = PIECE_TOKENS if torch.get_num_threads() == 1 else PORTION_TOKENS
         portions: list[int] = []  # their first texts
         pieces: list[int] = []  # their first portions
@@ -160,19 +160,18 @@ class FusedLayers:
         self.structs = (_Weights * len(layers))(*(layer.struct for layer in layers))
 
     def __call__(
-        self, h: Tensor, batch: Batch, pieces: Pieces, A: Tensor, B: Tensor, first_tokens: bool
+        self, h: Tensor, pieces: Pieces, A: Tensor, B: Tensor, first_tokens: bool
     ) -> Tensor:
         """(T, d) -> (T, d), or (R, d) of the first tokens.
 
         Args:
             h: The first layer's input, which has no gradient.
-            batch: The packed texts of n clients, without filler.
-            pieces: The same, cut.
+            pieces: The texts of n clients, cut.
             A: (n, P) the clients' A factors.
             B: (n, P) their B factors.
             first_tokens: Only these are wanted.
         """
-        return _FusedLayers.apply(A, B, h, self, batch, pieces, first_tokens)  # type: ignore[no-any-return, no-untyped-call]
+        return _FusedLayers.apply(A, B, h, self, pieces, first_tokens)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FusedLayers(torch.autograd.Function):
@@ -185,12 +184,11 @@ class _FusedLayers(torch.autograd.Function):
         B: Tensor,
         h: Tensor,
         own: FusedLayers,
-        batch: Batch,
         pieces: Pieces,
         first_tokens: bool,
     ) -> Tensor:
         A, B, h, threads = A.contiguous(), B.contiguous(), h.contiguous(), torch.get_num_threads()
-        count, d, (T, R) = len(own.layers), own.layers[0].d, (len(h), len(batch.starts))
+        count, d, (T, R) = len(own.layers), own.layers[0].d, (len(h), pieces.struct.texts)
         kept = any(ctx.needs_input_grad)
         arrays: list[list[Tensor]] = []
         for number, layer in enumerate(own.layers):
@@ -209,7 +207,7 @@ class _FusedLayers(torch.autograd.Function):
         )
         result = arrays[-1][0]
         if kept:
-            ctx.own, ctx.batch, ctx.pieces, ctx.first_tokens = own, batch, pieces, first_tokens
+            ctx.own, ctx.pieces, ctx.first_tokens = own, pieces, first_tokens
             # The order in which the kernels keep numbers depends on how many threads there were.
             ctx.structs, ctx.lora, ctx.threads = structs, lora, threads
             arrays[-1] = arrays[-1][1:]  # nobody needs the result again
@@ -231,4 +229,4 @@ class _FusedLayers(torch.autograd.Function):
         )  # fmt: skip
         if grad_B is not None:  # each place's is transposed
             grad_B = grad_B.view(len(B), lora.places, lora.r, -1).mT.reshape(B.shape)
-        return grad_A, grad_B, *[None] * 5
+        return grad_A, grad_B, *[None] * 4

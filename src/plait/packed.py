@@ -238,7 +238,7 @@ class PackedEncoder:
         """
         h = self.below(batch) if batch.hidden is None else batch.hidden
         if self.fused and not dropout:
-            return self.fused(h, batch, Pieces(batch), A, B, first_tokens)
+            return self.fused(h, Pieces(batch), A, B, first_tokens)
         views = self.layout.views(Factor.A, A), self.layout.views(Factor.B, B)
         attend = attention(batch, self.num_heads, h)
         for layer in self.layers[self.first_adapted : -1]:
@@ -250,7 +250,7 @@ class PackedEncoder:
         h = self.embed(batch)
         if self.fused_below:
             none = h.new_empty(batch.num_clients, 0)
-            return self.fused_below(h, batch, Pieces(batch), none, none, first_tokens=False)
+            return self.fused_below(h, Pieces(batch), none, none, first_tokens=False)
         if self.first_adapted:
             attend = attention(batch, self.num_heads, h)
             for layer in self.layers[: self.first_adapted]:
