@@ -66,12 +66,13 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
 
 
 def seconds_of(run: Steps, count: int) -> float:
-    """The mean time of so many steps, which are done again until it can be measured."""
-    begin, times = time.perf_counter(), 0
-    while not times or time.perf_counter() - begin < LEAST_SECONDS:
+    """The time of so many steps: the median of as many times as `LEAST_SECONDS` have room for."""
+    seconds: list[float] = []
+    while sum(seconds) < LEAST_SECONDS:
+        begin = time.perf_counter()
         run(count)
-        times += 1
-    return (time.perf_counter() - begin) / times
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds)
 
 
 def entrants(stack: ExitStack, work: Work, whole: bool) -> dict[str, tuple[Steps, int]]:
