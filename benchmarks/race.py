@@ -68,7 +68,7 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
 def seconds_of(run: Steps, count: int) -> float:
     """The time of so many steps: the median of as many times as `LEAST_SECONDS` have room for."""
     seconds: list[float] = []
-    while sum(seconds) < LEAST_SECONDS:
+    while not seconds or sum(seconds) < LEAST_SECONDS:
         begin = time.perf_counter()
         run(count)
         seconds.append(time.perf_counter() - begin)

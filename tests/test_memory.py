@@ -52,6 +52,14 @@ def test_chunks_hold_every_client_once_and_no_worker_waits(clients, workers):
     assert max(loads) - min(loads) <= tokens.max() / max(1, len(tokens) // len(parts) - 1)
 
 
+def test_chunks_exchange_clients_until_they_are_even():
+    tokens = np.array([3.0, 3, 2, 2, 2])  # the longest first: 3 + 2 + 2 and 3 + 2
+    assert [tokens[part].sum() for part in chunks(tokens, 100, 2)] == [6, 6]
+    tokens = np.random.default_rng(0).integers(100, 400, 200).astype(float)
+    loads = [tokens[part].sum() for part in chunks(tokens, 2000, 4)]
+    assert max(loads) < 1.02 * min(loads)
+
+
 def test_pieces_are_computed_at_once_each_with_its_share_of_the_cores(four_threads):
     barrier = threading.Barrier(2, timeout=30)
 

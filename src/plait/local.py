@@ -105,7 +105,8 @@ def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> li
 
     Where there are clients enough, the number of chunks is a multiple of `workers`: as all take
     equally long, no worker waits for another. The clients go one by one, those with the most tokens
-    first, to the chunk that has the fewest (Graham 1969, longest processing time first).
+    first, to the chunk that has the fewest (Graham 1969, longest processing time first); then the
+    fullest chunk and the emptiest one exchange clients for as long as that evens them out.
 
     Args:
         tokens_each: (n,) tokens of each client's step.
@@ -120,7 +121,20 @@ def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> li
         count, number = heappop(fewest)
         found[number].append(client)
         heappush(fewest, (count + tokens_each[client], number))
-    return found
+    loads = np.array([tokens_each[chunk].sum() for chunk in found])
+    while True:
+        most, least = int(loads.argmax()), int(loads.argmin())
+        gap = loads[most] - loads[least]
+        # Tokens that go over if a client of the fullest is given for one of the other, or for none.
+        over = tokens_each[found[most]][:, None] - np.append(tokens_each[found[least]], 0)
+        i, j = np.unravel_index(np.abs(gap - 2 * over).argmin(), over.shape)
+        if abs(gap - 2 * over[i, j]) >= 0.999 * gap:
+            return found
+        back = found[least][j : j + 1]
+        found[least][j : j + 1] = [found[most][i]]
+        found[most][i : i + 1] = back
+        loads[most] -= over[i, j]
+        loads[least] += over[i, j]
 
 
 def cores(device: torch.device) -> int:
