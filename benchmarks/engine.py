@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, nargs="*", default=[10, 30, 100, 300, 1000])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--client-steps", type=int, default=20, help="of a measurement, at least")
+    parser.add_argument("--client-steps", type=int, default=40, help="of a measurement, at least")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=128)
     args = parser.parse_args(argv)
