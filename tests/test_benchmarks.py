@@ -56,6 +56,20 @@ def test_a_rival_has_the_losses_of_plait(rival, work):
     np.testing.assert_allclose(theirs, np.concatenate([ours(4), ours(3)], axis=1), atol=1e-5)
 
 
+def test_the_race_on_an_accelerator(work, monkeypatch):
+    import accelerator
+    import race
+
+    monkeypatch.setattr(race, "LEAST_SECONDS", 0.0)
+    rows = accelerator.race(work, repeats=1)
+    apart = {row["system"]: row["losses_apart"] for row in rows}
+    assert list(apart) == ["plait fp32", "peft fp32", "plait bf16", "peft bf16"]
+    assert apart["plait fp32"] == 0
+    assert 0 < apart["peft fp32"] < 1e-5 < apart["peft bf16"] < 0.1
+    shown = accelerator.table([{"model": "tiny", "clients": 4, **row} for row in rows])
+    assert shown.row_count == 4
+
+
 def test_bench_writes_its_summary(tmp_path, monkeypatch, capsys):
     import engine
 
