@@ -142,15 +142,16 @@ def compiler() -> None:
 @pytest.fixture(params=["kernels", "PyTorch's operators"])
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once with the C kernels, and once as where there is no compiler."""
-    if request.param == "kernels":
-        request.getfixturevalue("compiler")
-    else:
-        monkeypatch.setattr("plait.native._kernels", lambda _dtype: None)
+    _compute(request, monkeypatch)
 
 
 @pytest.fixture(params=["kernels", "PyTorch's operators", "as on an accelerator"])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both of these, and all clients at once."""
+    _compute(request, monkeypatch)
+
+
+def _compute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "kernels":
         request.getfixturevalue("compiler")
     else:

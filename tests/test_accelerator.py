@@ -16,7 +16,7 @@ from plait.events import Evaluated
 from plait.local import evaluate, local_phase
 from plait.methods import Factor
 from test_twin import ARCHITECTURES, PHASES, setup
-from twin import peft_client, twin_local_phase, twin_logits
+from twin import twin_evaluation, twin_local_phase
 
 THERE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 DEVICE = next((kind for kind, there in THERE.items() if there), "cuda")
@@ -46,11 +46,8 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
 def test_evaluation_equals_peft(architecture, ragged_tokens):
     model, backbone, stack, _, targets = setup(architecture, CONFIG, ragged_tokens)
     logits = evaluate(backbone, stack.factors, ragged_tokens, CONFIG)
-    for client in range(4):
-        peft_model = peft_client(model, backbone.layout, stack, client, CONFIG, targets)
-        with torch.no_grad():
-            expected = twin_logits(peft_model, ragged_tokens, np.arange(len(ragged_tokens)))
-        torch.testing.assert_close(logits[client], expected.float(), rtol=0, atol=1e-5)
+    expected = twin_evaluation(model, backbone.layout, stack, ragged_tokens, CONFIG, targets)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_gives_nearly_the_same_losses(ragged_tokens):

@@ -58,6 +58,17 @@ def twin_logits(peft_model, tokens, rows):
     return peft_model(input_ids=ids, attention_mask=mask, **kinds).logits
 
 
+@torch.no_grad()
+def twin_evaluation(model, layout, stack, tokens, config: Config, targets):
+    """(N, R, C) float32, the logits of each client's own model on all texts."""
+    everything = np.arange(len(tokens))
+    models = (
+        peft_client(model, layout, stack, client, config, targets)
+        for client in range(len(stack.factors[Factor.A]))
+    )
+    return torch.stack([twin_logits(one, tokens, everything) for one in models]).float()
+
+
 def twin_local_phase(model, layout, stack, train, round_, tokens, shares, config: Config, targets):
     """Losses (N, K) and Factor -> (N, P) after the local phase, each client on its own."""
     losses, rows = [], {factor: [] for factor in layout.factors}
