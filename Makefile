@@ -31,7 +31,7 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
 
-# What plait sets for itself, in cli.py and heap.py, for every system that is measured.
+# What plait sets for itself (machine/process.py), for every system that is measured.
 AS_PLAIT := GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1 MALLOC_TRIM_THRESHOLD_=-1 \
   MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
 
@@ -64,8 +64,8 @@ format: $(STAMP) ## Format, and fix what the linter can
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check .
 
-proto: $(STAMP) ## Regenerate the wire format's Python from src/plait/wire.proto
-	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/plait/wire.proto
+proto: $(STAMP) ## Regenerate the wire format's Python from src/plait/peers/wire.proto
+	@$(BIN)/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src src/plait/peers/wire.proto
 
 fuzz: $(STAMP) ## Feed the decoder of the peers' messages a million bad inputs
 	@$(BIN)/python benchmarks/fuzz_codec.py

@@ -24,7 +24,7 @@ from rich.table import Table
 from rivals import peft_steps, plait_steps
 from work import Steps, Work, config_of, load, work_of
 
-from plait.devices import resolve_device
+from plait.machine.devices import resolve_device
 
 STEPS = 4
 

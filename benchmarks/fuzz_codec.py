@@ -18,9 +18,10 @@ from collections import Counter
 
 import torch
 
-from plait.body import pack, template_of, unpack
-from plait.codec import Answer, Identity, Question, decode, encode
-from plait.envelope import (
+from plait.lora import Layout, Site
+from plait.methods import Factor
+from plait.peers.codec import Answer, Identity, Question, decode, encode
+from plait.peers.envelope import (
     Assembly,
     read_ack,
     read_answer,
@@ -32,9 +33,8 @@ from plait.envelope import (
     write_question,
     write_refusal,
 )
-from plait.lora import Layout, Site
-from plait.methods import Factor
-from plait.refusal import Reason, Refused
+from plait.peers.message_body import pack, template_of, unpack
+from plait.peers.refusals import Reason, Refused
 
 LAYOUT = Layout((Site("layer.0", 6, 4), Site("layer.1", 6, 6)), rank=2, scale=2.0)
 IDENTITY = Identity(

@@ -29,9 +29,9 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 from work import Work, workers
 
-from plait.devices import chunk_tokens
-from plait.native import Kernels, frozen_kernels, kernels
-from plait.tokens import Batch, Tokens, pack
+from plait.data.tokens import Batch, Tokens, pack
+from plait.machine.devices import chunk_tokens
+from plait.model.kernels.compiled import Kernels, frozen_kernels, kernels
 
 LIBRARY = "frozen products by torch"
 """What the machine's GEMM rate is measured by."""

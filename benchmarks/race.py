@@ -17,10 +17,10 @@ from rich.table import Table
 from rivals import in_processes, peft_steps, plait_steps, vmap_steps
 from work import Steps, Work, has_bfloat16
 
-from plait.devices import chunk_tokens
-from plait.local import chunks
-from plait.native import frozen_kernels
-from plait.tokens import pack
+from plait.data.tokens import pack
+from plait.engines.local_training import chunks
+from plait.machine.devices import chunk_tokens
+from plait.model.kernels.compiled import frozen_kernels
 
 Speed = dict[str, float | None]
 """System -> client-steps per second; None where the machine has no units for its type."""

@@ -28,9 +28,9 @@ import torch
 
 from plait.config import Config
 from plait.engines.cluster import Cluster
+from plait.engines.job import prepare
 from plait.engines.simulate import Simulation
 from plait.events import Event, RoundDone
-from plait.job import prepare
 
 
 def main() -> None:

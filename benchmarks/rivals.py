@@ -19,12 +19,12 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 from work import Steps, Work, workers
 
-from plait.backbone import Backbone
-from plait.devices import moved, resolve_device
-from plait.loading import Loaded
-from plait.local import local_phase
+from plait.engines.local_training import local_phase
 from plait.lora import Stack
+from plait.machine.devices import moved, resolve_device
 from plait.methods import Factor
+from plait.model.backbone import Backbone
+from plait.model.loading import Loaded
 
 
 def plait_steps(work: Work, stack: Stack | None = None) -> Steps:

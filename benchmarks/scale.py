@@ -17,8 +17,8 @@ from rivals import plait_steps
 from work import Work, work_of, workers
 
 from plait.config import Config
+from plait.data.tokens import Tokens
 from plait.mixing import average, neighbour_weights
-from plait.tokens import Tokens
 from plait.topology import build_schedule
 
 ROUND_STEPS = 8

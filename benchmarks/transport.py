@@ -26,14 +26,14 @@ from pathlib import Path
 
 import torch
 
-from plait.certificates import free_ports, init_federation
-from plait.codec import Answer, Header, Question, encode
 from plait.config import Config
-from plait.federation import Federation, PeerSettings, load_federation, load_peer
 from plait.lora import Layout, Site
 from plait.methods import Factor
-from plait.refusal import Reason
-from plait.transport import GrpcTransport
+from plait.peers.certificates import free_ports, init_federation
+from plait.peers.codec import Answer, Header, Question, encode
+from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
+from plait.peers.refusals import Reason
+from plait.peers.transport import GrpcTransport
 
 # RoBERTa-large, query and value: 48 sites of 1024 x 1024 at rank 8, 3 MiB for A and B together.
 LAYOUT = Layout(tuple(Site(f"layer.{i}", 1024, 1024) for i in range(48)), 8, 2.0)

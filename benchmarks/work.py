@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from plait.backbone import find_sites
 from plait.config import Config
-from plait.devices import resolve_device
-from plait.loading import load_model
-from plait.local import batch_rows
+from plait.data.tasks import load_task
+from plait.data.tokens import Tokens, tokenize
+from plait.engines.local_training import batch_rows
 from plait.lora import Layout, Stack, initial_stack
+from plait.machine.devices import resolve_device
 from plait.methods import Factor
-from plait.tasks import load_task
-from plait.tokens import Tokens, tokenize
+from plait.model.backbone import find_sites
+from plait.model.loading import load_model
 
 Steps = Callable[[int], np.ndarray]
 """So many optimizer steps of every client, each from where it stands: losses (clients, steps)."""
@@ -111,7 +111,9 @@ class Worker:
     def __init__(self, threads: int, make: Callable[..., Callable[..., Any]], *given: Any) -> None:
         """Start it: what `make(*given)` returns is called in the process, on so many threads."""
         context = mp.get_context("forkserver")  # imports once for all, and has no threads yet
-        context.set_forkserver_preload(["peft", "plait.backbone", "plait.tasks", "sklearn"])
+        context.set_forkserver_preload(
+            ["peft", "plait.model.backbone", "plait.data.tasks", "sklearn"]
+        )
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(theirs, threads, make, given), daemon=True

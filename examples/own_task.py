@@ -7,7 +7,7 @@ import numpy as np
 import plait
 
 # --8<-- [start:row]
-from plait.tasks import TASKS, Rows, Task, TaskRow
+from plait.data.tasks import TASKS, Rows, Task, TaskRow
 
 
 def parity(config):

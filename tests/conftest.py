@@ -19,16 +19,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from plait.backbone import Backbone
 from plait.config import Config
+from plait.data.tasks import Rows, Task
+from plait.data.tokens import Tokens
+from plait.engines.job import Job
 from plait.events import Started
-from plait.heads import MeanPooledClassifier
-from plait.job import Job
-from plait.loading import Loaded
 from plait.methods import build_method
-from plait.native import kernels
-from plait.tasks import Rows, Task
-from plait.tokens import Tokens
+from plait.model.backbone import Backbone
+from plait.model.heads import MeanPooledClassifier
+from plait.model.kernels.compiled import kernels
+from plait.model.loading import Loaded
 from plait.topology import build_schedule
 
 # Tiny models gain nothing from a second thread, and lose much where other work wants the cores.
@@ -123,7 +123,7 @@ def random_tokens() -> Tokens:
 @pytest.fixture(autouse=True)
 def cpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere sums are rounded otherwise; test_accelerator.py names the device."""
-    monkeypatch.setattr("plait.devices.PREFERRED", ("cpu",))
+    monkeypatch.setattr("plait.machine.devices.PREFERRED", ("cpu",))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -155,9 +155,9 @@ def _compute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "kernels":
         request.getfixturevalue("compiler")
     else:
-        monkeypatch.setattr("plait.native._kernels", lambda _dtype: None)
+        monkeypatch.setattr("plait.model.kernels.compiled._kernels", lambda _dtype: None)
     if request.param == "as on an accelerator":
-        monkeypatch.setattr("plait.devices.all_at_once", lambda _device: True)
+        monkeypatch.setattr("plait.machine.devices.all_at_once", lambda _device: True)
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from conftest import save_encoder
-from plait import cli
-from plait.cli import COMMANDS, main
-from plait.cli_completion import options_of
+from plait.cli import main as cli
+from plait.cli.completion import options_of
+from plait.cli.main import COMMANDS, main
+from plait.data.tasks import TASKS, Rows, Task, TaskRow, load_task
 from plait.presets import PRESETS
-from plait.tasks import TASKS, Rows, Task, TaskRow, load_task
 from test_examples import TABLES
 
 ROOT = Path(__file__).parent.parent

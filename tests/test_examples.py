@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from conftest import save_encoder
+from plait.data.partition import PARTITIONS
+from plait.data.tasks import TASKS
 from plait.methods import METHODS
-from plait.partition import PARTITIONS
 from plait.presets import PRESETS, PresetRow, build_preset
-from plait.tasks import TASKS
 from plait.topology import TOPOLOGIES
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))

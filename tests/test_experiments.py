@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from conftest import save_encoder
-from plait import sweep as sweep_module
-from plait.cli import main
+from plait.cli.main import main
+from plait.compare import sweep as sweep_module
+from plait.compare.results import load
+from plait.compare.sweep import Sweep, load_sweep
 from plait.config import Config
-from plait.partition import PARTITIONS
-from plait.results import load
-from plait.sweep import Sweep, load_sweep
-from plait.tasks import TASKS
+from plait.data.partition import PARTITIONS
+from plait.data.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent / "experiments"
 FILES = sorted(ROOT.glob("*.toml"))

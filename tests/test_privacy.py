@@ -13,16 +13,16 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from conftest import tiny_job
-from hub import Hub, member, start_peer, together
+from fake_network import Hub, member, start_peer, together
 from plait.config import Config
+from plait.engines.job import Rules
 from plait.engines.simulate import Simulation, simulate
 from plait.engines.steps import train_round
 from plait.events import Evaluated, RoundDone, summarize
-from plait.job import Rules
 from plait.methods import Factor
-from plait.peers import KEY_BYTES, noise_of
+from plait.peers.process import KEY_BYTES, noise_of
 from plait.privacy import clipped, epsilon, privatise, secret_noise, seeded_noise
-from plait.runs import RunFolder, carry_out
+from plait.runs.run_folder import RunFolder, carry_out
 
 CLIP, NOISE = 0.02, 0.5
 SETTINGS = {

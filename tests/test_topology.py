@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.config import Config, Weights
+from plait.mixing_matrix import WEIGHTS
 from plait.topology import (
     TOPOLOGIES,
     build_schedule,
@@ -24,7 +25,6 @@ from plait.topology import (
     rho_of_round,
     topology_row,
 )
-from plait.weights import WEIGHTS
 
 SIZES = {
     "torus": st.sampled_from([4, 6, 8, 9, 12, 20]),

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
 from plait.config import Config
-from plait.local import batch_rows
+from plait.data.tokens import Tokens
+from plait.engines.local_training import batch_rows
 from plait.methods import Factor
-from plait.tokens import Tokens
 
 
 def peft_client(model, layout, stack, client, config, targets):

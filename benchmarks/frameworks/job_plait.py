@@ -9,12 +9,12 @@ import numpy as np
 from client import job
 from work import load, work_of
 
-from plait.backbone import Backbone
 from plait.config import Config
-from plait.loading import Loaded
-from plait.local import local_phase
+from plait.engines.local_training import local_phase
 from plait.methods import Factor
 from plait.mixing import mean
+from plait.model.backbone import Backbone
+from plait.model.loading import Loaded
 
 
 def main(folder: str) -> None:

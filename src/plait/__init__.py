@@ -6,28 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.comparison import compare as compare
-    from plait.comparison import conclude as conclude
+    from plait.compare.comparison import compare as compare
+    from plait.compare.comparison import conclude as conclude
+    from plait.compare.plan import Plan as Plan
     from plait.config import Config as Config
-    from plait.export import load_base as load_base
-    from plait.loggers import logged as logged
-    from plait.plan import Plan as Plan
     from plait.presets import build_preset as build_preset
-    from plait.runs import load_run as load_run
-    from plait.runs import run as run
-    from plait.trainer import Trainer as Trainer
+    from plait.runs.adapters import load_base as load_base
+    from plait.runs.loggers import logged as logged
+    from plait.runs.run_folder import load_run as load_run
+    from plait.runs.run_folder import run as run
+    from plait.runs.trainer import Trainer as Trainer
 
 _PLACES = {
     "Config": "plait.config",
-    "Plan": "plait.plan",
-    "Trainer": "plait.trainer",
+    "Plan": "plait.compare.plan",
+    "Trainer": "plait.runs.trainer",
     "build_preset": "plait.presets",
-    "compare": "plait.comparison",
-    "conclude": "plait.comparison",
-    "load_base": "plait.export",
-    "load_run": "plait.runs",
-    "logged": "plait.loggers",
-    "run": "plait.runs",
+    "compare": "plait.compare.comparison",
+    "conclude": "plait.compare.comparison",
+    "load_base": "plait.runs.adapters",
+    "load_run": "plait.runs.run_folder",
+    "logged": "plait.runs.loggers",
+    "run": "plait.runs.run_folder",
 }
 
 __all__ = [

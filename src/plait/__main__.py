@@ -2,6 +2,6 @@
 
 import sys
 
-from plait.cli import main
+from plait.cli.main import main
 
 sys.exit(main())

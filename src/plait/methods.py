@@ -15,8 +15,8 @@ from enum import Flag
 from typing import Literal
 
 from plait.config import Config
+from plait.lookup import lookup
 from plait.mixing import Mix, average, build_mix
-from plait.names import lookup
 
 
 class Factor(Flag):

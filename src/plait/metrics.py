@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.devices import exact
 from plait.lora import Layout
+from plait.machine.devices import exact
 from plait.methods import Factor
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.devices import exact, exact_device
-from plait.names import lookup
+from plait.lookup import lookup
+from plait.machine.devices import exact, exact_device
 
 Number = TypeVar("Number", int, float)
 Mix = Callable[[Tensor, Tensor, np.ndarray], Tensor]

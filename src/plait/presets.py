@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from plait.config import Config
-from plait.names import lookup
+from plait.lookup import lookup
 
 
 @dataclass(frozen=True)

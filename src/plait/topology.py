@@ -25,10 +25,10 @@ from scipy.linalg import eigvalsh
 from scipy.sparse.csgraph import connected_components
 
 from plait.config import Config
-from plait.contacts import from_edges, read_contacts
-from plait.names import lookup
+from plait.contact_traces import from_edges, read_contacts
+from plait.lookup import lookup
+from plait.mixing_matrix import WEIGHTS, Adjacency, Matrix
 from plait.rng import stream
-from plait.weights import WEIGHTS, Adjacency, Matrix
 
 Schedule = Callable[[int], Matrix]
 Graphs = Callable[[int], Adjacency]

@@ -16,15 +16,18 @@ from safetensors.torch import load as safe_load
 from safetensors.torch import save as safe_save
 from xxhash import xxh3_128
 
-import plait.engines.peer as engine
 import plait.engines.steps as steps
-from plait import files, peers, runs, transport
-from plait.certificates import Pair
-from plait.codec import Ack, Message
-from plait.exchange import Exchange
-from plait.inbox import Inbox
-from plait.peers import run_peer
-from plait.refusal import Reason, Refused
+import plait.peers.round_loop as engine
+from plait.machine import files
+from plait.peers import process as peers
+from plait.peers import transport
+from plait.peers.certificates import Pair
+from plait.peers.codec import Ack, Message
+from plait.peers.exchange import Exchange
+from plait.peers.inbox import Inbox
+from plait.peers.process import run_peer
+from plait.peers.refusals import Reason, Refused
+from plait.runs import run_folder as runs
 
 torch.set_num_threads(1)
 

@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from plait.certificates import Pair, init_federation
 from plait.config import Config
+from plait.engines.job import prepare
 from plait.engines.simulate import simulate
 from plait.events import Evaluated
-from plait.federation import Limits, load_federation, load_peer
-from plait.job import prepare
+from plait.peers.certificates import Pair, init_federation
+from plait.peers.federation import Limits, load_federation, load_peer
 
 NAMES = ("ada", "ben", "cai")
 LIMITS = Limits(round_timeout_s=20, start_timeout_s=30, linger_s=20)
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["plait.peers", "transformers.models.bert.modeling_bert", "sklearn.metrics", "faulty"]
+    ["plait.peers.process", "transformers.models.bert.modeling_bert", "sklearn.metrics", "faulty"]
 )
 
 
@@ -219,7 +219,7 @@ class Faultless:
 
     @classmethod
     def of(cls, config: Config, folder: Path) -> Faultless:
-        from plait.export import save_adapters
+        from plait.runs.adapters import save_adapters
 
         job = prepare(config)
         stack = job.initial_stack()

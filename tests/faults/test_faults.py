@@ -26,8 +26,8 @@ from faulty import ATTACKS, STAGES
 from proxy import Proxy
 from stage import LIMITS, NAMES, Faultless, Play, tiny_files
 
-from plait.certificates import Pair, make_authority, make_certificate
-from plait.federation import load_federation
+from plait.peers.certificates import Pair, make_authority, make_certificate
+from plait.peers.federation import load_federation
 
 pytestmark = pytest.mark.faults
 

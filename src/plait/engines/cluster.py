@@ -23,12 +23,12 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from plait.checkpoint import rounds_done
 from plait.config import Config
 from plait.engines.block import Block, Part
+from plait.engines.checkpoint import rounds_done
+from plait.engines.job import Job
 from plait.engines.steps import Judged, evaluated
 from plait.events import Evaluated, Event, RoundDone
-from plait.job import Job
 from plait.metrics import diagnose
 
 ATTEMPTS = 3
@@ -40,7 +40,7 @@ Ref = Any
 
 
 class Cluster:
-    """The workers of a run, while the context is open: an `Engine` of runs.py.
+    """The workers of a run, while the context is open: an `Engine` of run_folder.py.
 
     Uses the cluster that Ray finds, by RAY_ADDRESS or on this machine, or starts one here.
     """

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from plait.checkpoint import load_rows, save_stack
+from plait.engines.checkpoint import load_rows, save_stack
+from plait.engines.job import Job
 from plait.engines.steps import evaluation, round_done, train_round
 from plait.events import Event, RoundDone
-from plait.export import save_adapters
-from plait.job import Job
 from plait.lora import Stack
 from plait.metrics import all_pairs, diagnostics, pair_distances
 from plait.mixing import neighbour_weights
 from plait.privacy import seeded_noise
+from plait.runs.adapters import save_adapters
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A prepared run and the state of its clients, changed in place: an `Engine` of runs.py."""
+    """A prepared run and its clients' state, changed in place: an `Engine` of run_folder.py."""
 
     job: Job
     stack: Stack

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.engines.job import Job, some_rows
+from plait.engines.local_training import batch_losses, evaluate, local_phase
 from plait.events import Evaluated, RoundDone
-from plait.job import Job, some_rows
-from plait.local import batch_losses, evaluate, local_phase
 from plait.lora import Stack
 from plait.methods import Factor
 from plait.mixing import mean, neighbour_weights

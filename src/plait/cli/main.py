@@ -1,0 +1,390 @@
+"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.runs.adapters`.
+
+Torch takes a second and a half to import, so commands import what computes when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from plait.cli import doctor as cli_doctor
+from plait.cli import lists as cli_lists
+from plait.cli import peers as cli_peers
+from plait.cli import report as cli_report
+from plait.cli import sweep as cli_sweep
+from plait.config import Config
+from plait.lookup import lookup
+from plait.presets import PRESETS, PresetRow, start_from
+
+if TYPE_CHECKING:
+    from plait.compare.plan import Plan
+    from plait.events import Event
+
+Command = TypeVar("Command")
+Number = TypeVar("Number")
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+Names = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+GREETING = """plait: many clients fine-tune one language model with LoRA, and no server.
+
+Three things to try:
+  plait run --preset smoke           does it work here? (seconds)
+  plait compare --preset demo        ADF-LoRA against its rivals (minutes)
+  plait run --help                   every setting
+
+`plait --help` has all commands; `plait doctor` says what is missing here."""
+
+
+# -- what each command takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the settings of a command come from."""
+
+    settings: tyro.conf.OmitArgPrefixes[Config]
+    preset: str | None = None
+    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
+    config: Path | None = None
+    """Start from a TOML file, or from a run's config.json. Other flags change it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Start):
+    """Run one experiment and write its folder."""
+
+    out: Path | None = None
+    """The run folder; `runs/<task>-<method>-<seed>` if not given."""
+    resume: Flag = False
+    """Go on with the run in the folder."""
+    log: Names = ()
+    """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
+    engine: Literal["simulate", "ray"] = "simulate"
+    """Compute in this process, or on a Ray cluster: RAY_ADDRESS's, or one started here."""
+    workers: int | None = None
+    """`--engine ray`: the number of workers, one for each GPU or for every few cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Start):
+    """Compare methods on paired seeds, each at a learning rate of its own."""
+
+    methods: str = PresetRow.methods
+    """The methods, comma-separated; the first is compared with each of the others."""
+    seeds: str = "0,1,2"
+    """The seeds, comma-separated: one run of each method for each."""
+    lrs: str = PresetRow.lrs
+    """Learning rates by method, such as `adf=2e-3,ffa=1e-2`; --lr for the others."""
+    lr_grid: str = ""
+    """Search these rates for each method without one in --lrs, on the validation split."""
+    no_matched_control: Flag = False
+    """Leave out Dec-LoRA at half of ADF's learning rate, which moves as far as ADF does."""
+    out: Path | None = None
+    """The folder of the comparison; `runs/<task>-compare` if not given."""
+    resume: Flag = False
+    """Reuse the finished runs in the folder, and go on with the others."""
+    log: Names = ()
+    """Write each run to a logger too: tensorboard, wandb, mlflow or trackio."""
+    jobs: int = 0
+    """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
+    or one at a time on a graphics card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a client's adapter, or the averaged one, as a PEFT folder."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    client: str = "mean"
+    """The client's number, or `mean` for the averaged model."""
+    out: Path
+    """The PEFT folder to write."""
+
+
+# -- the commands
+
+
+def _run(args: list[str]) -> None:
+    given = _parse(Run, "run", args, Run(settings=defaults(args)))
+    from plait.cli.progress import watch
+    from plait.events import summarize
+    from plait.runs.loggers import logged
+    from plait.runs.run_folder import run
+
+    config = given.settings
+    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
+    events: list[Event] = []
+    going = run(config, out, given.resume, given.engine, given.workers)
+    told = logged(going, _loggers(given.log), config, out)
+    said = ((config.method, event) for event in _kept(told, events))
+    watch(said, config.rounds, {config.method: 1}, Console())
+    _print_summary(summarize(config, events), out)
+
+
+def _compare(args: list[str]) -> None:
+    preset = PRESETS.get(_start_of(args).preset, PresetRow(Config, ""))
+    start = Compare(settings=defaults(args), methods=preset.methods, lrs=preset.lrs)
+    given = _parse(Compare, "compare", args, start)
+    from plait.cli.progress import watch
+    from plait.compare.comparison import compare, conclude
+    from plait.compare.executors import num_jobs
+    from plait.report.comparison_report import notes, rich_tables, write_report
+
+    if given.lrs == preset.lrs:  # a preset has rates for all of its methods
+        compared = _split(given.methods)
+        rates = [rate for rate in _split(given.lrs) if rate.partition("=")[0] in compared]
+        given = replace(given, lrs=",".join(rates))
+    plan = _plan(given, defaults(args))
+    console = Console()
+    jobs = num_jobs(plan.config.device, given.jobs, sum(plan.planned.values()))
+    told = compare(plan, jobs, _loggers(given.log))
+    said = ((cell.label, event) for cell, event in told)
+    watch(said, plan.config.rounds, plan.planned, console, jobs)
+    conclusion = conclude(plan)
+    for table in rich_tables(conclusion):
+        console.print("", table)
+    console.print()
+    for note in notes(conclusion):
+        console.print(note, highlight=False)
+    write_report(conclusion)
+    console.print(f"{plan.out}: summary.json, table.md, curves.png", highlight=False)
+
+
+def _export(args: list[str]) -> None:
+    given = _parse(Export, "export", args)
+    from plait.runs.adapters import export
+
+    if given.client != "mean" and not given.client.isdecimal():
+        raise ValueError(f"--client is {given.client!r}; give a client's number, or mean.")
+    export(given.run, None if given.client == "mean" else int(given.client), given.out)
+    Console().print(f"{given.out}: load it with peft.PeftModel.from_pretrained", highlight=False)
+
+
+def _completion(args: list[str]) -> None:
+    from plait.cli.completion import Words, completion, options_of
+
+    summaries = {name: row.summary for name, row in COMMANDS.items()}
+    completion(args, Words(summaries, {n: options_of(row.takes) for n, row in COMMANDS.items()}))
+
+
+@dataclass(frozen=True)
+class CommandRow:
+    """A line of `COMMANDS`: what to call with the arguments, and what it does in one line.
+
+    `call` may return an exit code. `takes` is the dataclass of its options, for shell completion.
+    """
+
+    call: Callable[[list[str]], int | None]
+    summary: str
+    takes: type | None = None
+
+
+COMMANDS: dict[str, CommandRow] = {
+    "run": CommandRow(_run, "run one experiment and write its folder", Run),
+    "compare": CommandRow(
+        _compare, "compare methods on paired seeds: table, curves, verdict", Compare
+    ),
+    "sweep": CommandRow(
+        cli_sweep.sweep,
+        "run a grid of experiments; it goes on where it was",
+        cli_sweep.SweepCommand,
+    ),
+    "table": CommandRow(
+        cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
+    ),
+    "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
+    "report": CommandRow(
+        cli_report.report, "write one HTML file about runs; it opens offline", cli_report.Report
+    ),
+    "figures": CommandRow(
+        cli_report.figures, "write figures for paper: PDF, SVG or PNG", cli_report.Figures
+    ),
+    "dashboard": CommandRow(
+        cli_report.dashboard, "follow runs in the browser while they go", cli_report.Dashboard
+    ),
+    "up": CommandRow(
+        cli_peers.up, "try a federation out: real peers on this machine", cli_peers.Up
+    ),
+    "init-federation": CommandRow(
+        cli_peers.init_federation, "write the files of a new federation", cli_peers.InitFederation
+    ),
+    "peer": CommandRow(
+        cli_peers.peer, "take part in a federation, as one of its peers", cli_peers.PeerCommand
+    ),
+    "status": CommandRow(cli_peers.status, "show who is alive in a federation", cli_peers.Status),
+    "methods": CommandRow(cli_lists.methods, "list the methods"),
+    "mixes": CommandRow(cli_lists.mixes, "list what a client can make of what it hears"),
+    "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
+    "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
+    "partitions": CommandRow(cli_lists.partitions, "list the ways to deal rows to clients"),
+    "presets": CommandRow(cli_lists.presets, "list the named experiments"),
+    "doctor": CommandRow(cli_doctor.doctor, "check what this machine has", cli_doctor.Doctor),
+    "completion": CommandRow(_completion, "print a shell's completion: bash, zsh or fish"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for an error, 2 for usage, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    status = 0
+    # OpenMP's threads spin while they wait for each other, by default so long that a run slows
+    # down tenfold where another process wants the cores too. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Activations come and go in megabytes: in pages of 4 KB, finding them takes up to a tenth of a
+    # step. With this, torch asks Linux for pages of 2 MB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        if not args:
+            _greet()
+        elif args[0] in ("-h", "--help"):
+            _help()
+        elif args[0] == "--version":
+            print(f"plait {version('plait')}")
+        elif args[0] not in COMMANDS:
+            return _usage(args[0])
+        else:
+            status = COMMANDS[args[0]].call(args[1:]) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `plait tasks | head`: nobody listens any more, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _complain(f"{error.strerror or error}{where}", 1)
+    except ValueError as error:
+        return _complain(str(error), 1)
+    except SystemExit as finished:  # tyro has shown the help, or what is wrong with the options
+        return int(finished.code or 0)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on, with --resume if it has one.", 130)
+    return status
+
+
+def _usage(name: str) -> int:
+    try:
+        lookup(COMMANDS, name, "command")
+    except ValueError as error:
+        return _complain(f"{error} `plait --help` has all.", 2)
+    raise AssertionError(name)
+
+
+def _complain(message: str, code: int) -> int:
+    print("plait: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+# -- from what was typed to what is called
+
+
+def defaults(args: Sequence[str]) -> Config:
+    """The config that a command line starts from: its preset, then its file.
+
+    Example:
+        >>> defaults(["--preset", "paper"]).rounds
+        150
+    """
+    given = _start_of(args)
+    return start_from(given.preset, given.config)
+
+
+def _start_of(args: Sequence[str]) -> argparse.Namespace:
+    """`--preset` and `--config` of a command line, before anything else is read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--config", type=Path)
+    given, _ = parser.parse_known_args(args)
+    return given
+
+
+def _parse(
+    kind: type[Command], name: str, args: Sequence[str], default: Command | None = None
+) -> Command:
+    start = tyro.MISSING_NONPROP if default is None else default
+    return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
+
+
+def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
+    for event in events:
+        keep.append(event)
+        yield event
+
+
+def _plan(given: Compare, start: Config) -> Plan:
+    from plait.compare.plan import Plan
+
+    config = given.settings
+    for field, plural in (("method", "methods"), ("seed", "seeds")):
+        if getattr(config, field) != getattr(start, field):
+            raise ValueError(f"--{field} is for `plait run`; `plait compare` takes --{plural}.")
+    return Plan(
+        config=config,
+        methods=tuple(_split(given.methods)),
+        seeds=tuple(_numbers("--seeds", given.seeds, int)),
+        lrs=_rates(given.lrs),
+        lr_grid=tuple(_numbers("--lr-grid", given.lr_grid, float)),
+        matched_control=not given.no_matched_control,
+        out=given.out or Path("runs") / f"{config.task}-compare",
+        resume=given.resume,
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _loggers(given: Iterable[str]) -> list[str]:
+    return [name for text in given for name in _split(text)]
+
+
+def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in _split(text))
+    except ValueError as error:
+        raise ValueError(f"{flag} is {text!r}; give numbers, separated by commas.") from error
+
+
+def _rates(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in _split(text)]
+    try:
+        return {name.strip(): float(rate) for name, _, rate in pairs}
+    except ValueError as error:
+        raise ValueError(f"--lrs is {text!r}; write it like adf=2e-3,ffa=1e-2.") from error
+
+
+# -- what is printed
+
+
+def _help() -> None:
+    print("usage: plait COMMAND [OPTIONS]\n\nDecentralized federated fine-tuning with LoRA.\n")
+    cli_lists.print_table(("command", ""), [(name, row.summary) for name, row in COMMANDS.items()])
+    print("\n`plait COMMAND --help` has the options; `plait --version` the version.")
+
+
+def _greet() -> None:
+    print(GREETING)
+
+
+def _print_summary(summary: dict[str, Any], out: Path) -> None:
+    print(
+        f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
+        f" (worst client {summary['accuracy_client_min']:.3f}),"
+        f" averaged model {summary['accuracy_averaged_model']:.3f},"
+        f" majority class {summary['majority']:.3f};"
+        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
+        f"{out}: summary.json, events.jsonl, adapters/"
+    )
+    if "dp_epsilon" in summary:
+        print(
+            f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g} for each client,"
+            " were the noise secret; a simulation's comes from the seed"
+        )

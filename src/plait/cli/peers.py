@@ -1,0 +1,200 @@
+"""The commands for federations: `plait peer`, `up`, `status` and `init-federation`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from plait.config import Config
+from plait.peers.federation import Limits
+
+Command = TypeVar("Command")
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+
+# -- what each command takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerCommand:
+    """Take part in a federation as one of its peers, until its last round."""
+
+    config: Path
+    """The federation's file, federation.toml; NAME/peer.toml lies beside it."""
+    name: str
+    """Which peer this is."""
+    insecure_loopback: Flag = False
+    """No TLS, for trials on one machine: any other address is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """Try a federation out: real peer processes on this machine, with mutual TLS over loopback."""
+
+    peers: int = 3
+    """How many peers."""
+    out: Path | None = None
+    """A new folder; `runs/<task>-<method>-<seed>-peers` if not given."""
+    round_timeout_s: float = Limits.round_timeout_s
+    """A round waits no longer for its neighbours."""
+    symmetric_loss: Flag = False
+    """Mix over a link on both of its sides or on neither: conserves the mean under loss."""
+    preset: str | None = None
+    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
+    config: Path | None = None
+    """Start from a TOML file, or from a run's config.json. Other flags change it."""
+    settings: tyro.conf.OmitArgPrefixes[Config]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Show who is alive in a federation: round, lag, bytes, refused messages."""
+
+    config: Path
+    """The federation's file, federation.toml."""
+    name: str | None = None
+    """As which peer to ask; the first whose peer.toml is here if not given."""
+    json: Flag = False
+    """Print JSON."""
+    insecure_loopback: Flag = False
+    """No TLS, as the peers were started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitFederation:
+    """Write the files of a new federation: settings, a test authority, keys and certificates."""
+
+    directory: tyro.conf.Positional[Path]
+    """A new folder."""
+    peers: str
+    """The peers' names, comma-separated; for machines of their own with addresses,
+    `ada=ada.example.org:7600,ben=...`."""
+    labels: str = ""
+    """The classes, comma-separated, when peers bring data of their own."""
+    id: str = "trial"
+    """The federation's name."""
+    preset: str | None = None
+    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
+    config: Path | None = None
+    """Start from a TOML file, or from a run's config.json. Other flags change it."""
+    settings: tyro.conf.OmitArgPrefixes[Config]
+
+
+# -- the commands
+
+
+def peer(args: list[str]) -> int:
+    """`plait peer`: 0 when it is done, or was told to leave."""
+    given = _parse(PeerCommand, "peer", args)
+    from plait.peers.process import run_peer
+
+    run_peer(given.config, given.name, given.insecure_loopback)
+    return 0
+
+
+def up(args: list[str]) -> int:
+    """`plait up`."""
+    given = _parse(Up, "up", args, Up(settings=_defaults(args)))
+    from plait.peers import local_federation as trial
+
+    config = given.settings
+    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}-peers"
+    limits = Limits(round_timeout_s=given.round_timeout_s, symmetric_loss=given.symmetric_loss)
+    console = Console()
+    for line in trial.up(config, given.peers, out, limits):
+        console.print(line, highlight=False)
+    summary = json.loads((out / "summary.json").read_text())
+    kinds = sum(map(Counter, summary["incidents"].values()), Counter[str]())
+    incidents = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    console.print(
+        f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
+        f" (worst client {summary['accuracy_client_min']:.3f}),"
+        f" majority class {summary['majority']:.3f};"
+        f" {summary['sent_bytes'] / 1e6:.1f} MB sent, incidents: {incidents}\n"
+        f"{out}: summary.json, adapters/, <name>.log",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if "dp_epsilon" in summary:
+        bound = f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g}"
+        console.print(f"{bound} for each client", highlight=False)
+    return 0
+
+
+def status(args: list[str]) -> int:
+    """`plait status`: 0 when all peers answer, 1 when one does not."""
+    given = _parse(Status, "status", args)
+    from plait.peers.status import lag
+    from plait.peers.status import status as ask
+
+    peers = ask(given.config, given.name, given.insecure_loopback)
+    if given.json:
+        print(json.dumps([vars(one) for one in peers], indent=2))
+        return int(any(one.why for one in peers))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "refused here"):
+        table.add_column(head, justify="left" if head in ("peer", "refused here") else "right")
+    for one in peers:
+        if one.why:
+            table.add_row(one.name, "-", "-", "-", "-", "-", one.why)
+            continue
+        facts = one.facts
+        table.add_row(
+            one.name,
+            f"{facts['round']}/{facts['rounds']}",
+            str(lag(peers, one)),
+            str(facts["missing"]),
+            *(f"{facts.get(key, 0) / 1e6:.1f}" for key in ("sent_bytes", "received_bytes")),
+            ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
+        )
+    Console().print(table, highlight=False)
+    return int(any(one.why for one in peers))
+
+
+def init_federation(args: list[str]) -> int:
+    """`plait init-federation`."""
+    given = _parse(
+        InitFederation, "init-federation", args,
+        InitFederation(directory=tyro.MISSING, peers=tyro.MISSING, settings=_defaults(args)),
+    )  # fmt: skip
+    from plait.peers.certificates import init_federation as write
+
+    pairs = [one.partition("=") for one in _split(given.peers)]
+    names, addresses = [name for name, _, _ in pairs], [address for _, _, address in pairs]
+    if any(addresses) and not all(addresses):
+        raise ValueError("Some of --peers have an address and some have none; give all, or none.")
+    path = write(
+        given.directory, names, given.settings, federation_id=given.id,
+        addresses=addresses if all(addresses) else None, labels=_split(given.labels),
+    )  # fmt: skip
+    print(
+        f"{path}: addresses and settings, the same at every peer\n"
+        f"{given.directory}/NAME: what each peer has of its own; its key stays with it\n"
+        f"Start each with: plait peer --config {path} --name NAME"
+    )
+    return 0
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _parse(
+    kind: type[Command], name: str, args: Sequence[str], default: Command | None = None
+) -> Command:
+    start = tyro.MISSING_NONPROP if default is None else default
+    return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
+
+
+def _defaults(args: Sequence[str]) -> Config:
+    from plait.cli.main import defaults
+
+    return defaults(args)

@@ -1,0 +1,118 @@
+"""The commands of many experiments: `plait sweep` and `plait table`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from plait.config import Config
+
+if TYPE_CHECKING:
+    from plait.compare.plan import Cell
+    from plait.compare.sweep import Sweep
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepCommand:
+    """Run a grid of experiments; called again, it goes on where it was."""
+
+    file: tyro.conf.Positional[Path]
+    """The TOML file with methods, axes and settings."""
+    out: Path
+    """The folder of the sweep."""
+    small: Flag = False
+    """Run the small twin that the file has in its table `small`."""
+    jobs: int = 0
+    """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
+    or one at a time on a graphics card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableCommand:
+    """Print a sweep's table: means over seeds, paired differences, what is significant."""
+
+    dir: tyro.conf.Positional[Path]
+    """The folder of the sweep."""
+    format: Literal["text", "markdown", "latex", "csv"] = "text"
+    """How to print it; `csv` has every figure with its interval and p-value."""
+    reference: str | None = None
+    """The line that is compared with the others, such as `adf T=5`; the first if not given."""
+
+
+def sweep(args: list[str]) -> int:
+    """`plait sweep`: 1 if runs failed, which are then listed."""
+    given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
+    from plait.compare import results
+    from plait.compare.executors import executor_for, num_jobs
+    from plait.compare.sweep import claim, load_sweep
+
+    grid = load_sweep(given.file, given.out, given.small)
+    context = executor_for(num_jobs(grid.config.device, given.jobs))
+    claim(grid, given.file)
+    progress = Progress(grid)
+    try:
+        with context as executor:
+            for stage in grid.stages:
+                for cell in results.carried_out(stage.search, executor):
+                    progress.show(cell)
+                for cell in results.carried_out(stage.reported, executor):
+                    progress.show(cell)
+    finally:
+        frame = results.collect(grid)
+        results.save(frame, given.out)
+    failed = results.failures(grid)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    print(f"{given.out}: {len(frame)} rows in {results.RESULTS}; `plait table {given.out}`")
+    return 1 if failed else 0
+
+
+class Progress:
+    """Says of each run that it has ended, and how long the others will take."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.begin = time.monotonic()
+        self.done = 0
+
+    def show(self, cell: Cell) -> None:
+        """Print a line about a run that has ended."""
+        from plait.compare.results import state, waiting
+        from plait.runs.run_folder import load_summary
+
+        cells = self.sweep.expected
+        left = waiting(cells)
+        self.done += work(cell.config)
+        seconds = sum(work(c.config) for c in left) * (time.monotonic() - self.begin) / self.done
+        ended, said = state(cell)
+        if ended == "finished":
+            summary = load_summary(cell.folder)
+            said = f"{summary['metric']} {summary['accuracy_client_mean']:.3f}"
+        axes = "".join(f", {name} {getattr(cell.config, name)}" for name in self.sweep.axes)
+        print(
+            f"{len(cells) - len(left)}/{len(cells)}  {cell.label}, seed {cell.config.seed}{axes}: "
+            f"{said}  left {timedelta(seconds=round(seconds))}",
+            flush=True,
+        )
+
+
+def work(config: Config) -> int:
+    """What a run costs, compared with others: rows that are trained on."""
+    return config.rounds * config.clients * config.local_steps * config.batch_size
+
+
+def table(args: list[str]) -> None:
+    """`plait table`."""
+    given = tyro.cli(TableCommand, prog="plait table", args=args)
+    from plait.compare.paper_table import FORMATS, blocks
+    from plait.compare.results import load
+
+    print(FORMATS[given.format](blocks(load(given.dir), given.reference)), end="")

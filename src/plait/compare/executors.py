@@ -1,0 +1,184 @@
+"""What carries out the runs of a comparison or a sweep: this process, or several on this machine.
+
+An executor takes cells and says what their runs say, and of each at last that it has ended, with
+the reason if it failed. It knows nothing of what the cells are for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+
+from plait.compare.plan import Cell
+from plait.events import Event, Started
+from plait.machine.devices import resolve_device
+from plait.runs.loggers import logged
+from plait.runs.run_folder import run
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result.
+
+    Attributes:
+        reason: In words.
+        diverged: Training diverged: it would again, so the run is not tried again.
+    """
+
+    reason: str
+    diverged: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run's last word."""
+
+    failure: Failure | None = None
+
+
+Said = tuple[Cell, Event | Ended]
+Executor = Callable[[Sequence[Cell]], Iterator[Said]]
+
+
+def here(cells: Sequence[Cell], loggers: Sequence[str] = ()) -> Iterator[Said]:
+    """Carry the cells out in this process, one after the other, and write to loggers."""
+    for cell in cells:
+        for said in _told(cell, loggers):
+            yield cell, said
+
+
+@contextmanager
+def in_processes(jobs: int, loggers: Sequence[str] = ()) -> Iterator[Executor]:
+    """Carry cells out in so many processes, which share the cores between them.
+
+    The processes stay until the end of the context, with the data and the model of their last
+    cell. One that is killed, as by a system that runs out of memory, costs its own cell only.
+    """
+    threads = max(1, num_cores() // jobs)
+    idle: list[_Lane] = []
+    busy: dict[Connection, tuple[_Lane, Cell]] = {}
+
+    def carry_out(cells: Sequence[Cell]) -> Iterator[Said]:
+        waiting = deque(cells)
+        while waiting or busy:
+            while waiting and len(busy) < jobs:
+                lane = idle.pop() if idle else _Lane(threads, loggers)
+                cell = waiting.popleft()
+                lane.pipe.send(cell)
+                busy[lane.pipe] = lane, cell
+            for lane, cell in [busy[pipe] for pipe in wait(busy)]:  # type: ignore[index]
+                try:
+                    said = lane.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    del busy[lane.pipe]
+                    said = Ended(Failure("Its process was killed; is there enough memory?"))
+                else:
+                    if isinstance(said, Ended):
+                        del busy[lane.pipe]
+                        idle.append(lane)
+                yield cell, said
+
+    try:
+        yield carry_out
+    finally:
+        for lane in idle:
+            lane.close()
+        for lane, _ in busy.values():
+            lane.kill()
+
+
+def executor_for(jobs: int, loggers: Sequence[str] = ()) -> AbstractContextManager[Executor]:
+    """The executor for so many runs at a time, which write to loggers."""
+    if jobs == 1:
+        return nullcontext(partial(here, loggers=loggers))
+    return in_processes(jobs, loggers)
+
+
+def num_jobs(device: str, jobs: int, runs: int | None = None) -> int:
+    """How many of so many runs to carry out at a time: `jobs`, or if it is 0 what is best here.
+
+    On a CPU that is a process with one thread for each core. A graphics card is given to one run at
+    a time.
+
+    Raises:
+        ValueError: `jobs` is below 0.
+    """
+    if jobs < 0:
+        raise ValueError(f"jobs is {jobs}; give 1 or more, or 0 for what suits the machine.")
+    best = num_cores() if resolve_device(device).type == "cpu" else 1
+    return jobs or max(1, min(best, runs or best))
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _told(cell: Cell, loggers: Sequence[str]) -> Iterator[Event | Ended]:
+    """What a run says, or goes on to say; nothing that goes wrong with it is raised."""
+    began = False
+    try:
+        said = run(cell.config, cell.folder, resume=True)
+        for event in logged(said, loggers, cell.config, cell.folder):
+            began = began or isinstance(event, Started)
+            yield event
+    except (ValueError, OSError) as error:
+        # What can't run is refused before the first event; after it only training can go wrong.
+        yield Ended(Failure(str(error), diverged=began and isinstance(error, ValueError)))
+    except Exception as error:
+        traceback.print_exc()
+        yield Ended(Failure(f"{type(error).__name__}: {error}"))
+    else:
+        yield Ended()
+
+
+class _Lane:
+    """A process that carries out a cell at a time, and the pipe to it."""
+
+    def __init__(self, threads: int, loggers: Sequence[str]) -> None:
+        # Not forked: torch's threads don't survive that.
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, threads, loggers), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        """Let it end, now that there is nothing more to do."""
+        self.pipe.close()
+        self._process.join()
+
+    def kill(self) -> None:
+        """End it in the middle of a run, whose folder can be gone on with."""
+        self._process.terminate()
+        self.close()
+
+
+def _serve(pipe: Connection, threads: int, loggers: Sequence[str]) -> None:
+    """Carry out the cells that come, until the process that started this one is gone."""
+    import torch
+
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        # Else a sweep that was killed and started again would find its folders written to.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    with suppress(EOFError):  # there are no more
+        while cell := pipe.recv():
+            for said in _told(cell, loggers):
+                pipe.send(said)

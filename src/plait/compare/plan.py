@@ -1,0 +1,179 @@
+"""What a comparison will run: methods by seeds, and before them the search for learning rates.
+
+plan.json    the plan, in the comparison's folder
+adf-seed0/   the run folder of a line of the table and a seed
+tuning/      the run folders of the search
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.config import Config
+from plait.lookup import lookup
+from plait.machine.files import write_atomically
+from plait.methods import METHODS
+
+PLAN = "plan.json"
+MATCHED = "dec-lora (matched)"
+FIRST_TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the comparison: a method at a learning rate."""
+
+    label: str
+    method: str
+    lr: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison and the folder it is in."""
+
+    label: str
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to compare.
+
+    Attributes:
+        config: The settings that all runs share; its method, seed and lr give way.
+        methods: The first one is compared with each of the others.
+        seeds: One run of each method for each.
+        out: The folder of all runs.
+        lrs: Learning rates by method; `config.lr` for methods that are not here.
+        lr_grid: If there are any, the rates to search for methods without one in `lrs`.
+        matched_control: Add Dec-LoRA at half of ADF's learning rate.
+        resume: Reuse finished runs, go on with begun ones.
+
+    Raises:
+        ValueError: A method twice, an unknown one, no seeds, a rate for a method not compared.
+    """
+
+    config: Config
+    methods: tuple[str, ...] = ("adf", "dec-lora", "ffa", "rolora")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path
+    lrs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lr_grid: tuple[float, ...] = ()
+    matched_control: bool = True
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be compared before anything is computed."""
+        for method in self.methods:
+            lookup(METHODS, method, "method")
+        for what, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{what} are {list(values)}; give each once, and at least one.")
+        for method in self.lrs:
+            if method not in self.methods:
+                raise ValueError(f"There is a learning rate for {method}, which isn't compared.")
+
+    def to_json(self) -> dict[str, Any]:
+        """What to compare as plain JSON values; where it is, and whether to resume, is left out."""
+        return {
+            "config": self.config.to_json(),
+            "methods": list(self.methods),
+            "seeds": list(self.seeds),
+            "lrs": dict(self.lrs),
+            "lr_grid": list(self.lr_grid),
+            "matched_control": self.matched_control,
+        }
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The lines of the table."""
+        matched = self.matched_control and "adf" in self.methods
+        return (*self.methods, MATCHED) if matched else self.methods
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The methods whose learning rate has to be found first."""
+        return tuple(m for m in self.methods if self.lr_grid and m not in self.lrs)
+
+    @property
+    def planned(self) -> dict[str, int]:
+        """Label -> its number of runs, those of the search first."""
+        tuning = {cell.label: 1 for m in self.searched for cell in tuning_cells(self, m)}
+        return tuning | dict.fromkeys(self.labels, len(self.seeds))
+
+
+def load_plan(out: Path) -> Plan:
+    """The plan of a comparison's folder.
+
+    Raises:
+        ValueError: It isn't one.
+    """
+    if not (out / PLAN).is_file():
+        raise ValueError(f"{out} holds no comparison: there is no {PLAN} in it.")
+    values = json.loads((out / PLAN).read_text())
+    return Plan(
+        config=Config.from_json(values["config"]),
+        methods=tuple(values["methods"]),
+        seeds=tuple(values["seeds"]),
+        out=out,
+        lrs=values["lrs"],
+        lr_grid=tuple(values["lr_grid"]),
+        matched_control=values["matched_control"],
+    )
+
+
+def save_plan(plan: Plan) -> None:
+    """Write the plan into the comparison's folder."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(plan.out / PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
+
+
+def reported_cell(plan: Plan, entry: Entry, seed: int) -> Cell:
+    """The run of a line of the table with a seed."""
+    config = dataclasses.replace(plan.config, method=entry.method, lr=entry.lr, seed=seed)
+    return Cell(entry.label, config, run_folder(plan, entry.label, seed))
+
+
+def run_folder(plan: Plan, label: str, seed: int) -> Path:
+    """Where the run of a line of the table with a seed is kept."""
+    return plan.out / f"{slug(label)}-seed{seed}"
+
+
+def slug(label: str) -> str:
+    """A label as a folder name.
+
+    Example:
+        >>> slug("dec-lora (matched)")
+        'dec-lora-matched'
+    """
+    return label.replace(" (", "-").replace(")", "")
+
+
+# -- the search for a learning rate
+
+
+def tuning_seed(seeds: Sequence[int]) -> int:
+    """A seed that is not reported, so that the search has not seen what is reported."""
+    return next(seed for seed in itertools.count(FIRST_TUNING_SEED) if seed not in seeds)
+
+
+def tuning_cells(plan: Plan, method: str) -> list[Cell]:
+    """The runs that find a method's learning rate."""
+    seed = tuning_seed(plan.seeds)
+    base = dataclasses.replace(plan.config, method=method, seed=seed, eval_split="validation")
+    return [
+        Cell(
+            f"{method}, lr {lr:g}",
+            dataclasses.replace(base, lr=lr),
+            plan.out / "tuning" / f"{slug(method)}-lr{lr:g}",
+        )
+        for lr in plan.lr_grid
+    ]

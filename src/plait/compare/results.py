@@ -1,0 +1,167 @@
+"""What a sweep found, as one table: a row for each line of each comparison and each seed.
+
+Runs that serve several rows, such as FFA-LoRA for all T, have the same digest in each of them; the
+settings of a row are those of its comparison. Runs of the search are rows of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plait.compare.executors import Ended, Executor, Failure
+from plait.compare.plan import Cell
+from plait.compare.sweep import Sweep
+from plait.machine.files import write_atomically
+from plait.runs.run_folder import load_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = "results.parquet"
+FAILURE, MADE_BY = "failure.json", "made-by.json"
+FIGURES = (
+    "metric", "majority", "accuracy_client_mean", "accuracy_client_std", "accuracy_client_min",
+    "accuracy_averaged_model", "loss_client_mean", "loss_averaged_model", "cross_term",
+    "consensus_A", "consensus_B", "rho", "sent_bytes", "wall_seconds",
+)  # fmt: skip
+"""What a row has of a run's summary."""
+
+
+# -- the state of a run
+
+
+def state(cell: Cell) -> tuple[str, str]:
+    """`finished`, `diverged`, `failed` or `missing`, and the reason of a failure."""
+    if (cell.folder / "summary.json").is_file():
+        return "finished", ""
+    if (cell.folder / FAILURE).is_file():
+        failure = Failure(**json.loads((cell.folder / FAILURE).read_text()))
+        return "diverged" if failure.diverged else "failed", failure.reason
+    return "missing", ""
+
+
+def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
+    """Carry out the cells that have not ended; failed ones are tried again, diverged ones not.
+
+    Yields:
+        Each when it has ended; its folder then says how.
+    """
+    todo = waiting(cells)
+    for cell in todo:
+        (cell.folder / FAILURE).unlink(missing_ok=True)
+    for cell, said in executor(todo):
+        if not isinstance(said, Ended):
+            continue
+        failure = said.failure
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        name, kept = (FAILURE, vars(failure)) if failure else (MADE_BY, {"version": code_version()})
+        write_atomically(cell.folder / name, json.dumps(kept) + "\n")
+        yield cell
+
+
+def waiting(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that are to be carried out: those with neither figures nor a diverged training."""
+    return [cell for cell in cells if state(cell)[0] in ("missing", "failed")]
+
+
+def failures(sweep: Sweep) -> list[str]:
+    """Why runs have no figures, a line for each; a search may have rates that diverge."""
+    states = [(cell, *state(cell)) for cell in (*sweep.search, *sweep.reported)]
+    search = {cell.folder for cell in sweep.search}
+    lines = [
+        f"{cell.folder}: {reason}"
+        for cell, name, reason in states
+        if name == "failed" or (name == "diverged" and cell.folder not in search)
+    ]
+    lost = {method: None for plan in sweep.plans for method in sweep.lost(plan)}
+    return lines + [f"{method}: no learning rate of its search finished" for method in lost]
+
+
+@cache
+def code_version() -> str:
+    """The version of plait, and in a clone of its repository the commit, `-dirty` if changed."""
+    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return version("plait")
+    return f"{version('plait')}+{commit}"
+
+
+# -- the table
+
+
+def collect(sweep: Sweep) -> pd.DataFrame:
+    """The rows of all runs that the sweep's folder has, and of those that it should have.
+
+    Columns: `kind` (`tuning` or `reported`), `label` (the line), `digest` (of the run's config),
+    `version` (of the code that finished the run), `state`, `reason`, `folder`; then the settings
+    of the comparison with the run's method, lr, seed and eval_split, and the figures of the run.
+    """
+    import pandas as pd
+
+    rows = []
+    for plan in sweep.plans:
+        tuning = [cell for m in plan.searched for cell in sweep.tuning_cells(plan, m)]
+        rows += [_row(cell, cell.config.to_json(), "tuning", sweep) for cell in tuning]
+        settings = plan.config.to_json()
+        reported = sweep.reported_cells(plan)
+        rows += [_row(cell, settings, "reported", sweep) for cell in reported]
+    frame = pd.DataFrame(rows)
+    # The runs of a search serve many comparisons.
+    return frame[(frame["kind"] != "tuning") | ~frame["folder"].duplicated()].reset_index(drop=True)
+
+
+def _row(cell: Cell, settings: dict[str, Any], kind: str, sweep: Sweep) -> dict[str, Any]:
+    made_by = cell.folder / MADE_BY
+    name, reason = state(cell)
+    summary = load_summary(cell.folder) if name == "finished" else {}
+    own = {k: getattr(cell.config, k) for k in ("method", "lr", "seed", "eval_split")}
+    return {
+        "kind": kind,
+        "label": cell.label,
+        "digest": cell.config.digest(),
+        "version": json.loads(made_by.read_text())["version"] if made_by.is_file() else None,
+        "state": name,
+        "reason": reason,
+        "folder": str(cell.folder.relative_to(sweep.out)),
+        **settings,
+        **own,
+        **{key: summary.get(key) for key in FIGURES},
+    }
+
+
+def save(frame: pd.DataFrame, out: Path) -> None:
+    """Write the rows into a sweep's folder.
+
+    Raises:
+        ValueError: pyarrow is missing.
+    """
+    _with_pyarrow(lambda: frame.to_parquet(out / RESULTS, index=False))
+
+
+def load(out: Path) -> pd.DataFrame:
+    """The rows of a sweep's folder.
+
+    Raises:
+        ValueError: It has none, or pyarrow is missing.
+    """
+    import pandas as pd
+
+    if not (out / RESULTS).is_file():
+        raise ValueError(f"{out} has no {RESULTS}; `plait sweep FILE --out {out}` makes it.")
+    frame: pd.DataFrame = _with_pyarrow(lambda: pd.read_parquet(out / RESULTS))
+    return frame
+
+
+def _with_pyarrow(do: Callable[[], Any]) -> Any:
+    try:
+        return do()
+    except ImportError as error:
+        raise ValueError("Results need pyarrow: pip install 'plait[sweep]'.") from error

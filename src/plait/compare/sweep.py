@@ -1,0 +1,246 @@
+"""A grid of experiments: one comparison (plan.py) for every combination of the axes of a file.
+
+    DIR/sweep.toml        the file
+    DIR/tuning/, runs/    a run folder for each run, named by method, seed and digest of its config
+    DIR/results.parquet   a row for each line of each comparison and each seed (results.py)
+
+A run is known by its config. Settings that make no difference to it are put back first: FFA-LoRA
+does not alternate, so one run of it serves all T. Run folders are resumed as `plait run` does, so a
+sweep that was killed goes on where it was, and a finished run is never run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from plait.compare.comparison import best_rate, entries_at
+from plait.compare.plan import Cell, Plan, reported_cell, slug, tuning_cells
+from plait.config import Config
+from plait.engines.job import MATERIAL
+from plait.machine.files import write_atomically
+from plait.methods import build_method
+from plait.presets import changed, read_settings, start_from
+from plait.topology import TOPOLOGIES, build_schedule
+
+FILE = "sweep.toml"
+KEYS = (
+    "preset", "methods", "seeds", "lrs", "lr_grid", "matched_control",
+    "settings", "axes", "search_at", "small",
+)  # fmt: skip
+NOT_SHARED = ("method", "seed", "lr", "eval_split")
+"""Settings that are of a run, not of a comparison."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What to run.
+
+    Attributes:
+        config: The settings that all runs share.
+        axes: Setting -> its values.
+        search_at: Values of axes at which learning rates are searched; they hold for all values
+            of these axes. For each value of the other axes there is a search of its own.
+        plans: A comparison for each combination of the axes, the last one changing fastest.
+        out: The folder of everything.
+    """
+
+    config: Config
+    axes: Mapping[str, tuple[Any, ...]]
+    search_at: Mapping[str, Any]
+    plans: Sequence[Plan]
+    out: Path
+
+    def tuning_cells(self, plan: Plan, method: str) -> list[Cell]:
+        """The runs that find a method's learning rate for a comparison."""
+        at = dataclasses.replace(plan, config=dataclasses.replace(plan.config, **self.search_at))
+        return [self._placed(cell, "tuning") for cell in tuning_cells(at, method)]
+
+    def rates(self, plan: Plan) -> dict[str, float]:
+        """What the searches of a comparison have found; methods that found nothing are left out."""
+        searches = {method: self.tuning_cells(plan, method) for method in plan.searched}
+        return {
+            method: best_rate(method, cells)
+            for method, cells in searches.items()
+            if any((cell.folder / "summary.json").is_file() for cell in cells)
+        }
+
+    def lost(self, plan: Plan) -> list[str]:
+        """The methods of a comparison without a learning rate, once the searches are done."""
+        return [method for method in plan.searched if method not in self.rates(plan)]
+
+    def reported_cells(self, plan: Plan) -> list[Cell]:
+        """The runs of a comparison once the searches are done, those of lost methods left out."""
+        lost = self.lost(plan)
+        methods = tuple(method for method in plan.methods if method not in lost)
+        return self._lines(dataclasses.replace(plan, methods=methods)) if methods else []
+
+    def _lines(self, plan: Plan) -> list[Cell]:
+        lines = itertools.product(plan.seeds, entries_at(plan, self.rates(plan)))
+        return [self._placed(reported_cell(plan, entry, seed), "runs") for seed, entry in lines]
+
+    def _placed(self, cell: Cell, kind: str) -> Cell:
+        config = effective(cell.config, self.config)
+        name = f"{slug(config.method)}-seed{config.seed}-{config.digest()}"
+        return Cell(cell.label, config, self.out / kind / name)
+
+    @property
+    def stages(self) -> list[Sweep]:
+        """The sweep in parts that share data and model, so that each is loaded once."""
+        parts: dict[tuple[str, ...], list[Plan]] = {}
+        for plan in self.plans:
+            parts.setdefault(tuple(str(getattr(plan.config, n)) for n in MATERIAL), []).append(plan)
+        return [dataclasses.replace(self, plans=plans) for plans in parts.values()]
+
+    @property
+    def search(self) -> list[Cell]:
+        """All runs that find learning rates, each once."""
+        return _each_once(
+            cell
+            for plan in self.plans
+            for m in plan.searched
+            for cell in self.tuning_cells(plan, m)
+        )
+
+    @property
+    def reported(self) -> list[Cell]:
+        """All runs that are reported, each once, when the searches are done."""
+        return _each_once(cell for plan in self.plans for cell in self.reported_cells(plan))
+
+    @property
+    def expected(self) -> list[Cell]:
+        """All runs, as far as is known before the searches are done."""
+        return self.search + _each_once(cell for plan in self.plans for cell in self._lines(plan))
+
+
+def _each_once(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells by folder, each at the place where it came first."""
+    once: dict[Path, Cell] = {}
+    for cell in cells:
+        once.setdefault(cell.folder, cell)
+    return list(once.values())
+
+
+def effective(config: Config, base: Config) -> Config:
+    """The config, with settings that make no difference to its run as they are in `base`.
+
+    Example:
+        >>> effective(Config(method="ffa", switch_every=10), Config()).switch_every
+        5
+    """
+    like = dataclasses.replace(config, lr=base.lr, eval_split=base.eval_split)
+    return dataclasses.replace(
+        config, **{name: getattr(base, name) for name in _unused(like, base)}
+    )
+
+
+@cache
+def _unused(config: Config, base: Config) -> tuple[str, ...]:
+    """The settings that make no difference, among those that a method or a topology may ignore."""
+    method = build_method(config)
+    other = build_method(dataclasses.replace(config, switch_every=base.switch_every))
+    rounds = range(config.rounds)
+    unused = []
+    if all((method.train(t), method.share(t)) == (other.train(t), other.share(t)) for t in rounds):
+        unused.append("switch_every")
+    silent = not any(method.share(t) for t in rounds)
+    if silent or method.topology:
+        unused.append("topology")
+    if silent or not TOPOLOGIES[method.topology or config.topology].uses_p:
+        unused.append("p")
+    return tuple(unused)
+
+
+# -- the file
+
+
+def load_sweep(file: Path, out: Path, small: bool = False) -> Sweep:
+    """The sweep of a TOML file.
+
+    Args:
+        file: What to run.
+        out: The folder of everything.
+        small: Take what the file's table `small` has in the place of the rest: `settings` setting
+            by setting, all else key by key.
+
+    Raises:
+        ValueError: The file asks for what can't be; the message has the file and the fix.
+        OSError: It can't be read.
+    """
+    values = read_settings(file)
+    try:
+        twin = values.pop("small", None)
+        if small:
+            values = _replaced(values, twin)
+        sweep = _from_values(values, out)
+        for plan in sweep.plans:
+            for method in plan.methods:
+                build_method(dataclasses.replace(plan.config, method=method))
+            build_schedule(plan.config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return sweep
+
+
+def _replaced(values: dict[str, Any], twin: dict[str, Any] | None) -> dict[str, Any]:
+    if twin is None:
+        raise ValueError("There is no table `small`.")
+    settings = values.get("settings", {}) | twin.get("settings", {})
+    return values | twin | {"settings": settings}
+
+
+def _from_values(values: dict[str, Any], out: Path) -> Sweep:
+    unknown = sorted(set(values) - set(KEYS))
+    if unknown:
+        raise ValueError(f"Unknown keys: {', '.join(unknown)}. There are: {', '.join(KEYS)}.")
+    settings, axes, search_at = (values.get(key, {}) for key in ("settings", "axes", "search_at"))
+    for name in (*settings, *axes):
+        if name in NOT_SHARED:
+            raise ValueError(f"{name} differs between runs; see methods, seeds, lrs and lr_grid.")
+    config = changed(start_from(values.get("preset"), None), settings, "settings")
+    for name, row in axes.items():
+        if not isinstance(row, list) or not row or len(set(row)) < len(row):
+            raise ValueError(f"axes: {name} is {row!r}; give a list, each value once.")
+        for value in row:
+            changed(config, {name: value}, "axes")
+    for name, value in search_at.items():
+        if value not in axes.get(name, []):
+            raise ValueError(f"search_at: {name} is {value!r}, which is not on that axis.")
+    plans = [
+        Plan(
+            config=dataclasses.replace(config, **dict(zip(axes, combination, strict=True))),
+            methods=tuple(values.get("methods", Plan.methods)),
+            seeds=tuple(values.get("seeds", Plan.seeds)),
+            lrs=values.get("lrs", {}),
+            lr_grid=tuple(values.get("lr_grid", ())),
+            matched_control=values.get("matched_control", Plan.matched_control),
+            out=out,
+        )
+        for combination in itertools.product(*axes.values())
+    ]
+    return Sweep(
+        config=config,
+        axes={name: tuple(row) for name, row in axes.items()},
+        search_at=search_at,
+        plans=plans,
+        out=out,
+    )
+
+
+def claim(sweep: Sweep, file: Path) -> None:
+    """Take the sweep's folder; one that holds a sweep goes on, with what the file has now.
+
+    Raises:
+        ValueError: The folder holds something else.
+        OSError: It can't be written.
+    """
+    out = sweep.out
+    if out.exists() and not (out / FILE).exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder and holds no sweep; take another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / FILE, file.read_text(encoding="utf-8"))

@@ -1,0 +1,78 @@
+"""Tokenised splits on disk: tokenised once, then mapped into memory by every run and process.
+
+A split's folder is named by a hash of the texts, the tokenizer and the cut length, so nothing in
+it can be out of date. It holds plain .npy files. Only tasks that a run deals to its clients come
+here; a peer's own rows leave no copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plait.data.tokens import Tokens, tokenize
+
+FORMAT = 1
+"""Goes into the hash; another number after a change of what is stored."""
+
+ARRAYS = ("ids", "types", "offsets")
+
+FEW = 1000
+"""Fewer texts are tokenised in the time that reading them takes, and leave nothing on disk."""
+
+
+def cache_dir() -> Path:
+    """`$PLAIT_CACHE`, or `plait` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PLAIT_CACHE") or Path(base) / "plait")
+
+
+def stored_tokens(
+    texts: Sequence[tuple[str, ...]], labels: np.ndarray, tokenizer: Any, max_length: int
+) -> Tokens:
+    """As `tokenize`, from the store where it is there, and put there where it isn't.
+
+    Where the store can't be written, the texts are tokenised all the same.
+    """
+    if len(texts) < FEW or not tokenizer.is_fast:
+        return tokenize(texts, labels, tokenizer, max_length)
+    folder = cache_dir() / "tokens" / _digest(texts, tokenizer, max_length)
+    if not folder.exists():
+        tokens = tokenize(texts, labels, tokenizer, max_length)
+        try:
+            _write(tokens, folder)
+        except OSError:
+            return tokens
+    ids, types, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+    return Tokens(ids, types, offsets, labels)
+
+
+def _digest(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> str:
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    del spec["truncation"], spec["padding"]  # what the last call left there
+    settings = [FORMAT, max_length, tokenizer.truncation_side, spec]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(tokens: Tokens, folder: Path) -> None:
+    """All files or none: written beside their place, then renamed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for name in ARRAYS:
+            np.save(partial / f"{name}.npy", getattr(tokens, name))
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():  # else another process was first
+            raise

@@ -1,0 +1,224 @@
+"""From a config to everything that a run needs, ready to compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, reduce
+from operator import or_
+
+import numpy as np
+
+from plait.config import Config
+from plait.data.partition import deal
+from plait.data.tasks import METRICS, Rows, Task, load_task
+from plait.data.token_cache import stored_tokens
+from plait.data.tokens import Tokens, tokenize
+from plait.events import Started
+from plait.lora import Stack, initial_stack
+from plait.methods import Factor, Method, build_method
+from plait.model.backbone import Backbone
+from plait.model.loading import draws_head, load_model
+from plait.privacy import check_accounting
+from plait.rng import stream
+from plait.topology import build_schedule, rho_of
+
+ToTokens = Callable[..., Tokens]
+"""`tokenize`, or what takes its arguments and gives the same."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run.
+
+    Attributes:
+        config: With the topology that the method is defined on, where it has one.
+        task: The data as text.
+        method: What trains and what travels.
+        schedule: Round -> W (N, N).
+        backbone: The frozen model.
+        train: The training split, tokenised.
+        held_out: The split that is evaluated, tokenised.
+        shares: Client -> its rows of the training split.
+        started: The first event of the run.
+    """
+
+    config: Config
+    task: Task
+    method: Method
+    schedule: Callable[[int], np.ndarray]
+    backbone: Backbone
+    train: Tokens
+    held_out: Tokens
+    shares: list[np.ndarray]
+    started: Started
+
+    def initial_stack(self, num_clients: int | None = None) -> Stack:
+        """The common start of all N clients, or of so many."""
+        backbone = self.backbone
+        return initial_stack(
+            backbone.layout,
+            backbone.head_start,
+            num_clients or self.config.clients,
+            self.config.seed,
+            backbone.device,
+        )
+
+    def trained(self, round_: int) -> Factor:
+        """What takes local steps in a round: the method's factors, and a head that is trained."""
+        head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
+        return self.method.train(round_) | head
+
+    def shared(self, round_: int) -> Factor:
+        """What travels in a round: the method's factors, and with them a head that is mixed."""
+        shared = self.method.share(round_)
+        mixed = self.backbone.head_policy == "mixed" and shared is not Factor.NONE
+        return shared | Factor.HEAD if mixed else shared
+
+    @cached_property
+    def travels(self) -> Factor:
+        """What is sent in some round of the run."""
+        return reduce(or_, map(self.shared, range(self.config.rounds)))
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
+        """The task's metric of logits (R, C) against labels (R,)."""
+        regression = not self.task.label_names
+        answers = logits[:, 0] if regression else logits.argmax(axis=1)
+        return METRICS[self.task.metric](labels, answers)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a config says must happen: `Job`'s attributes that need neither data nor a model."""
+
+    config: Config
+    method: Method
+    schedule: Callable[[int], np.ndarray]
+
+    @classmethod
+    def of(cls, config: Config) -> Rules:
+        """The rules of a config, with the topology that its method is defined on."""
+        check_accounting(config)
+        method = build_method(config)
+        config = dataclasses.replace(config, topology=method.topology or config.topology)
+        return cls(config, method, build_schedule(config))
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run computes with: `Job`'s attributes that come from data and model."""
+
+    task: Task
+    backbone: Backbone
+    train: Tokens
+    held_out: Tokens
+
+
+def prepare(config: Config, own: Task | None = None) -> Job:
+    """Load the data, deal it to the clients, load the model, build the topology.
+
+    Args:
+        config: What to run.
+        own: The data of a peer that has its own: nothing is dealt, all rows are its share.
+
+    Raises:
+        ValueError: The config asks for something that isn't there or can't be; the message says
+            what to change.
+    """
+    begin = time.perf_counter()
+    rules = Rules.of(config)
+    config = rules.config
+    if own is None:
+        shared = {name: getattr(config, name) for name in MATERIAL}
+        if not draws_head(config):
+            shared["seed"] = 0
+        share = _shared_validation if config.eval_split == "validation" else _shared_materials
+        materials = share(Config(**shared))
+        shares = deal(materials.task.train, materials.task.num_labels, config)
+    else:
+        materials = _materials(own, config, tokenize)
+        shares = [np.arange(len(own.train))] * config.clients
+    return assemble(rules, materials, shares, begin)
+
+
+def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
+    """The job of its parts; preparing them began at `perf_counter` time `begin`."""
+    started = _first_event(rules.config, materials, shares, begin)
+    return Job(**vars(rules), **vars(materials), shares=shares, started=started)
+
+
+def _first_event(
+    config: Config, materials: Materials, shares: list[np.ndarray], begin: float
+) -> Started:
+    task, backbone = materials.task, materials.backbone
+    return Started(
+        task=task.name,
+        metric=task.metric,
+        label_names=task.label_names,
+        label_counts=_label_counts(task, shares),
+        majority=_majority(task, materials.held_out.labels),
+        parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
+        rho=rho_of(config),
+        device=str(backbone.device),
+        seconds=time.perf_counter() - begin,
+    )
+
+
+MATERIAL = (
+    "task", "glue_dir", "train_file", "dev_file", "text_columns", "label_column", "key_column",
+    "max_length", "backbone", "pooling", "head", "rank", "alpha", "target_modules", "top_layers",
+    "eval_split", "dtype", "device", "cache_gib", "seed",
+)  # fmt: skip
+"""The settings that data and model depend on: runs that agree on them share both. The seed is one
+of them where a head is drawn from it."""
+
+
+@lru_cache(maxsize=1)
+def _shared_materials(config: Config) -> Materials:
+    """The materials of a task by name; kept for the next run with the same ones."""
+    return _materials(load_task(config), config, stored_tokens)
+
+
+@lru_cache(maxsize=1)
+def _shared_validation(config: Config) -> Materials:
+    """The same with the validation split in the place of the test split."""
+    shared = _shared_materials(dataclasses.replace(config, eval_split="test"))
+    held_out = _tokenized(shared.task.validation, shared.backbone, config, stored_tokens)
+    return dataclasses.replace(shared, held_out=held_out)
+
+
+def _materials(task: Task, config: Config, to_tokens: ToTokens) -> Materials:
+    """Task, model, training and evaluated split."""
+    backbone = Backbone(load_model(config, task.num_labels), config)
+    held_out = task.validation if config.eval_split == "validation" else task.test
+    train, evaluated = (
+        _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
+    )
+    return Materials(task, backbone, train, evaluated)
+
+
+def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToTokens) -> Tokens:
+    tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+    return backbone.with_hidden(tokens, config.cache_gib)
+
+
+def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
+    """`count` rows of a split, the same ones in every run, in ascending order; all for None."""
+    if count is None or count >= len(tokens):
+        return np.arange(len(tokens))
+    return np.sort(stream(0, "eval_rows").choice(len(tokens), count, replace=False))
+
+
+def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
+    if not task.label_names:
+        return [[len(share)] for share in shares]
+    size = task.num_labels
+    return [np.bincount(task.train.labels[share], minlength=size).tolist() for share in shares]
+
+
+def _majority(task: Task, labels: np.ndarray) -> float:
+    if task.metric != "accuracy":
+        return 0.0
+    return float(np.bincount(labels).max() / len(labels))

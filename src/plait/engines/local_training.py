@@ -1,0 +1,287 @@
+"""The local phase: K optimizer steps of every client on its own rows, before anyone exchanges.
+
+Clients are computed in chunks, all K steps of one together, so that its factors and activations
+stay in cache. On the CPU each core has a chunk of its own: cores that share every product would
+wait for one another after each. The result does not depend on how the clients are cut.
+
+Legend: n clients of a chunk, b texts of each in a step, P parameters of a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from heapq import heappop, heappush
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim.adamw import adamw
+
+from plait.config import Config
+from plait.data.tokens import Batch, Tokens
+from plait.lora import Dropout, Stack
+from plait.machine import devices
+from plait.machine.devices import chunk_tokens, moved
+from plait.methods import Factor
+from plait.model.backbone import Backbone
+from plait.model.memory import tokens_at_once
+from plait.rng import stream, torch_stream
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def local_phase(
+    backbone: Backbone,
+    stack: Stack,
+    train: Factor,
+    round_: int,
+    tokens: Tokens,
+    shares: Sequence[np.ndarray],
+    clients: Sequence[int],
+    config: Config,
+) -> np.ndarray:
+    """Train the active factors of a stack in place.
+
+    Args:
+        backbone: The frozen model.
+        stack: The state of these clients; row k belongs to client `clients[k]`.
+        train: The active factors.
+        round_: The round's number.
+        tokens: The training split.
+        shares: Client -> its rows of the split.
+        clients: Which clients the stack holds.
+        config: Steps, batch size, learning rates.
+
+    Returns:
+        (n, K) float64, each client's loss at each step, before the step.
+    """
+    active = [factor for factor in stack.factors if factor in train]
+    positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
+    texts = np.array([batch_rows(shares[i], i, positions, config) for i in clients])
+    losses = np.empty(texts.shape[:2])
+
+    def train_chunk(chunk: list[int]) -> None:
+        ids = [clients[k] for k in chunk]
+        rows = moved(torch.tensor(chunk), backbone.device)
+        leaves = {
+            factor: value[rows].requires_grad_(factor in train)
+            for factor, value in stack.factors.items()
+        }
+        moments = {f: (stack.first[f][rows], stack.second[f][rows]) for f in active}
+        of_steps = []
+        for step, position in enumerate(positions):
+            batch = backbone.batch(tokens, texts[chunk, step])
+            dropout = lora_dropout(batch, ids, position, config)
+            client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
+            client_losses.sum().backward()
+            of_steps.append(client_losses.detach())
+            _clip([leaves[factor].grad for factor in active], config.clip_norm)
+            for factor in active:
+                lr = config.head_lr if factor is Factor.HEAD else config.lr
+                taken = stack.steps[factor] + step
+                _step(leaves[factor], *moments[factor], taken, lr, config.weight_decay)
+                leaves[factor].grad = None
+        for factor in active:
+            stack.factors[factor][rows] = leaves[factor].detach()
+            stack.first[factor][rows], stack.second[factor][rows] = moments[factor]
+        losses[chunk] = torch.stack(of_steps, dim=1).cpu().double().numpy()
+
+    tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
+    most = tokens_at_once(backbone, stack, tokens, config)
+    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
+    at_once = min(chunk_tokens(config.chunk_tokens, backbone.device), most / workers)
+    on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
+    for factor in active:
+        stack.steps[factor] += config.local_steps
+    return losses
+
+
+def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> list[list[int]]:
+    """Clients in chunks of about as many tokens each, at most about `chunk_tokens`.
+
+    Where there are clients enough, the number of chunks is a multiple of `workers`: as all take
+    equally long, no worker waits for another. The clients go one by one, those with the most tokens
+    first, to the chunk that has the fewest (Graham 1969, longest processing time first); then the
+    fullest chunk and the emptiest one exchange clients for as long as that evens them out.
+
+    Args:
+        tokens_each: (n,) tokens of each client's step.
+        chunk_tokens: Tokens of a chunk's step.
+        workers: Chunks that are computed at once.
+    """
+    largest = max(1, int(chunk_tokens / tokens_each.mean()))
+    rounds = -(-len(tokens_each) // (largest * workers))
+    found: list[list[int]] = [[] for _ in range(min(rounds * workers, len(tokens_each)))]
+    fewest = [(0.0, number) for number in range(len(found))]
+    for client in np.argsort(-tokens_each, kind="stable").tolist():
+        count, number = heappop(fewest)
+        found[number].append(client)
+        heappush(fewest, (count + tokens_each[client], number))
+    loads = np.array([tokens_each[chunk].sum() for chunk in found])
+    while True:
+        most, least = int(loads.argmax()), int(loads.argmin())
+        gap = loads[most] - loads[least]
+        # Tokens that go over if a client of the fullest is given for one of the other, or for none.
+        over = tokens_each[found[most]][:, None] - np.append(tokens_each[found[least]], 0)
+        i, j = np.unravel_index(np.abs(gap - 2 * over).argmin(), over.shape)
+        if abs(gap - 2 * over[i, j]) >= 0.999 * gap:
+            return found
+        back = found[least][j : j + 1]
+        found[least][j : j + 1] = [found[most][i]]
+        found[most][i : i + 1] = back
+        loads[most] -= over[i, j]
+        loads[least] += over[i, j]
+
+
+def cores(device: torch.device) -> int:
+    """How many chunks can be computed at once: PyTorch's threads, or one on an accelerator."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def on_cores(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], workers: int
+) -> list[Result]:
+    """`work` of each piece, in order, so many at once, each with its share of the cores."""
+    workers = min(workers, len(pieces))
+    if workers == 1:
+        return [work(piece) for piece in pieces]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads // workers)  # what new threads begin with
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(work, pieces))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batch_rows(share: np.ndarray, client: int, positions: range, config: Config) -> np.ndarray:
+    """(K, b) the rows of some consecutive steps of a client, counted from the first round on.
+
+    A client goes through its rows in an order drawn anew for each pass, one pass after another
+    without a gap, so every batch is full.
+    """
+    first, end = (place * config.batch_size for place in (positions.start, positions.stop))
+    passes = range(first // len(share), -(-end // len(share)))
+    orders = [stream(config.seed, "batches", client, k).permutation(len(share)) for k in passes]
+    begin = first - passes.start * len(share)
+    return share[np.concatenate(orders)[begin : begin + end - first]].reshape(len(positions), -1)
+
+
+def batch_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,) the mean loss of each client: cross-entropy, or squared error for scores.
+
+    Args:
+        logits: (n, b, C).
+        labels: (n b,), integers for classes, floats for scores.
+    """
+    if labels.is_floating_point():
+        errors = functional.mse_loss(logits.flatten(), labels, reduction="none")
+    else:
+        errors = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+    return errors.view(logits.shape[:2]).mean(dim=1)
+
+
+def lora_dropout(
+    batch: Batch, clients: Sequence[int], position: int, config: Config
+) -> Dropout | None:
+    """Dropout whose mask depends on client and step only, not on which clients share a chunk."""
+    rate = config.lora_dropout
+    if rate == 0:
+        return None
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        draws = [
+            torch.rand(
+                count,
+                x.shape[-1],
+                generator=torch_stream(config.seed, f"dropout {name}", client, position),
+            )
+            for client, count in zip(clients, batch.counts, strict=True)
+        ]
+        mask = moved((torch.cat(draws) >= rate).to(x.dtype), x.device) / (1 - rate)
+        return functional.pad(mask, (0, 0, 0, len(batch.ids) - len(mask)))
+
+    return keep
+
+
+def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
+    """Scale each client's gradient (a row of all of `grads`) down to `norm`, in place."""
+    if norm is None:
+        return
+    present = [grad for grad in grads if grad is not None]
+    # Row by row, so that a client's norm is the same to the last bit whoever else is here.
+    norms = torch.stack([grad.norm(dim=1) for grad in present], dim=1).norm(dim=1)
+    factor = (norm / (norms + 1e-6)).clamp(max=1.0)
+    for grad in present:
+        grad.mul_(factor[:, None])
+
+
+def _step(
+    leaf: Tensor, first: Tensor, second: Tensor, taken: int, lr: float, weight_decay: float
+) -> None:
+    """One AdamW step on a factor (n, P) and its moments, in place, with Hugging Face's defaults."""
+    assert leaf.grad is not None
+    parts = [leaf.detach(), leaf.grad, first, second]
+    # Each client's row by itself: the last few entries of a tensor are rounded otherwise than those
+    # before them, and which are the last must not depend on who else is here.
+    at_once = devices.all_at_once(leaf.device)
+    values, grads, firsts, seconds = ([part] if at_once else list(part) for part in parts)
+    with torch.no_grad():
+        adamw(
+            values,
+            grads,
+            firsts,
+            seconds,
+            [],
+            list(torch.full((len(values),), float(taken), device=leaf.device)),
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def evaluate(
+    backbone: Backbone, factors: dict[Factor, Tensor], tokens: Tokens, config: Config
+) -> Tensor:
+    """Every client's model on every text of a split.
+
+    Args:
+        backbone: The frozen model.
+        factors: Factor -> (n, P).
+        tokens: The split, R texts.
+        config: Chunk size.
+
+    Returns:
+        (n, R, C) float32 logits on the CPU, texts in the split's order.
+    """
+    num_clients = len(factors[Factor.A])
+    order = np.argsort(tokens.lengths, kind="stable")
+    at_once = chunk_tokens(config.chunk_tokens, backbone.device)
+    texts_at_once = max(1, int(at_once / tokens.lengths.mean() / 8))
+    pieces = [
+        (texts, chunk)
+        for texts in np.split(order, range(texts_at_once, len(order), texts_at_once))
+        for chunk in chunks(np.full(num_clients, tokens.lengths[texts].sum()), at_once)
+    ]
+
+    def logits_of(piece: tuple[np.ndarray, list[int]]) -> Tensor:
+        texts, chunk = piece
+        batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
+        mine = {factor: value[chunk] for factor, value in factors.items()}
+        with torch.no_grad():
+            return backbone.logits(batch, mine).cpu()
+
+    parts = on_cores(logits_of, pieces, cores(backbone.device))
+    logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
+    for (texts, chunk), part in zip(pieces, parts, strict=True):
+        logits[torch.tensor(chunk)[:, None], torch.from_numpy(texts)] = part
+    return logits

@@ -1,0 +1,200 @@
+"""The one frozen model that all clients share, and where their adapters sit in it.
+
+Any `AutoModelForSequenceClassification` will do. Its encoder runs packed (packed_encoder.py) or
+with hooks (rectangle_encoder.py); its classifier is the model's own code in both cases.
+
+Legend: R texts of a batch, n clients, C labels, d the model's width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from plait.config import Config, Head
+from plait.data.tokens import Batch, Tokens, pack
+from plait.lora import Dropout, Layout, Site, layer_index
+from plait.machine import devices
+from plait.machine.devices import resolve_device, resolve_dtype
+from plait.machine.process import keep_freed
+from plait.methods import Factor
+from plait.model.frozen_linear import take_rows_apart
+from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
+from plait.model.loading import Loaded
+from plait.model.packed_encoder import PACKED_MODEL_TYPES, PackedEncoder
+from plait.model.rectangle_encoder import HookedEncoder
+
+HEAD_NAMES = ("classifier", "score")
+"""What PEFT takes for the classifier of a sequence classification model."""
+
+TARGET_MODULES: dict[str, Sequence[str]] = {
+    "distilbert": ["q_lin", "v_lin"],
+    "albert": ["query", "value"],
+} | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+"""Architecture -> names of the linear layers that are adapted by default, as PEFT has them."""
+
+
+class Backbone:
+    """The frozen model, ready to compute for a stack of clients.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        layout: Where the adapters and the trained head lie in a client's row.
+        head_policy: Whether the head is frozen, trained and mixed, or trained and local.
+        head_start: The trained head's parameters at the start, by name.
+        kept: Head and freshly drawn parameters by name: what an adapter needs beside its factors.
+        device: Where it computes.
+    """
+
+    def __init__(self, loaded: Loaded, config: Config, packed: bool = True) -> None:
+        """Freeze the model and lay out the adapters.
+
+        Args:
+            loaded: The model, its tokenizer, and what of it the checkpoint didn't have.
+            config: Rank, targets, head and precision.
+            packed: Use the packed encoder where the architecture has one.
+
+        Raises:
+            ValueError: No linear layer matches the targets.
+        """
+        self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed()
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.tokenizer = loaded.tokenizer
+        model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
+        mean_pooled = isinstance(model, MeanPooledClassifier)
+        base, prefix = (
+            (model.base, "base.")
+            if mean_pooled
+            else (model.base_model, f"{model.base_model_prefix}.")
+        )
+        sites = find_sites(model, base.config.model_type, config)
+        kept = {
+            name: parameter.detach().float().cpu()
+            for name, parameter in model.named_parameters()
+            if in_head(name) or name.rpartition(".")[0] in loaded.fresh
+        }
+        head = {name: value for name, value in kept.items() if in_head(name)}
+        self.head_policy: Head = config.head or ("mixed" if mean_pooled else "frozen")
+        self.head_start = head if self.head_policy != "frozen" else {}
+        self.kept = kept
+        self.layout = Layout(
+            sites=sites,
+            rank=config.rank,
+            scale=config.alpha / config.rank,
+            head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
+        )
+        self.encoder: PackedEncoder | HookedEncoder = (
+            PackedEncoder(base, prefix, self.layout)
+            if packed and base.config.model_type in PACKED_MODEL_TYPES
+            else HookedEncoder(model, base, self.layout)
+        )
+        self.head: MeanHead | OwnHead = MeanHead(model) if mean_pooled else OwnHead(model)
+        self._rows_apart = self.head_policy == "frozen" and take_rows_apart(self.head)
+        self._head_prefix = "" if mean_pooled else "model."
+        self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
+
+    def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
+        """The batch of `rows` (n, b), indices into `tokens`, on the device."""
+        any_width = self.encoder.any_width or devices.all_at_once(self.device)
+        return pack(tokens, rows, filled=not any_width).to(self.device)
+
+    def logits(
+        self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
+    ) -> Tensor:
+        """Each client's own model on its own texts.
+
+        Args:
+            batch: b texts for each of n clients.
+            factors: Factor -> (n, P) rows of these clients.
+            dropout: The LoRA branches' dropout; none in evaluation.
+
+        Returns:
+            (n, b, C) float32.
+        """
+        A, B = factors[Factor.A], factors[Factor.B]
+        hidden = self.encoder(batch, A, B, dropout, self.head.first_tokens)
+        features = self.head.pool(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        with self._head_lock:
+            return self._head_logits(features, factors).float()
+
+    def _head_logits(self, features: Tensor, factors: dict[Factor, Tensor]) -> Tensor:
+        """(n, b, d) -> (n, b, C)."""
+        heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
+        parts = {self._head_prefix + name: part.to(self.dtype) for name, part in heads.items()}
+        if devices.all_at_once(self.device):
+            return vmap(partial(functional_call, self.head))(parts, features)  # type: ignore[no-any-return]
+        if self._rows_apart:
+            return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # type: ignore[no-any-return]
+        # Client by client: few rows are multiplied otherwise than many.
+        own = [{name: part[i] for name, part in parts.items()} for i in range(len(features))]
+        return torch.stack(
+            [functional_call(self.head, *call) for call in zip(own, features, strict=True)]
+        )
+
+    @torch.no_grad()
+    def with_hidden(self, tokens: Tokens, limit_gib: float) -> Tokens:
+        """The same tokens with what lies below the first adapted layer computed once and for all.
+
+        Only where that saves layers, and at most `limit_gib` GiB of it; else it is computed again
+        in every step.
+        """
+        encoder = self.encoder
+        if isinstance(encoder, HookedEncoder) or encoder.first_adapted == 0:
+            return tokens
+        width = encoder.layers[0].norm_1.weight.numel()
+        if len(tokens.ids) * width * self.dtype.itemsize > limit_gib * 2**30:
+            return tokens
+        hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
+        order = np.argsort(tokens.lengths, kind="stable")
+        for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
+            batch = self.batch(tokens, texts[None])
+            below = encoder.below(batch).cpu()
+            hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
+        return dataclasses.replace(tokens, hidden=hidden)
+
+
+def in_head(name: str) -> bool:
+    """Whether a parameter or module belongs to the classifier head."""
+    return name.split(".")[0] in HEAD_NAMES
+
+
+def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
+    """The linear layers that are adapted, in the model's order.
+
+    Raises:
+        ValueError: The architecture has no default, or nothing matches.
+    """
+    targets: Sequence[str]
+    if config.target_modules:
+        targets = [name.strip() for name in config.target_modules.split(",")]
+    elif model_type in TARGET_MODULES:
+        targets = TARGET_MODULES[model_type]
+    else:
+        raise ValueError(
+            f"No default target modules for a {model_type} model; name its linear layers with "
+            "--target-modules, such as q_proj,v_proj."
+        )
+    layers = int(model.config.num_hidden_layers)
+    lowest = layers - (config.top_layers or layers)
+    sites = [
+        Site(name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not in_head(name)
+        and any(name == target or name.endswith(f".{target}") for target in targets)
+        and layer_index(name) >= lowest
+    ]
+    if not sites:
+        raise ValueError(f"No linear layer of the {model_type} model is named {targets}.")
+    return tuple(sites)

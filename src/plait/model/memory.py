@@ -1,0 +1,64 @@
+"""How many tokens local training may hold at once within a stated budget."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from plait.config import Config
+from plait.data.tokens import Tokens
+from plait.lora import Stack
+from plait.machine.devices import free_bytes
+from plait.model.backbone import Backbone
+
+
+def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Config) -> float:
+    """What `config.memory_gib` leaves for activations beside the clients' state, in tokens.
+
+    Without a budget, what half of a graphics card's free memory holds, since the backward pass
+    needs some too; on a CPU infinity. The model itself, which every run needs once, isn't counted.
+
+    Raises:
+        ValueError: One client's batch doesn't fit.
+    """
+    if config.memory_gib is None:
+        free = free_bytes(backbone.device) / 2
+        return free if math.isinf(free) else free / activation_bytes(backbone, stack, tokens)
+    parts = [*stack.factors.values(), *stack.first.values(), *stack.second.values()]
+    state = sum(part.nbytes for part in parts)
+    hidden = 0 if tokens.hidden is None else tokens.hidden.nbytes
+    per_token = activation_bytes(backbone, stack, tokens)
+    needed = config.batch_size * float(tokens.lengths.mean())
+    fits = (config.memory_gib * 2**30 - state - hidden) / per_token
+    if fits < needed:
+        least = (state + hidden + needed * per_token) / 2**30
+        raise ValueError(
+            f"memory_gib is {config.memory_gib:g}, but {len(parts[0])} clients and one batch need "
+            f"{least:.2f} GiB. Give more, or lower clients, rank or batch_size."
+        )
+    return fits
+
+
+def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
+    """What a token leaves in memory until the backward pass, for the longest of the texts."""
+    longest = int(tokens.lengths.argmax())
+    leaves = {f: value[:1].detach().requires_grad_() for f, value in stack.factors.items()}
+
+    def held(num_texts: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        batch = backbone.batch(tokens, np.full((1, num_texts), longest))
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            backbone.logits(batch, leaves)
+        return sum(sizes.values())
+
+    # The difference leaves out what doesn't grow with the tokens, such as weights.
+    return (held(8) - held(4)) / (4 * int(tokens.lengths[longest]))

@@ -1,0 +1,285 @@
+"""Certificates for trying a federation out, and the files of a new one.
+
+The authority made here is for tests and first steps: its key lies beside the configs. A federation
+between organisations brings its own authority, and each peer makes its own key; any certificate
+will do that has the peer's name as a DNS name among its subject alternative names.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import random
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from plait.config import Config
+from plait.peers.federation import (
+    Federation,
+    Limits,
+    Member,
+    PeerSettings,
+    is_loopback,
+    split_address,
+)
+
+METRICS = "127.0.0.1:9600"
+"""Where a peer on a machine of its own shows its figures."""
+
+PORTS = range(20_000, 32_000)
+"""Where a federation on one machine finds its ports."""
+
+DAY = dt.timedelta(days=1)
+KEY_USAGES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+    *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A certificate and its key, both PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+def make_authority(name: str, days: float = 3650) -> Pair:
+    """A certificate authority for `days`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = _named(f"{name} test authority")
+    builder = _builder(subject, subject, key.public_key(), days)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+    return _signed(builder, key, key)
+
+
+def make_certificate(authority: Pair, name: str, days: float = 365) -> Pair:
+    """A certificate for a peer, which is a server and a client; expired if `days` is negative."""
+    signer = x509.load_pem_x509_certificate(authority.certificate)
+    signer_key = serialization.load_pem_private_key(authority.key, None)
+    assert isinstance(signer_key, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    builder = _builder(_named(name), signer.subject, key.public_key(), days)
+    for extension, critical in (
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (x509.SubjectAlternativeName([x509.DNSName(name)]), False),
+        (_usage("digital_signature"), True),
+        (x509.ExtendedKeyUsage(both), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key()), False),
+    ):
+        builder = builder.add_extension(extension, critical=critical)
+    return _signed(builder, key, signer_key)
+
+
+def read_credentials(settings: PeerSettings) -> tuple[bytes, Pair]:
+    """The authority's certificate, and a peer's own pair, fit for use.
+
+    Raises:
+        ValueError: A file is missing, expired, for another name, or doesn't belong to the key.
+            There is no falling back to an insecure channel.
+    """
+    for path in (settings.ca, settings.certificate, settings.key):
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing. Peers talk over mutual TLS only: put the file there, or name "
+                f"another in the peer.toml of {settings.name}."
+            )
+    pair = Pair(settings.certificate.read_bytes(), settings.key.read_bytes())
+    certificate = x509.load_pem_x509_certificate(pair.certificate)
+    key = serialization.load_pem_private_key(pair.key, None)
+    if certificate.public_key() != key.public_key():
+        raise ValueError(f"{settings.key} is not the key of {settings.certificate}.")
+    if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
+        raise ValueError(f"{settings.certificate} expired on {certificate.not_valid_after_utc}.")
+    names = _dns_names(certificate)
+    if settings.name not in names:
+        raise ValueError(
+            f"{settings.certificate} is for {', '.join(names) or 'no DNS name'}; the peer's name "
+            f"{settings.name} must be among its subject alternative names."
+        )
+    return settings.ca.read_bytes(), pair
+
+
+def init_federation(
+    directory: Path,
+    names: Sequence[str],
+    config: Config,
+    *,
+    addresses: Sequence[str] | None = None,
+    federation_id: str = "trial",
+    labels: Sequence[str] = (),
+    limits: Limits | None = None,
+) -> Path:
+    """Write the files of a new federation: configs, a test CA, certificates.
+
+    Without addresses all peers are on this machine. With them each listens on its address's port,
+    on all of its machine's interfaces unless the address is of the machine itself.
+
+    Args:
+        directory: A new or empty folder.
+        names: The peers.
+        config: The settings of the run; the number of clients becomes that of the peers.
+        addresses: `host:port` for each peer; free ports of this machine if not given.
+        federation_id: Its name.
+        labels: The classes, when peers bring data of their own.
+        limits: Sizes and times.
+
+    Returns:
+        The path of `federation.toml`.
+
+    Raises:
+        ValueError: The folder is in use, or a name is none.
+        OSError: The folder can't be written.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} is not an empty folder; take another.")
+    if addresses is None:
+        local = [f"127.0.0.1:{port}" for port in free_ports(2 * len(names))]
+        addresses, metrics = local[::2], local[1::2]
+    else:
+        metrics = [METRICS] * len(names)
+    members = tuple(Member(name=n, address=a) for n, a in zip(names, addresses, strict=True))
+    values = config.to_json() | {"clients": len(names)}
+    federation = Federation(
+        id=federation_id,
+        config=Config.from_json(values),
+        peers=members,
+        limits=limits or Limits(),
+        labels=tuple(labels) or None,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    authority = make_authority(federation_id)
+    (directory / "ca.pem").write_bytes(authority.certificate)
+    write_secret(directory / "ca.key", authority.key)
+    path = directory / "federation.toml"
+    path.write_text(federation_toml(federation), encoding="utf-8")
+    for member, here in zip(members, metrics, strict=True):
+        _write_peer(directory / member.name, member, authority, here)
+    return path
+
+
+def federation_toml(federation: Federation) -> str:
+    """The text of `federation.toml`; settings that have their default are left out."""
+    config, default = federation.config.to_json(), Config().to_json()
+    run = {k: v for k, v in config.items() if v != default[k] and k != "clients"}
+    limits = {k: v for k, v in vars(federation.limits).items() if v is not None}
+    top = {"federation": federation.id} | (
+        {"labels": federation.labels} if federation.labels else {}
+    )
+    lines = ["# The same file at every peer.", *_lines(top), "", "[run]"]
+    lines += [*_lines(run), "", "[limits]", *_lines(limits)]
+    for peer in federation.peers:
+        kept = {k: v for k, v in vars(peer).items() if v is not None and (k, v) != ("joins", 0)}
+        lines += ["", "[[peers]]", *_lines(kept)]
+    return "\n".join(lines) + "\n"
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, from its first byte on."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on this machine that nobody listens on now.
+
+    They are below those that a system gives to outgoing connections: one of these might be taken
+    before anybody listens.
+    """
+    ports: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if len(ports) == count:
+            break
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.append(port)
+    return ports
+
+
+def _write_peer(folder: Path, member: Member, authority: Pair, metrics: str) -> None:
+    pair = make_certificate(authority, member.name)
+    host, port = split_address(member.address)
+    folder.mkdir()
+    (folder / "cert.pem").write_bytes(pair.certificate)
+    write_secret(folder / "key.pem", pair.key)
+    lines = {
+        "listen": member.address if is_loopback(host) else f"0.0.0.0:{port}",
+        "ca": "../ca.pem",
+        "certificate": "cert.pem",
+        "key": "key.pem",
+        "out": "out",
+        "metrics": metrics,
+    }
+    text = "\n".join([f"# What peer {member.name} has of its own.", *_lines(lines)]) + "\n"
+    (folder / "peer.toml").write_text(text, encoding="utf-8")
+
+
+def _lines(values: Mapping[str, object]) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in values.items()]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+) -> x509.CertificateBuilder:
+    end = dt.datetime.now(dt.UTC) + days * DAY
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        # Clocks differ: valid from yesterday on, or from the day before its end.
+        .not_valid_before(min(dt.datetime.now(dt.UTC), end) - DAY)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*usages: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{usage: usage in usages for usage in KEY_USAGES})
+
+
+def _signed(
+    builder: x509.CertificateBuilder,
+    key: ec.EllipticCurvePrivateKey,
+    signer_key: ec.EllipticCurvePrivateKey,
+) -> Pair:
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    certificate = builder.sign(signer_key, hashes.SHA256())
+    return Pair(
+        certificate.public_bytes(pem),
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain),
+    )
+
+
+def _dns_names(certificate: x509.Certificate) -> list[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return names.value.get_values_for_type(x509.DNSName)

@@ -1,0 +1,269 @@
+"""What travels between peers: a typed header, and factors that are checked before use.
+
+Nothing here does I/O; envelope.py turns it into bytes and back, and transport.py carries those. A
+message is refused (`Refused`, with the reason) as early as can be:
+by its header, before a byte of its body is taken; by its size, before memory is set aside; by the
+names and shapes of its tensors, before one is made; by its values, before one is given out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor
+from xxhash import xxh3_128
+
+from plait.lora import Layout
+from plait.methods import Factor
+from plait.peers.message_body import DTYPE, Template, pack, template_of, unpack
+from plait.peers.refusals import Reason, Refused
+
+VERSION = 2
+PIECE_BYTES = 1 << 22
+"""Bodies travel in pieces of this size: larger ones cost less time, smaller ones less memory."""
+
+FACTORS = {
+    str(Factor(bits).name): Factor(bits)
+    for bits in range(1, 1 + (Factor.AB | Factor.HEAD).value)
+}  # fmt: skip
+"""Every set of factors by its name, such as `A|B`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a message says of itself.
+
+    Attributes:
+        federation: The federation's id.
+        kind: Factors of a `round`, or all of a peer's `state`.
+        round: The round of the factors; for a state, how many rounds are behind it.
+        active: The factors that trained in the round, such as `B`.
+        factors: The factors in the body, such as `A|B`.
+        config_digest: Of the settings that all peers share.
+        layout: Digest of the names and shapes of a client's tensors.
+        sender: The sender's name, which its certificate must have too.
+        receiver: The receiver's name.
+        dtype: Of the values.
+        num_bytes: Of the body.
+        digest: XXH3 of the body, 128 bits. It tells a body from another by accident; that nobody
+            changed it on the way is TLS's promise.
+        version: Of the protocol.
+    """
+
+    federation: str
+    kind: str
+    round: int
+    active: str
+    factors: str
+    config_digest: str
+    layout: str
+    sender: str
+    receiver: str
+    num_bytes: int
+    digest: bytes
+    dtype: str = DTYPE
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Message:
+    """A header and its body. One body serves many receivers."""
+
+    header: Header
+    body: bytes = field(repr=False)
+
+    @cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The body as it travels, cut once for all receivers."""
+        starts = range(0, len(self.body), PIECE_BYTES)
+        return tuple(self.body[start : start + PIECE_BYTES] for start in starts)
+
+
+@dataclass(frozen=True)
+class Ack:
+    """A receiver's word on a message.
+
+    Attributes:
+        accepted: Whether it was taken.
+        reason: Why it was not.
+        detail: What was found and what was expected.
+    """
+
+    accepted: bool
+    reason: Reason | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a peer asks another.
+
+    Attributes:
+        kind: For its `status`, its factors of a `round`, or its `state`.
+        round: Which round's factors.
+        asker_round: Where the one who asks is.
+        sender: Who asks; the transport fills in this one and the following.
+        receiver: Who is asked.
+        federation: The federation's id.
+        config_digest: Of the settings that all peers share.
+        version: Of the protocol.
+    """
+
+    kind: Literal["status", "round", "state"]
+    round: int = 0
+    asker_round: int = 0
+    sender: str = ""
+    receiver: str = ""
+    federation: str = ""
+    config_digest: str = ""
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a peer answers: a few facts (a small JSON object), and a message if it has one."""
+
+    facts: dict[str, Any]
+    message: Message | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a peer knows of itself; whatever comes must agree with it.
+
+    Attributes:
+        name: The peer's name.
+        federation: The federation's id.
+        config_digest: Of the settings that all peers share.
+        layout: Of a client's factors.
+        max_message_bytes: The most that a body may have.
+        norm_bound: The largest norm of a message's values, if there is one.
+    """
+
+    name: str
+    federation: str
+    config_digest: str
+    layout: Layout
+    max_message_bytes: int
+    norm_bound: float | None = None
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """Of the names and shapes of everything that a client has."""
+        return layout_digest(self.layout)
+
+    @cached_property
+    def _templates(self) -> dict[str, Template]:
+        return {name: template_of(self.layout, factors) for name, factors in FACTORS.items()}
+
+    def check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
+        """Refuse a header that isn't for this peer, or isn't from who it says.
+
+        Args:
+            header: What came.
+            certified: The names in the sender's certificate; None where there are none.
+
+        Raises:
+            Refused: With the first thing that doesn't agree.
+        """
+        if certified is not None and header.sender not in certified:
+            names = ", ".join(sorted(certified))
+            raise Refused(
+                Reason.WRONG_SENDER, f"{header.sender!r:.80} has a certificate for {names:.200}"
+            )
+        expected = {
+            "version": (VERSION, Reason.WRONG_VERSION),
+            "federation": (self.federation, Reason.WRONG_FEDERATION),
+            "receiver": (self.name, Reason.WRONG_RECEIVER),
+            "config_digest": (self.config_digest, Reason.WRONG_CONFIG),
+            "layout": (self.layout_digest, Reason.WRONG_SHAPE),
+            "dtype": (DTYPE, Reason.WRONG_SHAPE),
+        }
+        for name, (ours, reason) in expected.items():
+            theirs = getattr(header, name, ours)
+            if theirs != ours:
+                raise Refused(reason, f"{name} is {theirs!r:.80}, here it is {ours!r}")
+
+    def template(self, header: Header) -> Template:
+        """The tensors that a message must hold, when its declared size is possible for them.
+
+        Raises:
+            Refused: It can't be, or is above the limit.
+        """
+        template = self._templates.get(header.factors)
+        if template is None:
+            raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
+        most = min(template.most_bytes, self.max_message_bytes)
+        if header.num_bytes > most:
+            raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
+        if header.num_bytes < template.values_bytes:
+            raise Refused(
+                Reason.WRONG_SHAPE, f"{header.num_bytes} bytes; {template.values_bytes} of values"
+            )
+        return template
+
+
+def layout_digest(layout: Layout) -> str:
+    """Sixteen hex digits that are equal when two peers' tensors have equal names and shapes."""
+    return template_of(layout, Factor.AB | Factor.HEAD).digest
+
+
+def encode(
+    factors: Mapping[Factor, Tensor],
+    *,
+    layout: Layout,
+    federation: str,
+    config_digest: str,
+    sender: str,
+    round: int,
+    active: str,
+    kind: Literal["round", "state"] = "round",
+) -> Message:
+    """A message with some factors, addressed to nobody yet.
+
+    Args:
+        factors: Factor -> (P,) float32; copied.
+        layout: Where everything lies in a row.
+        federation: The federation's id.
+        config_digest: Of the settings that all peers share.
+        sender: The name of this peer.
+        round: The round of the factors.
+        active: The factors that trained in it.
+        kind: What the factors are.
+    """
+    together = Factor.NONE
+    for factor in factors:
+        together |= factor
+    body = pack(factors, template_of(layout, together))
+    header = Header(
+        federation=federation,
+        kind=kind,
+        round=round,
+        active=active,
+        factors=str(together.name),
+        config_digest=config_digest,
+        layout=layout_digest(layout),
+        sender=sender,
+        receiver="",
+        num_bytes=len(body),
+        digest=xxh3_128(body).digest(),
+    )
+    return Message(header, body)
+
+
+def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[Factor, Tensor]:
+    """The factors of a message whose header was checked.
+
+    Returns:
+        Factor -> (P,) float32, all values finite.
+
+    Raises:
+        Refused: Something in the body is not as it must be.
+    """
+    template = identity.template(header)
+    if xxh3_128(body).digest() != header.digest:
+        raise Refused(Reason.WRONG_DIGEST, "the body is not the one that the header promises")
+    return unpack(body, template, identity.norm_bound)

@@ -1,0 +1,198 @@
+"""A federation on one machine for trying out: real processes, real certificates, loopback.
+
+<out>/federation/    its files (certificates.py); each peer's run folder is <name>/out there
+<out>/<name>.log     what each peer said, a line of JSON each
+<out>/config.json, summary.json, adapters/    of all peers together, as `plait run` has them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from plait.config import Config
+from plait.machine.files import write_atomically
+from plait.methods import build_method
+from plait.mixing import mean
+from plait.peers.certificates import init_federation
+from plait.peers.federation import Limits, load_federation, load_peer
+from plait.topology import build_schedule
+
+POLL_S = 0.2
+GRACE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a peer's process ended: its exit code, and the last line of its log."""
+
+    name: str
+    code: int
+    last_line: str
+
+
+def up(config: Config, num_peers: int, out: Path, limits: Limits | None = None) -> Iterator[str]:
+    """Run a federation of `num_peers` processes on this machine to its end.
+
+    Args:
+        config: The settings of the run.
+        num_peers: How many peers.
+        out: A new folder.
+        limits: Sizes and times.
+
+    Yields:
+        Lines that say how far the peers are.
+
+    Raises:
+        ValueError: The config can't run, the folder is in use, or a peer failed.
+    """
+    config = Config.from_json(config.to_json() | {"clients": num_peers})
+    build_method(config), build_schedule(config)  # a typing error shows here, not N times in logs
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; take another --out.")
+    names = [f"peer-{k}" for k in range(num_peers)]
+    federation_file = init_federation(out / "federation", names, config, limits=limits)
+    processes = start(federation_file, names, out)
+    try:
+        yield from watch(processes, federation_file)
+    finally:
+        stop(processes)
+    failed = [end for end in ended(processes, out) if end.code]
+    if failed:
+        raise ValueError(
+            "; ".join(f"{end.name} ended with {end.code}: {end.last_line}" for end in failed)
+            + f". The logs are {out}/<name>.log."
+        )
+    merge(federation_file, out)
+
+
+def start(
+    federation_file: Path, names: Sequence[str], logs: Path, env: Mapping[str, str] | None = None
+) -> dict[str, subprocess.Popen[bytes]]:
+    """Start peers as processes of their own, each with its share of the cores."""
+    threads = max(1, (os.cpu_count() or 1) // len(names))
+    given = {"OMP_NUM_THREADS": str(threads), **os.environ, **(env or {})}
+    processes = {}
+    for name in names:
+        arguments = ["peer", "--config", str(federation_file), "--name", name]
+        with (logs / f"{name}.log").open("ab") as log:
+            processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "plait", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=given,
+            )
+    return processes
+
+
+def watch(processes: Mapping[str, subprocess.Popen[bytes]], federation_file: Path) -> Iterator[str]:
+    """Wait for all to end; a line whenever the slowest has done another round."""
+    places = {name: load_peer(federation_file, name).out / "events.jsonl" for name in processes}
+    rounds = load_federation(federation_file).config.rounds
+    said = -1
+    while any(process.poll() is None for process in processes.values()):
+        done = {name: _rounds_done(place) for name, place in places.items()}
+        if min(done.values()) > said:
+            said = min(done.values())
+            yield f"round {said}/{rounds}" + (
+                f", the fastest is at {max(done.values())}" if max(done.values()) > said else ""
+            )
+        time.sleep(POLL_S)
+
+
+def stop(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """End those that still run, kindly first."""
+    for process in processes.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    end = time.monotonic() + GRACE_S
+    for process in processes.values():
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ended(processes: Mapping[str, subprocess.Popen[bytes]], logs: Path) -> list[Ended]:
+    """How each process ended."""
+    return [
+        Ended(name, process.returncode, _last_line(logs / f"{name}.log"))
+        for name, process in processes.items()
+    ]
+
+
+def merge(federation_file: Path, out: Path) -> dict[str, Any]:
+    """Bring the peers' results together: adapters, their mean, and one summary."""
+    federation = load_federation(federation_file)
+    folders = [load_peer(federation_file, name).out for name in federation.names]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    adapters = out / "adapters"
+    for client, folder in enumerate(folders):
+        name = f"client-{client}"
+        shutil.copytree(folder / "adapters" / name, adapters / name)
+    _average(adapters, len(folders))
+    write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
+    scores = np.array([summary["accuracy"] for summary in summaries])
+    shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
+    incidents = {
+        name: summary["incidents"]
+        for name, summary in zip(federation.names, summaries, strict=True)
+        if summary["incidents"]
+    }
+    summary = {key: summaries[0][key] for key in shared} | {
+        "clients": len(folders),
+        "topology": federation.config.topology,
+        "accuracy_client_mean": float(scores.mean()),
+        "accuracy_client_std": float(scores.std()),
+        "accuracy_client_min": float(scores.min()),
+        "loss_client_mean": float(np.mean([summary["loss"] for summary in summaries])),
+        "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
+        "incidents": incidents,
+    }
+    if "dp_epsilon" in summaries[0]:
+        summary["dp_epsilon"] = max(one["dp_epsilon"] for one in summaries)
+        summary["dp_delta"] = summaries[0]["dp_delta"]
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _average(adapters: Path, num_clients: int) -> None:
+    """`mean`, the adapter that nobody has in a run between machines: here all are at hand."""
+    parts = [load_file(adapters / f"client-{k}/adapter_model.safetensors")
+             for k in range(num_clients)]  # fmt: skip
+    averaged = {
+        key: mean(torch.stack([part[key].flatten() for part in parts]))[0].view_as(value)
+        for key, value in parts[0].items()
+    }
+    (adapters / "mean").mkdir()
+    save_file(averaged, adapters / "mean" / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copy(adapters / "client-0" / "adapter_config.json", adapters / "mean")
+
+
+def _rounds_done(events: Path) -> int:
+    if not events.exists():
+        return 0
+    return sum(line.startswith(b'{"event": "RoundDone"') for line in events.open("rb"))
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() or ["no log"]
+    try:
+        return str(json.loads(lines[-1])["message"])
+    except (ValueError, KeyError, TypeError):
+        return lines[-1][:500]

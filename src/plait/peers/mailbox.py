@@ -1,0 +1,216 @@
+"""Where a peer's engine and its transport meet: one lock around an inbox, and a record of faults.
+
+The transport calls it from a thread of its own, the engine from the main one. Everything here is
+quick; whatever computes or waits for the network happens in the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import median_low
+from typing import Any
+
+from plait.events import Incident
+from plait.peers.codec import Answer, Header, Message, Question
+from plait.peers.inbox import Inbox, Letter, Rows
+from plait.peers.refusals import Reason, Refused
+
+LOG = logging.getLogger("plait.peer")
+
+OBSERVER = 2**32 - 1
+"""The round of one who asks as a peer without being one: `plait status`."""
+
+EXPECTED = frozenset({Reason.NOT_HERE})
+"""Refusals that belong to the protocol: a neighbour asks for what is not there yet."""
+
+
+FOREIGN = frozenset({Reason.WRONG_VERSION, Reason.WRONG_FEDERATION, Reason.WRONG_CONFIG})
+"""Refusals after which nothing can be expected of a neighbour until it is started anew."""
+
+
+class Desk:
+    """What neighbours can reach of a peer.
+
+    Attributes:
+        inbox: The messages; use it under `condition`.
+        names: The peers' names, in the order of their numbers.
+        condition: Held while the inbox is used; notified when something came.
+        seen: Peer -> the round that it last said it is in.
+        absent: Neighbours that are not waited for until they are heard of again.
+        counts: (kind of incident, peer, reason) -> how often.
+        resting: The peer's own state between two rounds, for one that lost its own.
+        facts: What else the status says, set by the engine.
+        live: As `facts`, looked up when somebody asks.
+    """
+
+    def __init__(self, inbox: Inbox, names: Sequence[str]) -> None:
+        self.inbox, self.names = inbox, tuple(names)
+        self.condition = threading.Condition()
+        self.seen: dict[int, int] = {}
+        self.absent: set[int] = set()
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.resting: Callable[[], Message] | None = None
+        self.facts: dict[str, Any] = {}
+        self.live: Callable[[], dict[str, Any]] = dict
+        self._incidents: list[Incident] = []
+        self._reported: set[tuple[int, str, str, str]] = set()
+        self._began = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """This peer's name."""
+        return self.names[self.inbox.me]
+
+    # -- what the transport calls
+
+    def admit(self, header: Header) -> None:
+        """Look at a message's header before its body is taken; raises `Refused`."""
+        with self.condition:
+            sender = self._number(header.sender)
+            self._hear(sender, header.round)
+            if header.kind != "round":
+                raise Refused(Reason.MALFORMED, f"a {header.kind!r:.40} that nobody asked for")
+            self.inbox.admit(sender, header.round, header.active, header.factors, header.digest)
+
+    def take(self, header: Header, rows: Rows) -> None:
+        """Take a message that was checked; raises `Refused` when its round has closed meanwhile."""
+        self.admit(header)
+        with self.condition:
+            sender = self._number(header.sender)
+            self.inbox.take(sender, header.round, Letter(rows, header.digest))
+            self.condition.notify_all()
+
+    def answer(self, question: Question) -> Answer:
+        """Answer a neighbour; raises `Refused`."""
+        with self.condition:
+            asker = self._number(question.sender)
+            if question.asker_round != OBSERVER:
+                self._hear(asker, question.asker_round)
+            if question.kind == "status":
+                return Answer(self.status())
+            if question.kind == "state":
+                if self.resting is None:
+                    raise Refused(Reason.NOT_HERE, "no round is done here yet")
+                return Answer({"round": self.inbox.round}, self.resting())
+            word = self.inbox.answer(asker, question.round)
+            return Answer({"round": self.inbox.round, "agreed": word.agreed}, word.message)
+
+    def refused(self, sender: str, reason: Reason, detail: str) -> None:
+        """Record that something was refused here."""
+        if reason in EXPECTED:
+            return
+        self.report("refused", sender, detail, reason.name)
+        if reason in FOREIGN and sender in self.names:
+            self.set_absent(self.names.index(sender), "it does not run the same")
+
+    # -- what the engine calls
+
+    def status(self) -> dict[str, Any]:
+        """What `plait status` shows."""
+        refused: Counter[str] = Counter()
+        for (kind, _, reason), count in self.counts.items():
+            if kind == "refused":
+                refused[reason] += count
+        return {
+            "name": self.name,
+            "round": self.inbox.round,
+            "rounds": self.inbox.rounds,
+            "absent": [self.names[peer] for peer in sorted(self.absent)],
+            "seen": {self.names[peer]: round_ for peer, round_ in sorted(self.seen.items())},
+            "refused": dict(refused),
+            "missing": sum(n for (kind, *_), n in self.counts.items() if kind == "missing"),
+            "up_seconds": round(time.monotonic() - self._began, 1),
+            **self.facts,
+            **self.live(),
+        }
+
+    def report(
+        self, kind: str, peer: str, detail: str, reason: str = "", round_: int | None = None
+    ) -> None:
+        """Count an incident, and say it once for each round, peer and reason.
+
+        A neighbour that sends a million bad messages fills neither log nor memory.
+        """
+        peer = peer[:80] if peer in self.names else "unknown"
+        with self.condition:
+            self.counts[kind, peer, reason] += 1
+            round_ = self.inbox.round if round_ is None else round_
+            if (round_, kind, peer, reason) in self._reported:
+                return
+            self._reported = {key for key in self._reported if key[0] == round_}
+            self._reported.add((round_, kind, peer, reason))
+            self._incidents.append(
+                Incident(round=round_, kind=kind, peer=peer, reason=reason, detail=detail[:500])
+            )
+        LOG.warning(
+            "%s %s: %s", kind, reason, detail,
+            extra={"round": round_, "peer": peer, "kind": kind, "reason": reason},
+        )  # fmt: skip
+
+    def incidents(self) -> list[Incident]:
+        """The incidents since the last call."""
+        with self.condition:
+            said, self._incidents = self._incidents, []
+        return said
+
+    def heard_of(self, peer: int, round_: object) -> None:
+        """Note where a neighbour says it is."""
+        if isinstance(round_, int):
+            with self.condition:
+                self._hear(peer, round_)
+
+    def set_absent(self, peer: int, why: str) -> None:
+        """Wait no longer for a neighbour until it is heard of again."""
+        with self.condition:
+            known = peer in self.absent
+            self.absent.add(peer)
+            self.condition.notify_all()
+        if not known:
+            name = self.names[peer]
+            self.report("absent", name, f"not waiting for {name} until it is back: {why}")
+
+    def target(self) -> int:
+        """The round that most of the others have reached, as far as they were heard of.
+
+        The lower median: one neighbour that lies about its round moves nobody.
+        """
+        with self.condition:
+            return median_low(self.seen.values()) if self.seen else 0
+
+    def _hear(self, peer: int, round_: int) -> None:
+        self.seen[peer] = max(0, round_)
+        if peer in self.absent:
+            self.absent.discard(peer)
+            self.report("back", self.names[peer], f"{self.names[peer]} is back")
+        self.condition.notify_all()
+
+    def _number(self, name: str) -> int:
+        if name not in self.names:
+            raise Refused(Reason.WRONG_SENDER, f"{name!r:.80} is not in the federation")
+        return self.names.index(name)
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record: time, level, message and what was given as `extra`."""
+
+    EXTRA = ("round", "peer", "kind", "reason")
+
+    def __init__(self, name: str) -> None:
+        """Lines of the peer `name`."""
+        super().__init__()
+        self.name = name
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        extra = {key: getattr(record, key) for key in self.EXTRA if hasattr(record, key)}
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {"time": f"{when}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        line |= {"self": self.name, "message": " ".join(record.getMessage().split()), **extra}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)

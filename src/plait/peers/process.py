@@ -1,0 +1,397 @@
+"""One peer as a process: from its files to its adapter, through whatever happens on the way.
+
+    <out>/config.json, events.jsonl, summary.json, adapters/    as in any run folder (run_folder.py)
+    <out>/checkpoint.safetensors                                the state after the last round
+
+A round's messages exist only once, so a peer saves after each round: started again it does the
+round that was cut off anew, with the same rows in the same order, and asks for what it lost. What
+it sent in the round before is saved with it: a neighbour may not have had it yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from plait.config import Config
+from plait.data.tasks import Rows as TaskRows
+from plait.data.tasks import Task, load_task
+from plait.engines.checkpoint import load_beside
+from plait.engines.job import Job, prepare
+from plait.events import Evaluated, Event, Incident, RoundDone
+from plait.lora import Stack
+from plait.peers.certificates import write_secret
+from plait.peers.codec import Message, encode
+from plait.peers.exchange import Exchange, Left, Terms
+from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
+from plait.peers.inbox import Inbox, Rows
+from plait.peers.mailbox import Desk, JsonLines
+from plait.peers.message_body import template_of, unpack
+from plait.peers.prometheus import serve_metrics
+from plait.peers.round_loop import Peer, agreed_turns
+from plait.peers.transport import GrpcTransport
+from plait.privacy import Noise, secret_noise, seeded_noise, spent
+from plait.runs.adapters import save_adapter
+from plait.runs.run_folder import RunFolder
+from plait.topology import topology_row
+
+LOG = logging.getLogger("plait.peer")
+
+GREET_AGAIN_S = 1.0
+KEY_BYTES = 32
+SENT = "sent"
+"""In a checkpoint, the body of the last message, (bytes,) uint8."""
+
+
+def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) -> bool:
+    """Take part in a federation until its last round; writes the peer's run folder.
+
+    Args:
+        federation_file: `federation.toml`; `<name>/peer.toml` lies beside it.
+        name: Which peer this is.
+        insecure_loopback: No TLS; refused for any address that is not of this machine.
+
+    Returns:
+        Whether it is done; False if it was told to leave before (SIGTERM, SIGINT).
+
+    Raises:
+        ValueError: The files ask for what can't be, or training diverged.
+        OSError: The run folder can't be written.
+    """
+    log_to_stderr(name)
+    try:
+        federation = load_federation(federation_file)
+        settings = load_peer(federation_file, name)
+        with Process(federation, settings, insecure_loopback) as process:
+            return process.run()
+    except (ValueError, OSError) as error:
+        LOG.error("stopped: %s", error, extra={"kind": "stopped"})
+        raise
+
+
+def log_to_stderr(name: str) -> None:
+    """A line of JSON for each thing that happens."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines(name))
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+
+
+class Process:
+    """Everything that a peer has while it runs."""
+
+    def __init__(
+        self, federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+    ) -> None:
+        """Open the folder, prepare the run and take up the state; nothing listens yet."""
+        self.federation, self.settings = federation, settings
+        self.me = federation.index(settings.name)
+        self.member = federation.member(settings.name)
+        check_members(federation)
+        self.folder = open_folder(settings, settings.apply(federation.config))
+        self.leave = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.leave.set())
+        self.job = prepare_peer(federation, settings)
+        self.stack = self.job.initial_stack(num_clients=1)
+        self.done, self.first_round = take_up(self.folder, self.stack)
+        limits = federation.limits
+        turn = agreed_turns(self.job, self.me, federation.peers)
+        rounds = self.job.config.rounds
+        inbox = Inbox(self.me, turn, rounds, limits.keep_rounds, limits.symmetric_loss)
+        self.desk = Desk(inbox, federation.names)
+        self.transport = GrpcTransport(
+            federation, settings, self.job.backbone.layout, self.desk,
+            insecure_loopback=insecure_loopback,
+        )  # fmt: skip
+        counts = self.transport.counts
+        self.desk.live = lambda: {
+            name: sum(counter.values()) for name, counter in vars(counts).items()
+        }
+        self.exchange = Exchange(
+            self.desk,
+            self.transport,
+            Terms(
+                round_timeout_s=limits.round_timeout_s,
+                start_timeout_s=limits.start_timeout_s,
+                linger_s=limits.linger_s,
+            ),
+        )
+        self.exchange.leave = self.leave
+        noise = noise_of(self.folder, self.job.config)
+        self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
+        self.end = min(rounds, self.member.leaves or rounds)
+        self.others = [k for k in range(len(federation.peers)) if k != self.me]
+
+    def __enter__(self) -> Process:
+        """Begin to listen."""
+        self.transport.start()
+        self._metrics = serve_metrics(self.settings.metrics, self.desk, self.transport)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave: open calls may end, nothing new begins."""
+        self.exchange.stop()
+        self.transport.stop(0.5)
+        self._metrics()
+
+    def run(self) -> bool:
+        """All rounds, then the adapter, then a while for those who still need messages."""
+        LOG.info("listening on %s", self.settings.listen, extra={"round": self.first_round})
+        if self.folder.summary_file.exists():
+            LOG.info("the run was finished before")
+            return True
+        try:
+            self._begin()
+            if self.first_round > 0 and not self.done:  # begun from a neighbour's state
+                self._see(self.job.started)
+            for event in self.peer.rounds(self.first_round, self.end):
+                self._see(event)
+        except Left:
+            LOG.info("told to leave; round %d can be taken up again", self.desk.inbox.round)
+            return False
+        self._finish()
+        self.exchange.linger(self.others, self.end)
+        return True
+
+    def write(self, rows: Rows, round_: int, active: str, kind: str) -> Message:
+        """A message of this peer."""
+        return encode(
+            rows,
+            layout=self.job.backbone.layout,
+            federation=self.federation.id,
+            config_digest=self.federation.digest(),
+            sender=self.settings.name,
+            round=round_,
+            active=active,
+            kind="state" if kind == "state" else "round",
+        )
+
+    # -- where to begin
+
+    def _begin(self) -> None:
+        """Find out where the others are; take a neighbour's state where there is none of one's own.
+
+        A new process a few rounds behind does them all: it comes out where it would have been.
+        """
+        with self.desk.condition:
+            self.desk.inbox.skip_to(self.first_round)
+            self._remember(self.first_round - 1)
+        self.exchange.greet(self.others)
+        has_state = self.first_round > 0
+        late = self.desk.target() > self.desk.inbox.keep_rounds
+        if not has_state and (late or self.member.joins > 0):
+            self._join()
+
+    def _join(self) -> None:
+        """Wait until there is a state to begin from, and begin from it."""
+        while not self.leave.is_set():
+            self.exchange.greet(self.others)
+            target = self.desk.target()
+            ready = [p for p in self.others if self.desk.seen.get(p, 0) >= max(1, target)]
+            if target < self.member.joins or not ready:
+                self.leave.wait(GREET_AGAIN_S)
+                continue
+            for peer in ready:
+                reply = self.exchange.inquire(peer, "state")
+                if reply and reply.header and reply.factors and reply.header.kind == "state":
+                    self.first_round = min(max(reply.header.round, self.member.joins), self.end - 1)
+                    self.peer.adopt(reply.factors)
+                    name = self.desk.names[peer]
+                    self.desk.report(
+                        "joined", name, f"began at round {self.first_round} from {name}'s state"
+                    )
+                    return
+            self.leave.wait(GREET_AGAIN_S)
+        raise Left
+
+    # -- what is kept
+
+    def _see(self, event: Event) -> None:
+        """Record an event, and save the state where a round is complete."""
+        self.done.append(event)
+        self.folder.record(event)
+        match event:
+            case RoundDone():
+                self.desk.facts["phase"] = event.active
+                self._tell(loss=event.train_losses[0])
+                LOG.info(
+                    "round %d done: loss %.4f, %d of %d neighbours, %.1f s of training",
+                    event.round, event.train_losses[0], len(event.edges),
+                    len(self.desk.inbox.turn(event.round).hears), event.train_seconds,
+                    extra={"round": event.round},
+                )  # fmt: skip
+                if not self.peer.evaluates_after(event.round):
+                    self._save(event.round + 1)
+            case Evaluated():
+                self._tell(score=event.scores[0])
+                if event.round >= 0:
+                    self._save(event.round + 1)
+
+    def _tell(self, **facts: float) -> None:
+        """Say how it goes to neighbours who ask; with differential privacy that is not theirs."""
+        if self.job.config.dp_clip is None:
+            self.desk.facts |= facts
+
+    def _remember(self, round_: int) -> None:
+        """Have this peer's message of its last round again: a neighbour may still wait for it."""
+        sent = load_beside(self.folder.checkpoint_file, SENT)
+        if sent is None:
+            return
+        template = template_of(self.job.backbone.layout, self.job.shared(round_))
+        rows = unpack(bytearray(sent.numpy()), template)
+        active = self.desk.inbox.turn(round_).active
+        (last,) = (e for e in self.done if isinstance(e, RoundDone) and e.round == round_)
+        heard = {peer for _, peer, _ in last.edges}
+        self.desk.inbox.remember(round_, self.write(rows, round_, active, "round"), heard)
+
+    def _save(self, rounds_done: int) -> None:
+        """Write the state, and what was sent in the round that led there."""
+        message = self.desk.inbox.mine(rounds_done - 1)
+        sent = {SENT: torch.tensor(np.frombuffer(message.body, np.uint8))} if message else {}
+        try:
+            self.folder.save(self.stack, rounds_done, **sent)
+        except OSError as error:
+            raise OSError(
+                f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
+                "Make room and start the peer again; it goes on from its last checkpoint."
+            ) from error
+
+    def _finish(self) -> None:
+        row = {factor: value[0] for factor, value in self.stack.factors.items()}
+        adapter = self.folder.path / "adapters" / f"client-{self.me}"
+        save_adapter(self.job.backbone, row, self.job.config, adapter)
+        summary = self._summary()
+        self.folder.finish(summary)
+        spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
+        LOG.info("done: %s%s", adapter, spent)
+
+    def _summary(self) -> dict[str, Any]:
+        config = self.job.config
+        last = [event for event in self.done if isinstance(event, Evaluated)][-1]
+        rounds = [event for event in self.done if isinstance(event, RoundDone)]
+        incidents = [event for event in self.done if isinstance(event, Incident)]
+        return {
+            "peer": self.settings.name,
+            "client": self.me,
+            "method": config.method,
+            "task": config.task,
+            "seed": config.seed,
+            "rounds": config.rounds,
+            "rounds_done": len(rounds),
+            "metric": self.job.started.metric,
+            "majority": self.job.started.majority,
+            "accuracy": last.scores[0],
+            "loss": last.losses[0],
+            "rows": last.rows,
+            "sent_bytes": sum(event.sent_bytes for event in rounds),
+            "incidents": {
+                kind: sum(1 for incident in incidents if incident.kind == kind)
+                for kind in sorted({incident.kind for incident in incidents})
+            },
+            "train_seconds": sum(event.train_seconds for event in rounds),
+            "config_digest": self.federation.digest(),
+            **spent(config, rounds),
+        }
+
+
+def open_folder(settings: PeerSettings, config: Config) -> RunFolder:
+    """The run folder, new or taken up again; a write that was cut off is cleared away."""
+    for partial in settings.out.glob("*.partial"):
+        partial.unlink()
+    folder = RunFolder.open(settings.out, config, resume=True)
+    folder.create(config)
+    return folder
+
+
+def noise_of(folder: RunFolder, config: Config) -> Noise:
+    """The noise of a peer: from a key of its own, made when its folder is begun, kept for restarts.
+
+    A key that was cut off while it was written has not been used yet.
+    """
+    if config.dp_clip is None:
+        return seeded_noise(config.seed)
+    path = folder.path / "noise.key"
+    if not path.exists() or path.stat().st_size != KEY_BYTES:
+        path.unlink(missing_ok=True)
+        write_secret(path, secrets.token_bytes(KEY_BYTES))
+    return secret_noise(path.read_bytes())
+
+
+def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:
+    """Bring `stack` to the folder's checkpoint; the events up to it, and the round to do next.
+
+    A checkpoint that can't be read, which takes a broken disk, is set aside and counts as lost.
+    """
+    try:
+        rounds_done = folder.rounds_done
+        return folder.restore(stack), rounds_done
+    except (SafetensorError, KeyError) as error:
+        LOG.error("%s can't be read (%s); beginning without it", folder.checkpoint_file, error)
+        folder.checkpoint_file.replace(folder.checkpoint_file.with_suffix(".unreadable"))
+        return folder.restore(stack), 0
+
+
+def check_members(federation: Federation) -> None:
+    """Refuse what needs a symmetric W and has none."""
+    changing = any(peer.joins or peer.leaves is not None for peer in federation.peers)
+    for needs, what in (
+        (changing, "peers that join or leave"),
+        (federation.limits.symmetric_loss, "symmetric_loss"),
+    ):
+        if needs and not topology_row(federation.config).symmetric:
+            raise ValueError(
+                f"{what} need a symmetric topology; {federation.config.topology} with "
+                f"weights {federation.config.weights} is not."
+            )
+
+
+def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
+    """The run as one peer has it: with its own data, or its share of the common task."""
+    config = settings.apply(federation.config)
+    if "train_file" not in settings.local:
+        return prepare(config)
+    if federation.labels is None:
+        raise ValueError(
+            f"{settings.name} has a train_file of its own, so the federation must name the classes "
+            'for all: put labels = ["...", "..."] at the top of federation.toml.'
+        )
+    return prepare(config, relabelled(load_task(config), federation.labels))
+
+
+def relabelled(task: Task, labels: Sequence[str]) -> Task:
+    """A task with its classes numbered as the federation does; not every peer has every class.
+
+    Raises:
+        ValueError: A class is not among `labels`.
+    """
+    unknown = sorted(set(task.label_names) - set(labels))
+    if unknown or not task.label_names:
+        raise ValueError(
+            f"The training rows have {', '.join(unknown) or 'no classes'}; federation.toml names "
+            f"{', '.join(labels)}."
+        )
+    number = np.array([labels.index(name) for name in task.label_names])
+
+    def rows(split: TaskRows) -> TaskRows:
+        return dataclasses.replace(split, labels=number[split.labels])
+
+    return dataclasses.replace(
+        task,
+        train=rows(task.train),
+        validation=rows(task.validation),
+        test=rows(task.test),
+        label_names=tuple(labels),
+    )

@@ -1,0 +1,210 @@
+"""One client as a process of its own: the round loop over a stack of one, and a network.
+
+Training, mixing and evaluation are those of the simulation. The rows of the neighbours come by
+messages; a row that does not come in time leaves its weight with its receiver. What arrived, what
+is awaited and what is refused is the inbox's business (inbox.py), sending and waiting that of
+exchange.py; this loop trains, hands over, mixes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from plait.engines.job import Job
+from plait.engines.steps import evaluation, names, train_round
+from plait.events import Event, RoundDone
+from plait.lora import Stack
+from plait.methods import Factor
+from plait.metrics import LayerState, Pair, diagnostics, pair, pair_distances
+from plait.mixing import neighbour_weights
+from plait.peers.codec import Message
+from plait.peers.exchange import Exchange, Left
+from plait.peers.federation import Member
+from plait.peers.inbox import Rows, Turn
+from plait.privacy import Noise
+from plait.topology import rho_of_round
+
+Write = Callable[[Rows, int, str, str], Message]
+"""(factors, round, active, kind) -> a message of this peer."""
+
+
+def agreed_turns(job: Job, me: int, members: Sequence[Member]) -> Callable[[int], Turn]:
+    """Round -> what all peers agree on for it without a word: phase, factors and weights.
+
+    Whoever has not joined yet, or has left, gives and gets no weight; what its neighbours gave it
+    stays with them. A symmetric W stays doubly stochastic so.
+
+    Args:
+        job: The prepared run.
+        me: This peer's number.
+        members: All peers, in the order of their numbers.
+    """
+
+    @lru_cache(maxsize=64)
+    def turn(round_: int) -> Turn:
+        W = neighbour_weights(job.schedule(round_))
+        out = [k for k, member in enumerate(members) if not member.takes_part(round_)]
+        W[out] = 0
+        W[:, out] = 0
+        if job.shared(round_) is Factor.NONE:
+            W[:] = 0
+        return Turn(
+            active=names(job.trained(round_)),
+            shared=names(job.shared(round_)),
+            weights=W[me],
+            hears=tuple(int(peer) for peer in np.flatnonzero(W[me])),
+            heard_by=tuple(int(peer) for peer in np.flatnonzero(W[:, me])),
+        )
+
+    return turn
+
+
+@dataclass
+class Peer:
+    """A client among its neighbours.
+
+    Attributes:
+        job: The prepared run, with this client's rows at its place in `shares`.
+        stack: The state of this client, a stack of one.
+        exchange: What connects it with the others.
+        write: Makes its messages.
+        noise: Where the noise of differential privacy comes from.
+    """
+
+    job: Job
+    stack: Stack
+    exchange: Exchange
+    write: Write
+    noise: Noise
+
+    def __post_init__(self) -> None:
+        """Take the parts that are used all the time."""
+        self.desk, self.inbox = self.exchange.desk, self.exchange.inbox
+        self.me = self.inbox.me
+        self.end = self.job.config.rounds
+
+    def rounds(self, first: int, end: int) -> Iterator[Event]:
+        """Take part from round `first` to before round `end`, changing the stack in place.
+
+        Yields what `simulate` does, of this client alone, and `Incident`s. After a `RoundDone` or
+        `Evaluated` the stack is whole.
+
+        Raises:
+            ValueError: The loss is no longer finite; nothing of that round was sent.
+            Left: The peer was told to leave. A round that was begun will be done again.
+        """
+        self.end = end
+        with self.desk.condition:
+            self.inbox.skip_to(first)
+        self._rest()
+        if first == 0:
+            yield self.job.started
+            yield evaluation(self.job, self.stack, -1)
+        while (round_ := self._catch_up()) < end:
+            done = self._round(round_)
+            yield from self.desk.incidents()
+            yield done
+            if self.evaluates_after(round_):
+                yield evaluation(self.job, self.stack, round_)
+            if self.exchange.leave.is_set():
+                raise Left
+
+    def evaluates_after(self, round_: int) -> bool:
+        """Whether this client is evaluated after a round: as in a simulation, and when it ends."""
+        return self.job.config.evaluates_after(round_) or round_ + 1 == self.end
+
+    def adopt(self, rows: Rows) -> None:
+        """Begin from a neighbour's state: one that lost its own, or joins late."""
+        for factor, row in rows.items():
+            self.stack.factors[factor] = row[None].to(self.job.backbone.device)
+            self.stack.reset_moments(factor)
+        self._rest()
+
+    def _catch_up(self) -> int:
+        """The round to do next: the one that is open, unless the others are too far ahead.
+
+        Further back than what they keep, every message would come too late and so would every
+        answer. The rounds between count as rounds in which this peer was not there.
+        """
+        with self.desk.condition:
+            behind, target = self.inbox.round, min(self.desk.target(), self.end - 1)
+            if target <= behind + self.inbox.keep_rounds:
+                return behind
+            self.inbox.skip_to(target)
+        self.desk.report("skipped", self.desk.name, f"from round {behind} to {target}")
+        return target
+
+    def _round(self, round_: int) -> RoundDone:
+        begin = time.perf_counter()
+        turn = self.inbox.turn(round_)
+        loss = float(train_round(self.job, self.stack, round_, [self.me], self.noise)[0])
+        trained = time.perf_counter()
+        if self.exchange.leave.is_set():
+            raise Left
+        shared = self.job.shared(round_)
+        mine = {f: value[0] for f, value in self.stack.factors.items() if f in shared}
+        if mine:
+            self.exchange.send(turn, self.write(mine, round_, turn.active, "round"))
+            self.exchange.wait()
+        mixing = time.perf_counter()
+        heard = self.exchange.close()
+        before, pairs_apart = self._mix(turn, heard)
+        self._rest()
+        return RoundDone(
+            round=round_,
+            active=turn.active,
+            shared=turn.shared,
+            train_losses=[loss],
+            edges=[(self.me, peer, float(turn.weights[peer])) for peer in heard],
+            rho=rho_of_round(self.job.schedule(round_)),
+            sent_bytes=4 * sum(len(row) for row in mine.values()) * len(turn.heard_by),
+            before=before,
+            after=[],
+            pairs_apart=pairs_apart,
+            train_seconds=trained - begin,
+            mix_seconds=time.perf_counter() - mixing,
+        )
+
+    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> tuple[list[LayerState], list[Pair]]:
+        """Mix with what came.
+
+        Returns:
+            Diagnostics of this peer and those it heard, and its distance from each of them, before
+            mixing; none where not both factors came. A peer can't know them for everyone, nor for
+            anyone after mixing.
+        """
+        if not heard:
+            return [], []
+        W = turn.weights[list(heard)][None]
+        before = {}
+        for factor in next(iter(heard.values())):
+            mine = self.stack.factors[factor]
+            theirs = torch.stack([rows[factor] for rows in heard.values()]).to(mine.device)
+            before[factor] = torch.cat([mine, theirs])
+            self.stack.factors[factor] = self.job.method.mix(mine, theirs, W)
+        if not {Factor.A, Factor.B} <= before.keys():
+            return [], []
+        local = np.eye(1 + len(heard))
+        local[0] = [1 - W.sum(), *W[0]]
+        layout = self.job.backbone.layout
+        distances = pair_distances(layout, before)[0, 1:].tolist()
+        # Not strict: of very many neighbours only the first are measured.
+        pairs = [pair(self.me, peer, far) for peer, far in zip(heard, distances, strict=False)]
+        return diagnostics(layout, before, before, local).before, pairs
+
+    def _rest(self) -> None:
+        """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""
+        round_ = self.inbox.round
+        travels = Factor.NONE
+        for t in range(min(round_, 2 * self.job.config.switch_every)):
+            travels |= self.job.shared(t)
+        rows = {f: v[0].clone() for f, v in self.stack.factors.items() if f in travels}
+        if rows:
+            active = self.inbox.turn(round_ - 1).active
+            self.desk.resting = lambda: self.write(rows, round_, active, "state")

@@ -1,0 +1,434 @@
+"""How messages get from peer to peer: gRPC over mutual TLS, with a deadline on every call.
+
+A peer is a server, and a client to its neighbours. Who it talks to is what the certificates say:
+a client checks the server's for the neighbour's name, and the server takes a sender's name from
+the sender's. gRPC runs on one background thread; `send` and `ask` may be called from any others.
+
+A header is checked before any of its body is read, and a body has no more bytes than its header
+declared. gRPC's own limits, on metadata and on a piece, hold for whatever comes before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from torch import Tensor
+
+from plait.lora import Layout
+from plait.methods import Factor
+from plait.peers.certificates import read_credentials
+from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
+from plait.peers.envelope import (
+    Assembly,
+    read_ack,
+    read_answer,
+    read_header,
+    read_question,
+    write_ack,
+    write_answer,
+    write_header,
+    write_question,
+    write_refusal,
+)
+from plait.peers.event_loop import BACKGROUND
+from plait.peers.federation import Federation, PeerSettings, is_loopback, split_address
+from plait.peers.refusals import Reason, Refused
+
+Options = list[tuple[str, int | str]]
+Names = frozenset[str] | None
+"""The names in a certificate; None where there is no TLS."""
+
+OPEN_CALLS = 4
+"""Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
+
+DELIVER, ASK = "/plait.v1.Peer/Deliver", "/plait.v1.Peer/Ask"
+HEADER = "plait-header-bin"
+"""The metadata of a delivery: its header."""
+
+OPTIONS: Options = [
+    ("grpc.max_receive_message_length", PIECE_BYTES),
+    ("grpc.max_send_message_length", PIECE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Two peers on a port would share its calls at random.
+    ("grpc.so_reuseport", 0),
+    # HTTP/2's frames and window are made for web pages.
+    ("grpc.http2.max_frame_size", 4 << 20),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
+    # A neighbour that comes back is found within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A proxy from the environment has no business between peers.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back on a question: facts, and factors if a message came with them."""
+
+    facts: dict[str, Any]
+    header: Header | None = None
+    factors: dict[Factor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Bytes of bodies by peer, since the start."""
+
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    received_bytes: Counter[str] = field(default_factory=Counter)
+
+
+class Stream(Protocol):
+    """What both sides of gRPC read from, at less cost than iterating over it."""
+
+    async def read(self) -> Any:
+        """The next message, or `aio.EOF`."""
+
+
+class Desk(Protocol):
+    """Whoever takes the messages. Called on the transport's thread, so it must be quick."""
+
+    def admit(self, header: Header) -> None:
+        """A message is about to come; raise `Refused` to have none of its body."""
+
+    def take(self, header: Header, factors: dict[Factor, Tensor]) -> None:
+        """A message has come and was checked; raise `Refused` to have the sender told."""
+
+    def answer(self, question: Question) -> Answer:
+        """A peer asks; raise `Refused` for no answer."""
+
+    def refused(self, sender: str, reason: Reason, detail: str) -> None:
+        """Something from a peer was refused, here or by one of the above."""
+
+
+class Transport(Protocol):
+    """What the round protocol needs of a network."""
+
+    def start(self) -> None:
+        """Begin to listen."""
+
+    def send(self, to: str, message: Message, deadline_s: float) -> Ack:
+        """Deliver a message; returns within the deadline."""
+
+    def ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        """Ask a peer; returns, or raises `Refused`, within the deadline."""
+
+    def stop(self, grace_s: float) -> None:
+        """Let open calls end, for so long, and stop."""
+
+
+class GrpcTransport:
+    """The one transport: gRPC, with mutual TLS unless told that all is on this machine."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        settings: PeerSettings,
+        layout: Layout,
+        desk: Desk,
+        *,
+        insecure_loopback: bool = False,
+    ) -> None:
+        """Read the certificates; nothing listens yet.
+
+        Args:
+            federation: Who takes part.
+            settings: Of this peer.
+            layout: Of a client's factors.
+            desk: Takes what comes.
+            insecure_loopback: No TLS and no certificates, and no address but of this machine.
+
+        Raises:
+            ValueError: A certificate is missing or unfit, or an address is not of this machine.
+        """
+        limits = federation.limits
+        self.counts = Counts()
+        self.identity = Identity(
+            name=settings.name,
+            federation=federation.id,
+            config_digest=federation.digest(),
+            layout=layout,
+            max_message_bytes=limits.max_message_bytes,
+            norm_bound=limits.norm_bound,
+        )
+        self._listen = settings.listen
+        self._addresses = {peer.name: peer.address for peer in federation.peers}
+        self._credentials = None if insecure_loopback else read_credentials(settings)
+        if insecure_loopback:
+            for address in (self._listen, *self._addresses.values()):
+                _check_loopback(address)
+        self._desk = desk
+        self._call_timeout_s = limits.round_timeout_s
+        self._open: Counter[str] = Counter()
+        self._channels: dict[str, aio.Channel] = {}
+        self._server: aio.Server | None = None
+
+    # -- what the round protocol calls, from any thread
+
+    def start(self, serve: bool = True) -> None:
+        """Begin to listen; or only be able to call others, without `serve`.
+
+        Raises:
+            ValueError: The address is in use, or not of this machine.
+        """
+        BACKGROUND.acquire()
+        try:
+            if serve:
+                BACKGROUND.run(self._serve()).result()
+        except BaseException:
+            BACKGROUND.release()
+            raise
+
+    def send(self, to: str, message: Message, deadline_s: float) -> Ack:
+        """Deliver a message; whatever goes wrong is in the acknowledgement."""
+        try:
+            return BACKGROUND.run(self._send(to, message, deadline_s)).result()
+        except Refused as refused:
+            return Ack(False, refused.reason, refused.detail)
+
+    def ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        """Ask a peer.
+
+        Raises:
+            Refused: By the peer, or because it can't be reached, or because its answer is bad.
+        """
+        return BACKGROUND.run(self._ask(to, question, deadline_s)).result()
+
+    def alive(self, to: str, deadline_s: float) -> bool:
+        """Whether a peer's health service says that it serves."""
+        return BACKGROUND.run(self._alive(to, deadline_s)).result()
+
+    def stop(self, grace_s: float) -> None:
+        """Let open calls end, for so long, and stop."""
+        BACKGROUND.run(self._stop(grace_s)).result()
+        BACKGROUND.release()
+
+    # -- on the background thread: as a server
+
+    async def _serve(self) -> None:
+        server = aio.server(options=OPTIONS, maximum_concurrent_rpcs=8 * len(self._addresses))
+        handlers = {
+            "Deliver": grpc.stream_unary_rpc_method_handler(self._deliver),
+            "Ask": grpc.unary_stream_rpc_method_handler(self._answer),
+        }
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("plait.v1.Peer", handlers),)
+        )
+        await _add_health(server)
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(self._listen)
+            else:
+                authority, own = self._credentials
+                port = server.add_secure_port(
+                    self._listen,
+                    grpc.ssl_server_credentials(
+                        [(own.key, own.certificate)], authority, require_client_auth=True
+                    ),
+                )
+        except RuntimeError as error:
+            raise ValueError(f"Can't listen on {self._listen}: {error}") from error
+        assert port
+        await server.start()
+        self._server = server
+
+    async def _deliver(self, _stream: Any, context: Any) -> bytes:
+        """The handler of a delivery."""
+        certified = self._certified(context)
+        work = partial(self._receive, certified, context)
+        return write_ack(await self._attempt(work, certified, context))
+
+    async def _receive(self, certified: Names, context: Any) -> None:
+        """Take a message: every check, in the order of what it costs."""
+        header = read_header(dict(context.invocation_metadata()).get(HEADER, b""))
+        self._check(header, certified)
+        self.identity.template(header)
+        self._desk.admit(header)
+        body = await _assemble(context, header)
+        self.counts.received_bytes[header.sender] += len(body)
+        self._desk.take(header, decode(header, body, self.identity))
+
+    async def _answer(self, data: bytes, context: Any) -> None:
+        """The handler of a question."""
+        certified = self._certified(context)
+        work = partial(self._reply_to, data, certified, context)
+        refused = await self._attempt(work, certified, context)
+        # One who doesn't read what it asked for would not read this either.
+        if refused and refused.reason is not Reason.NO_ANSWER:
+            await context.write(write_refusal(refused))
+
+    async def _reply_to(self, data: bytes, certified: Names, context: Any) -> None:
+        question = read_question(data)
+        self._check(question, certified)
+        answer = self._desk.answer(question)
+        await context.write(write_answer(answer, question.sender))
+        if answer.message:
+            for piece in answer.message.pieces:
+                await context.write(piece)
+            self.counts.sent_bytes[question.sender] += len(answer.message.body)
+
+    def _certified(self, context: Any) -> Names:
+        """The names in the certificate of whoever calls; None without TLS."""
+        if self._credentials is None:
+            return None
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        return frozenset(name.decode(errors="replace") for name in names)
+
+    def _check(self, header: Header | Question, certified: Names) -> None:
+        self.identity.check(header, certified)
+        if header.sender not in self._addresses:
+            raise Refused(Reason.WRONG_SENDER, f"{header.sender!r:.80} is no member")
+
+    async def _attempt(
+        self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
+    ) -> Refused | None:
+        """Do a peer's bidding: a few things at a time, within a time. A refusal is counted."""
+        caller = "|".join(sorted(certified or ())) or str(context.peer())
+        self._open[caller] += 1
+        try:
+            if self._open[caller] > OPEN_CALLS:
+                raise Refused(Reason.BUSY, f"more than {OPEN_CALLS} calls at a time")
+            async with asyncio.timeout(self._call_timeout_s):
+                await work()
+            return None
+        except Refused as error:
+            refused = error
+        except TimeoutError:
+            refused = Refused(Reason.NO_ANSWER, "the call did not end in time")
+        finally:
+            self._open[caller] -= 1
+            self._open += Counter()  # forget who has none open
+        self._desk.refused(caller, refused.reason, refused.detail)
+        return refused
+
+    # -- on the background thread: as a client
+
+    async def _send(self, to: str, message: Message, deadline_s: float) -> Ack:
+        channel, pieces = self._channel(to), message.pieces
+        how = {"timeout": deadline_s, "metadata": ((HEADER, write_header(message.header, to)),)}
+        # On the wire one piece is the same either way; as a stream it takes gRPC more steps.
+        call = (
+            channel.unary_unary(DELIVER)(pieces[0], **how)
+            if len(pieces) == 1
+            else channel.stream_unary(DELIVER)(iter(pieces), **how)
+        )
+        with _grpc_errors(to):
+            ack = read_ack(await call)
+        self.counts.sent_bytes[to] += len(message.body) if ack.accepted else 0
+        return ack
+
+    async def _ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        asked = write_question(
+            Question(
+                kind=question.kind,
+                round=question.round,
+                asker_round=question.asker_round,
+                sender=self.identity.name,
+                receiver=to,
+                federation=self.identity.federation,
+                config_digest=self.identity.config_digest,
+            )
+        )
+        call = self._channel(to).unary_stream(ASK)(asked, timeout=deadline_s)
+        with _grpc_errors(to):
+            return await self._reply(to, call)
+
+    async def _reply(self, to: str, stream: Stream) -> Reply:
+        """Read an answer, as distrustful as a message that comes by itself."""
+        facts, header = read_answer(await _next(stream) or b"")
+        if header is None:
+            return Reply(facts=facts)
+        # The channel was opened to this name, so the certificate has it.
+        self.identity.check(header, frozenset([to]))
+        self.identity.template(header)
+        body = await _assemble(stream, header)
+        self.counts.received_bytes[to] += len(body)
+        factors = decode(header, body, self.identity)
+        return Reply(facts=facts, header=header, factors=factors)
+
+    async def _alive(self, to: str, deadline_s: float) -> bool:
+        check = self._channel(to).unary_unary("/grpc.health.v1.Health/Check")
+        try:
+            asked = health_pb2.HealthCheckRequest().SerializeToString()
+            answer = health_pb2.HealthCheckResponse.FromString(
+                await check(asked, timeout=deadline_s)
+            )
+        except aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _channel(self, to: str) -> aio.Channel:
+        if to not in self._channels:
+            address = self._addresses[to]
+            if self._credentials is None:
+                self._channels[to] = aio.insecure_channel(address, OPTIONS)
+            else:
+                authority, own = self._credentials
+                credentials = grpc.ssl_channel_credentials(authority, own.key, own.certificate)
+                # Whatever the address is, the certificate must have the neighbour's name.
+                named: Options = [("grpc.ssl_target_name_override", to)]
+                self._channels[to] = aio.secure_channel(address, credentials, OPTIONS + named)
+        return self._channels[to]
+
+    async def _stop(self, grace_s: float) -> None:
+        for channel in self._channels.values():
+            await channel.close(grace_s)
+        self._channels.clear()
+        if self._server:
+            await self._server.stop(grace_s)
+            self._server = None
+
+
+async def _assemble(stream: Stream, header: Header) -> bytes | bytearray:
+    """A body; what comes after the bytes that were declared is not read."""
+    assembly = Assembly(header.num_bytes)
+    while not assembly.whole and (piece := await _next(stream)) is not None:
+        assembly.add(piece)
+    return assembly.finish()
+
+
+async def _next(stream: Stream) -> bytes | None:
+    """The next message of a stream, None at its end."""
+    data = await stream.read()
+    return None if data is aio.EOF else data
+
+
+@contextmanager
+def _grpc_errors(to: str) -> Iterator[None]:
+    """What gRPC raises, as a refusal that says what it means."""
+    try:
+        yield
+    except aio.AioRpcError as error:
+        late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        reason = Reason.NO_ANSWER if late else Reason.UNREACHABLE
+        raise Refused(reason, f"{to}: {error.code().name} {error.details()}") from None
+
+
+async def _add_health(server: aio.Server) -> None:
+    servicer = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+
+
+def _check_loopback(address: str) -> None:
+    host, _ = split_address(address)
+    if not is_loopback(host):
+        raise ValueError(
+            f"--insecure-loopback takes addresses such as 127.0.0.1:7600 only, not {address}. "
+            "Between machines there is no mode without TLS."
+        )

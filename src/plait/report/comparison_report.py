@@ -1,0 +1,150 @@
+"""What a person gets from a comparison: a table, and the same for machines.
+
+Everything here comes from recorded events and summaries alone. The pictures are those of
+paper_figures.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from plait.compare.comparison import Conclusion, Outcome, figures, significance, verdict
+from plait.compare.significance import Difference, Estimate
+from plait.machine.files import write_atomically
+from plait.report.paper_figures import curves
+from plait.report.series import started
+
+STAR, EDGE = " *", "†"
+
+
+def write_report(conclusion: Conclusion) -> None:
+    """Write `summary.json`, `table.md` and `curves.png` into the comparison's folder."""
+    out = conclusion.plan.out
+    write_atomically(out / "summary.json", json.dumps(to_json(conclusion), indent=2) + "\n")
+    write_atomically(out / "table.md", markdown(conclusion))
+    curves({one.entry.label: one.events for one in conclusion.outcomes}, out / "curves.png")
+
+
+# -- the table
+
+
+def table(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dict[str, list[str]]:
+    """Label -> its line of the table; the head is the line of the empty label."""
+    reference, metric = outcomes[0].entry.label, outcomes[0].summaries[0]["metric"]
+    against = {one.rival: one for one in differences}
+    head = ["method", metric, "worst", "averaged", "lr", f"{reference} - this"]
+    lines = {"": [*head, "loss", "cross term", "MB sent", "seconds"]}
+    for outcome in outcomes:
+        label, lr, shown = outcome.entry.label, outcome.entry.lr, figures(outcome)
+        lines[label] = [
+            label,
+            _with_reach(outcome.score, "0.3f"),
+            f"{shown['accuracy_client_min']:.3f}",
+            f"{shown['accuracy_averaged_model']:.3f}",
+            f"{lr:g}{EDGE if outcome.at_grid_edge else ''}",
+            _against(against[label]) if label in against else "",
+            f"{shown['loss_client_mean']:.3f}",
+            f"{shown['cross_term']:.2g}",
+            f"{shown['sent_bytes'] / 1e6:.1f}",
+            f"{shown['wall_seconds']:.0f}",
+        ]
+    return lines
+
+
+def _with_reach(one: Estimate, form: str) -> str:
+    reach = "" if one.high is None else f" ± {one.high - one.mean:.3f}"
+    return f"{one.mean:{form}}{reach}"
+
+
+def _against(one: Difference) -> str:
+    return _with_reach(one.estimate, "+.3f") + (STAR if one.significant else "")
+
+
+def notes(conclusion: Conclusion) -> list[str]:
+    """What has to be known to read the table; the verdict comes first."""
+    plan, outcomes = conclusion.plan, conclusion.outcomes
+    begun = started({"": outcomes[0].events})
+    assert begun is not None
+    seeds = ", ".join(map(str, plan.seeds))
+    found = [
+        verdict(conclusion),
+        f"{begun.task}, {plan.config.clients} clients, {plan.config.topology}, "
+        f"{plan.config.rounds} rounds; seeds {seeds}, paired; majority class "
+        f"{begun.majority:.3f}.",
+    ]
+    if len(plan.seeds) > 1:
+        found.append("±: 95% t interval over seeds; of differences, over pairs with the same seed.")
+    if any(one.significant for one in conclusion.differences):
+        found.append(f"{STAR.strip()}: significant at .05 after Holm's correction.")
+    if any(one.at_grid_edge for one in outcomes):
+        found.append(f"{EDGE}: at the edge of --lr-grid; a rate beyond it may be better.")
+    if len(outcomes) < len(plan.labels):
+        found.append("dec-lora's rate is half of adf's: it is its own matched control.")
+    return found
+
+
+def rich_tables(conclusion: Conclusion) -> list[Table]:
+    """The table for a terminal: the scores, and under them the rest, each 80 columns wide."""
+    head, *lines = table(conclusion.outcomes, conclusion.differences).values()
+    return [_rich(head, lines, part) for part in (slice(1, 6), slice(6, None))]
+
+
+def _rich(head: list[str], lines: list[list[str]], part: slice) -> Table:
+    shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown.add_column(head[0], no_wrap=True)
+    for name in head[part]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        shown.add_row(line[0], *line[part])
+    return shown
+
+
+def markdown(conclusion: Conclusion) -> str:
+    """The table and its notes as Markdown."""
+    head, *lines = table(conclusion.outcomes, conclusion.differences).values()
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n\n".join([text, *notes(conclusion)]) + "\n"
+
+
+def to_json(conclusion: Conclusion) -> dict[str, Any]:
+    """Everything in the table, and each run's own summary, as plain JSON values."""
+    plan = conclusion.plan
+    rival = conclusion.best_rival
+    return {
+        "config": plan.config.to_json(),
+        "metric": conclusion.metric,
+        "seeds": list(plan.seeds),
+        "reference": plan.methods[0],
+        "best_rival": rival.rival if rival else None,
+        "verdict": verdict(conclusion),
+        "methods": [
+            {
+                "label": one.entry.label,
+                "method": one.entry.method,
+                "lr": one.entry.lr,
+                "lr_at_grid_edge": one.at_grid_edge,
+                "accuracy_client_mean": one.score.mean,
+                "interval": [one.score.low, one.score.high],
+                **figures(one),
+                "runs": one.summaries,
+            }
+            for one in conclusion.outcomes
+        ],
+        "differences": [
+            {
+                "rival": one.rival,
+                "difference": one.estimate.mean,
+                "interval": [one.estimate.low, one.estimate.high],
+                "p": one.estimate.p,
+                "p_holm": one.p_holm,
+                "significant": one.significant,
+                "in_words": significance(one, len(plan.seeds)),
+            }
+            for one in conclusion.differences
+        ],
+    }

@@ -1,0 +1,260 @@
+"""The web page of a study: one file that opens offline, and the same page kept fresh by a server.
+
+`payload` turns a study into plain JSON values: pieces of HTML (made by Jinja from templates/) and
+charts. A report holds the payloads of all its studies; the dashboard sends a new one whenever a
+run has said something. templates/page.js shows a payload, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from plait.compare.comparison import Conclusion, Outcome, verdict
+from plait.events import Started
+from plait.report import charts
+from plait.report.charts import Chart
+from plait.report.comparison_report import notes, table
+from plait.report.meetings import topology
+from plait.report.recorded_run import Track
+from plait.report.series import MEASURES, Said, started
+from plait.report.study import Study, settings
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+Payload = dict[str, Any]
+
+PLOTLY = "vendor/plotly-cartesian-4.1.1.min.js"
+MEASURES_OF_CONVERGENCE = ("scores", "worst", "averaged", "loss")
+
+
+def report(studies: Sequence[Study]) -> str:
+    """One HTML file with everything in it.
+
+    Raises:
+        ValueError: jinja2 is not installed.
+    """
+    return render([payload(study) for study in studies])
+
+
+def render(payloads: Sequence[Payload], live: bool = False) -> str:
+    """The page of some payloads.
+
+    Args:
+        payloads: What is in the page from the start.
+        live: The page listens to the server that it came from, which also serves plotly.js.
+
+    Raises:
+        ValueError: jinja2 is not installed.
+    """
+    # `<` can't end the script element that the values stand in.
+    values = json.dumps(payloads, separators=(",", ":")).replace("<", "\\u003c")
+    return _environment().get_template("page.html").render(
+        title=payloads[0]["title"] if payloads else "plait",
+        payloads=payloads,
+        values=values,
+        live=live,
+        plotly="" if live else plotly_js(),
+        css=_text("page.css"),
+        js=_text("page.js"),
+    )  # fmt: skip
+
+
+@cache
+def plotly_js() -> str:
+    """The library that draws: plotly.js without maps and 3D, a third of the whole.
+
+    It lies beside the templates as npm's `plotly.js-cartesian-dist-min` has it, so that nothing is
+    fetched.
+    """
+    # The escape is for what would end the script element that it stands in.
+    return _text(PLOTLY).replace("</script", "<\\/script")
+
+
+def payload(study: Study) -> Payload:
+    """Everything that the page shows of a study, as plain JSON values."""
+    said = study.said
+    begun = started(said)
+    metric = begun.metric if begun else "score"
+    conclusion = study.conclusion()
+    outcomes = conclusion.outcomes if conclusion else study.outcomes()
+    context = {
+        "study": study,
+        "begun": begun,
+        "metric": metric,
+        "facts": _facts(study, begun),
+        "headline": _headline(study, conclusion),
+        "table": _results(outcomes, study, conclusion),
+        "notes": notes(conclusion)[1:] if conclusion else [],
+        "runs": [_run_row(label, track) for label, track in study.tracks],
+        "settings": settings(study.config),
+        "commands": study.commands(),
+    }
+    pieces = ("head", "results", "runs", "settings")
+    return {
+        "title": study.title,
+        "finished": study.finished,
+        "pieces": {name: _piece(name, context) for name in pieces},
+        "charts": _charts(said, metric, outcomes, study, conclusion),
+        "runs": [_run(key, track, metric) for key, track in _keys(study).items()],
+    }
+
+
+def _keys(study: Study) -> dict[str, Track]:
+    """The runs that have been evaluated, each under a name of its own."""
+    keys: dict[str, Track] = {}
+    for label, track in study.tracks:
+        key = name = f"{label}, seed {track.config.seed}"
+        while key in keys:
+            key = f"{name} ({track.path.name})" if key == name else f"{key}'"
+        if track.evaluations:
+            keys[key] = track
+    return keys
+
+
+# -- the words and the tables
+
+
+def _facts(study: Study, begun: Started | None) -> list[tuple[str, str]]:
+    config = study.config
+    seeds = study.plan.seeds if study.plan else study.seeds
+    found = [
+        ("task", begun.task if begun else config.task),
+        ("clients", str(config.clients)),
+        ("topology", config.topology),
+        ("rounds", str(config.rounds)),
+        ("seeds" if len(seeds) > 1 else "seed", ", ".join(map(str, seeds))),
+        ("backbone", config.backbone),
+    ]
+    if begun:
+        found += [("rho of W", f"{begun.rho:.3f}"), ("device", begun.device)]
+        found += [("majority class", f"{begun.majority:.3f}")] if begun.majority else []
+    return found
+
+
+def _headline(study: Study, conclusion: Conclusion | None) -> str:
+    if conclusion:
+        return verdict(conclusion)
+    done = sum(len(track.rounds) for _, track in study.tracks)
+    if study.plan:
+        planned = study.plan.config.rounds * sum(study.plan.planned.values())
+    else:
+        planned = sum(track.config.rounds for _, track in study.tracks)
+    if not study.finished:
+        return f"{done} of {planned} rounds are done."
+    runs = len(study.tracks)
+    return f"{runs} run{'s' if runs > 1 else ''}, {done} rounds, all done."
+
+
+def _results(
+    outcomes: Sequence[Outcome], study: Study, conclusion: Conclusion | None
+) -> list[list[str]]:
+    if not outcomes:
+        return []
+    found = conclusion.differences if conclusion else study.differences()
+    lines = list(table(outcomes, found).values())
+    if len(outcomes) == 1:  # nothing to subtract from
+        lines = [line[:5] + line[6:] for line in lines]
+    return lines
+
+
+def _run_row(label: str, track: Track) -> list[str]:
+    """The figures of a run as in its `summary.json`; those so far while it goes on."""
+    figures = track.summary
+    done = f"{len(track.rounds)}/{track.config.rounds}"
+    shown = [
+        f"{figures['accuracy_client_mean']:.4f}",
+        f"{figures['accuracy_client_min']:.4f}",
+        f"{figures['accuracy_averaged_model']:.4f}",
+        f"{figures['loss_client_mean']:.4f}",
+        f"{figures['consensus_A']:.3g}",
+        f"{figures['consensus_B']:.3g}",
+        f"{figures['cross_term']:.3g}",
+        f"{figures['sent_bytes'] / 1e6:.1f}",
+        str(timedelta(seconds=round(figures["wall_seconds"]))),
+    ] if figures else _so_far(track)  # fmt: skip
+    return [label, str(track.config.seed), done, *shown]
+
+
+def _so_far(track: Track) -> list[str]:
+    """What can be said of a run before its first round is done, or of peers, who see less."""
+    if not track.evaluations:
+        return [""] * 9
+    last = track.evaluations[-1]
+    sent = sum(one.sent_bytes for one in track.rounds) / 1e6
+    scores = [f"{np.mean(last.scores):.4f}", f"{min(last.scores):.4f}", ""]
+    return [*scores, f"{np.mean(last.losses):.4f}", "", "", "", f"{sent:.1f}", ""]
+
+
+# -- the charts
+
+
+def _charts(
+    said: dict[str, Said],
+    metric: str,
+    outcomes: Sequence[Outcome],
+    study: Study,
+    conclusion: Conclusion | None,
+) -> dict[str, Chart]:
+    found: dict[str, Chart] = {}
+    differences = conclusion.differences if conclusion else study.differences()
+    if len(outcomes) > 1:
+        scores = {one.entry.label: one.score for one in outcomes}
+        unit = f"{metric}, client mean"
+        found["estimates"] = charts.intervals_chart(scores, unit, zero=False)
+    if differences:
+        reference = outcomes[0].entry.label
+        found["differences"] = charts.differences_chart(differences, reference, metric)
+    for name in MEASURES_OF_CONVERGENCE:
+        unit = MEASURES[name].unit if name == "loss" else f"{metric}, {MEASURES[name].unit}"
+        found[name] = charts.over_rounds_chart(said, MEASURES[name], unit)
+    found["bytes"] = charts.bytes_chart(said, metric)
+    found["clients"] = charts.clients_chart(said, metric)
+    found["apart"] = charts.over_rounds_chart(said, MEASURES["apart"])
+    found["cross_term"] = charts.over_rounds_chart(said, MEASURES["cross_term"])
+    return found
+
+
+def _run(key: str, track: Track, metric: str) -> Payload:
+    return {
+        "key": key,
+        "charts": {
+            "fan": charts.fan_chart(track, metric),
+            "consensus": charts.consensus_chart(track),
+            "partition": charts.partition_chart(track),
+        },
+        "topology": topology(track),
+    }
+
+
+# -- the templates
+
+
+@cache
+def _environment() -> Environment:
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise ValueError("The page needs jinja2: pip install 'plait[report]'.") from error
+    return Environment(
+        loader=PackageLoader("plait.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _piece(name: str, context: dict[str, Any]) -> str:
+    return _environment().get_template(f"{name}.html").render(context)
+
+
+def _text(name: str) -> str:
+    return resources.files("plait.report").joinpath("templates", name).read_text("utf-8")

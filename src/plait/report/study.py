@@ -1,0 +1,283 @@
+"""What a report is about: the runs found in folders, put into groups that can be compared.
+
+A comparison's folder is one study, its groups are the lines of its table. Run folders that belong
+to no comparison make one study for each task; there a group is the runs that differ in their seed
+alone, and its label says what sets it apart from the other groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.compare.comparison import Conclusion, Outcome, conclude
+from plait.compare.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
+from plait.compare.significance import Difference, differences
+from plait.config import Config
+from plait.report.recorded_run import Federation, Track
+from plait.report.series import Said
+
+DEEPEST = 4
+"""How far below a given folder runs are looked for."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that are shown together.
+
+    Attributes:
+        title: A name for people.
+        groups: Label -> its runs, a seed each; the first label is compared with the others.
+        plan: Of a comparison.
+    """
+
+    title: str
+    groups: dict[str, list[Track]]
+    plan: Plan | None = None
+
+    @property
+    def tracks(self) -> list[tuple[str, Track]]:
+        """Every run with its label."""
+        return [(label, track) for label, tracks in self.groups.items() for track in tracks]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs."""
+        return tuple(sorted({track.config.seed for _, track in self.tracks}))
+
+    @property
+    def said(self) -> dict[str, Said]:
+        """Label -> the events of each of its runs."""
+        return {label: [run.events for run in runs] for label, runs in self.groups.items()}
+
+    @property
+    def config(self) -> Config:
+        """The settings that its runs share, and the first one's where they differ."""
+        return self.plan.config if self.plan else self.tracks[0][1].config
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run is done, those that were planned and have not begun included."""
+        planned = len(self.plan.seeds) * len(self.groups) if self.plan else 0
+        return len(self.tracks) >= planned and all(track.finished for _, track in self.tracks)
+
+    def conclusion(self) -> Conclusion | None:
+        """The result of a comparison that is done."""
+        return conclude(self.plan) if self.plan and self.finished else None
+
+    def outcomes(self) -> list[Outcome]:
+        """What came out for each group whose runs are all done."""
+        done = {k: v for k, v in self.groups.items() if all(r.finished and r.summary for r in v)}
+        return [
+            Outcome(
+                Entry(label, tracks[0].config.method, tracks[0].config.lr),
+                [track.path for track in tracks],
+                [track.summary or {} for track in tracks],
+            )
+            for label, tracks in done.items()
+        ]
+
+    def differences(self) -> list[Difference]:
+        """The first group against the others, where all have the same seeds."""
+        outcomes = self.outcomes()
+        seeds = {tuple(int(seed) for seed in one.values("seed")) for one in outcomes}
+        if len(seeds) != 1 or len(outcomes) < len(self.groups):
+            return []
+        scores = {one.entry.label: one.values("accuracy_client_mean") for one in outcomes}
+        return differences(scores, outcomes[0].entry.label)
+
+    def commands(self) -> list[str]:
+        """What to type to run it again."""
+        if self.plan:
+            return [compare_command(self.plan)]
+        return [
+            up_command(track.config, track.path.name)
+            if isinstance(track, Federation)
+            else run_command(track.config, track.path.name)
+            for _, track in self.tracks
+        ]
+
+
+# -- finding them
+
+
+def find_studies(paths: Sequence[Path], known: dict[Path, Track] | None = None) -> list[Study]:
+    """The studies in folders.
+
+    Args:
+        paths: Run folders, comparisons' folders, or folders of such.
+        known: Tracks by folder, to go on with; new ones are added.
+
+    Raises:
+        ValueError: There is no run in any of them.
+    """
+    known = {} if known is None else known
+    found = [folder for path in paths for folder in _folders(path, DEEPEST)]
+    comparisons = [path for path in found if (path / PLAN).is_file()]
+    loose = [_track(path, known) for path in found if path not in comparisons]
+    studies = [_comparison(load_plan(path), known) for path in comparisons]
+    studies = [study for study in studies if study.tracks] + list(_loose(loose, known))
+    if not studies:
+        where = ", ".join(map(str, paths))
+        raise ValueError(f"There is no run in {where}; `plait run --out` makes one.")
+    return studies
+
+
+def read_studies(paths: Sequence[Path]) -> list[Study]:
+    """The studies in folders, with all that their runs have said so far.
+
+    Raises:
+        ValueError: There is no run in any of the folders.
+    """
+    studies = find_studies(paths)
+    for study in studies:
+        for _, track in study.tracks:
+            track.read()
+    return studies
+
+
+def _folders(path: Path, depth: int) -> Iterator[Path]:
+    """Folders of comparisons, and of runs outside of comparisons."""
+    if (path / PLAN).is_file() or _is_run(path):
+        yield path
+    elif depth and path.is_dir():
+        # A sweep's search for learning rates is shown while there is nothing else.
+        left_out = {"adapters"} | ({"tuning"} if any(path.glob("runs/*/config.json")) else set())
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and child.name not in left_out:
+                yield from _folders(child, depth - 1)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "events.jsonl").is_file()
+
+
+def _track(path: Path, known: dict[Path, Track]) -> Track:
+    if path not in known:
+        known[path] = Track.open(path)
+    return known[path]
+
+
+def _comparison(plan: Plan, known: dict[Path, Track]) -> Study:
+    places = {label: [run_folder(plan, label, s) for s in plan.seeds] for label in plan.labels}
+    if not any(map(_is_run, (path for paths in places.values() for path in paths))):
+        # Still at the search for learning rates.
+        cells = [cell for method in plan.searched for cell in tuning_cells(plan, method)]
+        places = {cell.label: [cell.folder] for cell in cells}
+    groups = {
+        label: [_track(path, known) for path in paths if _is_run(path)]
+        for label, paths in places.items()
+    }
+    return Study(plan.out.resolve().name, {k: v for k, v in groups.items() if v}, plan)
+
+
+def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
+    """The runs, with the peers of a federation as one."""
+    found: list[Track] = []
+    peers: dict[Config, list[Track]] = {}
+    for track in tracks:
+        track.read()
+        if track.sees_itself_alone:
+            peers.setdefault(track.config, []).append(track)
+        else:
+            found.append(track)
+    for parts in peers.values():
+        parts.sort(key=lambda track: _natural(track.path))
+        place = Path(os.path.commonpath([track.path.resolve() for track in parts]))
+        # `plait up` and `plait init-federation` have the peers in a folder of this name.
+        place = place.parent if place.name == "federation" else place
+        joined = known.get(place)
+        if not isinstance(joined, Federation) or joined.parts != parts:
+            known[place] = Federation(place, parts)
+        found.append(known[place])
+    return found
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorts peer-10 behind peer-9."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+
+def _loose(tracks: Sequence[Track], known: dict[Path, Track]) -> Iterator[Study]:
+    for task in dict.fromkeys(track.config.task for track in tracks):
+        mine = _joined([track for track in tracks if track.config.task == task], known)
+        groups: dict[str, list[Track]] = {}
+        names = _labels([track.config for track in mine])
+        for track, name in zip(mine, names, strict=True):
+            groups.setdefault(name, []).append(track)
+        for runs in groups.values():
+            runs.sort(key=lambda track: track.config.seed)
+        yield Study(mine[0].path.resolve().name if len(mine) == 1 else f"Runs on {task}", groups)
+
+
+def _labels(configs: Sequence[Config]) -> list[str]:
+    """The method of each, with the settings in which the configs differ apart from the seed."""
+    values = [config.to_json() for config in configs]
+    differ = [
+        key for key in values[0]
+        if key not in ("method", "seed") and len({str(one[key]) for one in values}) > 1
+    ]  # fmt: skip
+    return [
+        ", ".join([one["method"], *(f"{_words(key)} {one[key]}" for key in differ)])
+        for one in values
+    ]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# -- the commands that run them again
+
+
+def run_command(config: Config, out: str) -> str:
+    """The `plait run` of a config."""
+    return shlex.join(["plait", "run", *flags(config), "--out", out])
+
+
+def up_command(config: Config, out: str) -> str:
+    """The `plait up` that has the peers of a federation on one machine."""
+    words = flags(config, leave_out=("clients",))
+    return shlex.join(["plait", "up", "--peers", str(config.clients), *words, "--out", out])
+
+
+def compare_command(plan: Plan) -> str:
+    """The `plait compare` of a plan."""
+    words = ["plait", "compare", *flags(plan.config, leave_out=("method", "seed"))]
+    words += ["--methods", ",".join(plan.methods), "--seeds", ",".join(map(str, plan.seeds))]
+    if plan.lrs:
+        words += ["--lrs", ",".join(f"{method}={lr!r}" for method, lr in plan.lrs.items())]
+    if plan.lr_grid:
+        words += ["--lr-grid", ",".join(map(repr, plan.lr_grid))]
+    words += [] if plan.matched_control else ["--no-matched-control"]
+    return shlex.join([*words, "--out", plan.out.resolve().name])
+
+
+def flags(config: Config, leave_out: Iterable[str] = ()) -> list[str]:
+    """The flags of the settings that are not at their defaults.
+
+    Example:
+        >>> flags(Config(method="ffa", clip_norm=None))
+        ['--method', 'ffa', '--clip-norm', 'None']
+    """
+    default: dict[str, Any] = Config().to_json()
+    changed = {key: value for key, value in config.to_json().items() if value != default[key]}
+    pairs = [(key, value) for key, value in changed.items() if key not in leave_out]
+    return [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def settings(config: Config) -> list[tuple[str, str, bool]]:
+    """Name, value and whether it is not the default, of every setting."""
+    default = Config()
+    return [
+        (field.name, str(getattr(config, field.name)),
+         getattr(config, field.name) != getattr(default, field.name))
+        for field in dataclasses.fields(config)
+    ]  # fmt: skip

@@ -1,0 +1,125 @@
+"""Adapters as PEFT folders: `PeftModel.from_pretrained(base, folder)` loads what plait trained.
+
+Whatever the checkpoint had no weights for, a classifier above all, travels along in
+`modules_to_save`, trained or not. The base is then the backbone as anyone loads it; a sentence
+encoder's mean-pooled classifier is no class of transformers, and `plait.load_base` makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor
+
+from plait.config import Config
+from plait.events import Started, from_line
+from plait.lora import Stack
+from plait.machine.files import save_tensors
+from plait.methods import Factor
+from plait.mixing import mean
+from plait.model.backbone import Backbone, in_head
+from plait.model.loading import load_model
+
+
+def save_adapters(backbone: Backbone, stack: Stack, config: Config, out: Path) -> None:
+    """Write `client-0` ... and `mean` under `out`, each a PEFT folder."""
+    save_clients(backbone, stack, config, out)
+    averaged = {factor: mean(value)[0] for factor, value in stack.factors.items()}
+    save_adapter(backbone, averaged, config, out / "mean")
+
+
+def save_clients(
+    backbone: Backbone, stack: Stack, config: Config, out: Path, first: int = 0
+) -> None:
+    """Write a PEFT folder under `out` for each client of a stack, numbered from `first` on."""
+    for k in range(len(stack.factors[Factor.A])):
+        row = {factor: value[k] for factor, value in stack.factors.items()}
+        save_adapter(backbone, row, config, out / f"client-{first + k}")
+
+
+def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, out: Path) -> None:
+    """Write one client's state as a PEFT folder.
+
+    Args:
+        backbone: The frozen model that the factors adapt.
+        row: Factor -> (P,).
+        config: The run's config.
+        out: The folder; what is there is replaced.
+    """
+    layout = backbone.layout
+    tensors = dict(backbone.kept)
+    for factor, suffix in ((Factor.A, ".lora_A.weight"), (Factor.B, ".lora_B.weight")):
+        views = layout.views(factor, row[factor][None])
+        tensors |= {name + suffix: value[0] for name, value in views.items()}
+    if layout.head:
+        views = layout.views(Factor.HEAD, row[Factor.HEAD][None])
+        tensors |= {name: value[0] for name, value in views.items()}
+    peft_config = LoraConfig(
+        base_model_name_or_path=config.backbone,
+        inference_mode=True,
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        # Whole paths: a bare `query` would also match layers that were not adapted.
+        target_modules=[site.name for site in layout.sites],
+        modules_to_save=sorted({_module(name) for name in backbone.kept}),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(
+        {f"base_model.model.{name}": value.detach().float().cpu().contiguous()
+         for name, value in tensors.items()},
+        out / "adapter_model.safetensors",
+        {"format": "pt"},
+    )  # fmt: skip
+    peft_config.save_pretrained(str(out))
+
+
+def _module(parameter: str) -> str:
+    """The module that PEFT is told to save for a parameter: a head whole, others themselves."""
+    head = parameter.split(".")[0]
+    return head if in_head(parameter) else parameter.rpartition(".")[0]
+
+
+def export(run: Path, client: int | None, out: Path) -> None:
+    """Copy an adapter out of a finished run.
+
+    Args:
+        run: The run folder.
+        client: Whose adapter; the averaged one for None.
+        out: The PEFT folder to write.
+
+    Raises:
+        ValueError: The run has no such adapter, or `out` exists.
+    """
+    name = "mean" if client is None else f"client-{client}"
+    source = run / "adapters" / name
+    if not source.is_dir():
+        there = ", ".join(sorted(path.name for path in (run / "adapters").glob("*")))
+        raise ValueError(f"{run} has no adapter {name}; it has: {there or 'none'}.")
+    if out.exists():
+        raise ValueError(f"{out} already exists; take another --out.")
+    shutil.copytree(source, out)
+
+
+def load_base(run: Path | str) -> Any:
+    """The model of a run without any adapter: what `PeftModel.from_pretrained` takes as its base.
+
+    Raises:
+        ValueError: The folder holds no run, or its backbone can't be loaded.
+
+    Example:
+        >>> base = load_base("runs/demo")  # doctest: +SKIP
+        >>> model = PeftModel.from_pretrained(base, "runs/demo/adapters/mean")  # doctest: +SKIP
+    """
+    try:
+        config = Config.from_json(json.loads((Path(run) / "config.json").read_text()))
+        with (Path(run) / "events.jsonl").open() as file:
+            started = from_line(file.readline())
+    except OSError as error:
+        raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error
+    assert isinstance(started, Started)
+    return load_model(config, len(started.label_names) or 1).model.eval()

@@ -1,0 +1,251 @@
+"""For people with their own model and data sets: a run whose materials are objects, not names.
+
+    trainer = Trainer(model=model, tokenizer=tokenizer, train_dataset=[ward_a, ward_b, ward_c],
+                      eval_dataset=held_out, config=Config(rounds=20))
+    for event in trainer.train():
+        ...
+    trainer.save_adapters("adapters")
+
+It makes a `Job` of what it is given instead of what the config names. The rounds, the run folder
+and the events are those of `plait.run`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from plait.config import Config
+from plait.data.tasks import METRICS, Rows, Task
+from plait.data.tokens import Tokens, tokenize
+from plait.engines.job import Job, Materials, Rules, assemble
+from plait.engines.simulate import Simulation
+from plait.events import Event
+from plait.lookup import lookup
+from plait.model.backbone import Backbone
+from plait.model.heads import MeanPooledClassifier
+from plait.model.loading import Loaded
+from plait.runs.adapters import save_adapters
+from plait.runs.run_folder import RunFolder, carry_out
+
+Row = Mapping[str, Any]
+
+
+class Dataset(Protocol):
+    """Rows by number, as lists, PyTorch's map-style data sets and Hugging Face's have them.
+
+    A row is a mapping with a label, under `config.label_column` or `labels`, and with texts under
+    `config.text_columns` or, tokenised already, with `input_ids`. Padding goes by the
+    `attention_mask`, where there is one.
+    """
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """A row."""
+        ...
+
+
+class Trainer:
+    """Fine-tune one's own model over clients that have data sets of their own.
+
+    Attributes:
+        config: The settings, with what follows from the objects: clients, task and backbone.
+        job: The prepared run.
+        stack: The state of every client: the common start, and after `train` the result.
+
+    Example:
+        >>> trainer = Trainer(model=model, tokenizer=tokenizer, train_dataset=[a, b, c],
+        ...                   eval_dataset=held_out, config=Config())  # doctest: +SKIP
+        >>> events = list(trainer.train(Path("runs/mine")))  # doctest: +SKIP
+        >>> trainer.save_adapters("adapters")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        train_dataset: Sequence[Dataset],
+        eval_dataset: Dataset,
+        config: Config,
+        metric: str | None = None,
+    ) -> None:
+        """Tokenise the rows and freeze a copy of the model.
+
+        Args:
+            model: A sequence classification model of transformers. It is copied: yours stays as
+                it is, to load the adapters onto.
+            tokenizer: Its tokenizer; None if all rows are tokenised already.
+            train_dataset: One data set for each client.
+            eval_dataset: The rows that every client's model is judged on.
+            config: The settings. Those that name data, its partition or the model don't apply.
+            metric: A key of `METRICS`; accuracy, or Pearson's correlation where labels are scores.
+
+        Raises:
+            ValueError: Rows without text or label, labels that the model has no output for, a
+                model that is none of transformers', or settings that can't run.
+        """
+        if not isinstance(model, PreTrainedModel | MeanPooledClassifier):
+            raise ValueError(
+                f"The model is a {type(model).__name__}; give a sequence classification model of "
+                "transformers, such as AutoModelForSequenceClassification loads."
+            )
+        if not len(train_dataset):
+            raise ValueError("train_dataset is empty; give a list with a data set for each client.")
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        self.config = dataclasses.replace(
+            config, clients=len(train_dataset), task="own", backbone=name
+        )
+        self.job = _job(model, tokenizer, train_dataset, eval_dataset, self.config, metric)
+        self.stack = self.job.initial_stack()
+
+    def train(self, out: Path | str | None = None, resume: bool = False) -> Iterator[Event]:
+        """Run all rounds from the common start; `stack` then holds the result.
+
+        Args:
+            out: A run folder, for `plait report` and the like; nothing is written without one.
+            resume: Go on from the folder's checkpoint, with the same objects.
+
+        Yields:
+            As `plait.run`.
+
+        Raises:
+            ValueError: The folder is in use or holds a finished run, or training diverged.
+            OSError: The folder can't be written.
+        """
+        folder = None if out is None else RunFolder.open(Path(out), self.config, resume)
+        if folder and folder.summary_file.exists():
+            raise ValueError(f"{out} holds a finished run; its adapters are in {out}/adapters.")
+        self.stack = self.job.initial_stack()
+        yield from carry_out(Simulation(self.job, self.stack), self.config, folder)
+
+    def save_adapters(self, out: Path | str) -> None:
+        """Write `client-0` ... and `mean` under `out`, each a PEFT folder for your model.
+
+        Raises:
+            OSError: The folder can't be written.
+        """
+        save_adapters(self.job.backbone, self.stack, self.config, Path(out))
+
+
+def _job(
+    model: Any,
+    tokenizer: Any,
+    train_dataset: Sequence[Dataset],
+    eval_dataset: Dataset,
+    config: Config,
+    metric: str | None,
+) -> Job:
+    begin = time.perf_counter()
+    rules = Rules.of(config)
+    config = rules.config
+    read = _Reader(tokenizer, config, int(model.config.num_labels))
+    hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
+    held_out = read.all(eval_dataset, "eval_dataset")
+    backbone = Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config)
+    train, held_out = (
+        backbone.with_hidden(tokens, config.cache_gib) for tokens in (_join(hands), held_out)
+    )
+    task = _task(model, train, held_out, metric)
+    ends = np.cumsum([len(hand) for hand in hands])
+    shares = np.split(np.arange(len(train)), ends[:-1])
+    return assemble(rules, Materials(task, backbone, train, held_out), shares, begin)
+
+
+def _task(model: Any, train: Tokens, held_out: Tokens, metric: str | None) -> Task:
+    """The task as a run needs it: labels, their names and the metric, and no texts any more."""
+    C = int(model.config.num_labels)
+    label_names = () if C == 1 else tuple(str(model.config.id2label[c]) for c in range(C))
+    name = metric or ("accuracy" if label_names else "pearson")
+    lookup(METRICS, name, "metric")
+    rows, test = (Rows((("",),) * len(one), one.labels) for one in (train, held_out))
+    return Task("own", rows, test, test, label_names, name)
+
+
+# -- from data sets to tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """From a data set to tokens."""
+
+    tokenizer: Any
+    config: Config
+    num_labels: int
+
+    def all(self, dataset: Dataset, place: str) -> Tokens:
+        """All rows; `place` says whose they are where something is wrong with them."""
+        rows = [] if isinstance(dataset, Mapping) else [dataset[i] for i in range(len(dataset))]
+        if not rows or not all(isinstance(row, Mapping) for row in rows):
+            raise ValueError(
+                f"The data set of {place} has no rows that are mappings with text and label. "
+                "train_dataset takes a list: one data set, of one row or more, for each client."
+            )
+        labels = self._labels(rows, place)
+        if "input_ids" in rows[0]:
+            return _tokens(rows, labels)
+        columns = [column.strip() for column in self.config.text_columns.split(",")]
+        _need(columns, rows[0], place)
+        if self.tokenizer is None:
+            raise ValueError(f"The rows of {place} are texts; give the model's tokenizer.")
+        texts = [tuple(str(row[column]) for column in columns) for row in rows]
+        return tokenize(texts, labels, self.tokenizer, self.config.max_length)
+
+    def _labels(self, rows: Sequence[Row], place: str) -> np.ndarray:
+        column = "labels" if "labels" in rows[0] else self.config.label_column
+        _need([column], rows[0], place)
+        labels = [np.asarray(row[column]).item() for row in rows]
+        if self.num_labels == 1:
+            return np.array(labels, dtype=np.float32)
+        if strange := [label for label in labels if label not in range(self.num_labels)]:
+            raise ValueError(
+                f"The labels of {place} must be whole numbers from 0 to {self.num_labels - 1}, as "
+                f"the model has {self.num_labels} outputs; there is {strange[0]!r}. Number the "
+                "labels, or load the model with another num_labels."
+            )
+        return np.array(labels, dtype=np.int64)
+
+
+def _need(columns: Sequence[str], row: Row, place: str) -> None:
+    if missing := [column for column in columns if column not in row]:
+        raise ValueError(
+            f"The rows of {place} have no {missing[0]!r}, only {', '.join(row)}. Name the columns "
+            "with text_columns and label_column in the config."
+        )
+
+
+def _tokens(rows: Sequence[Row], labels: np.ndarray) -> Tokens:
+    """Rows that are tokenised already, without their padding."""
+    masks = [np.asarray(row.get("attention_mask", np.ones(len(row["input_ids"])))) for row in rows]
+    ids = [np.asarray(row["input_ids"])[m > 0] for row, m in zip(rows, masks, strict=True)]
+    types = [
+        np.asarray(row.get("token_type_ids", np.zeros(len(m))))[m > 0]
+        for row, m in zip(rows, masks, strict=True)
+    ]
+    return _flat(ids, types, labels)
+
+
+def _flat(ids: Sequence[np.ndarray], types: Sequence[np.ndarray], labels: np.ndarray) -> Tokens:
+    return Tokens(
+        ids=np.concatenate(ids).astype(np.int32),
+        types=np.concatenate(types).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum([len(text) for text in ids])]).astype(np.int64),
+        labels=labels,
+    )
+
+
+def _join(parts: Sequence[Tokens]) -> Tokens:
+    """Several splits as one, one after another."""
+    ids = [text for part in parts for text in np.split(part.ids, part.offsets[1:-1])]
+    types = [text for part in parts for text in np.split(part.types, part.offsets[1:-1])]
+    return _flat(ids, types, np.concatenate([part.labels for part in parts]))

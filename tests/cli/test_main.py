@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plait.cli import main as cli
+from plait.cli.main import COMMANDS, defaults, main
+from plait.config import Config
+from plait.data.partition import PARTITIONS
+from plait.data.tasks import TASKS
+from plait.methods import METHODS
+from plait.mixing import MIXES
+from plait.presets import PRESETS, build_preset, start_from
+from plait.runs import run_folder as runs
+from plait.topology import TOPOLOGIES
+
+QUICK = [
+    "--task=file", "--clients=2", "--rounds=1", "--local-steps=1", "--batch-size=2",
+    "--top-layers=1", "--label-skew=iid", "--topology=complete", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Settings of a task that is done in seconds."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 24), ("dev", 8)):
+        rows = [f"{name} {'who' if i % 2 else 'where'} number {i},{i % 2}" for i in range(count)]
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return [*QUICK, f"--train-file={folder}/train.csv", f"--dev-file={folder}/dev.csv"]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["run", *data, f"--out={out}"]) == 0
+    return out
+
+
+def complaint(capsys, args: list[str], code: int = 1) -> str:
+    """The one line that a command that can't be done leaves on standard error."""
+    assert main(args) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    (line,) = captured.err.splitlines()
+    assert line.startswith("plait: ")
+    return line
+
+
+# -- what it says of itself
+
+
+def test_alone_it_greets_with_three_things_to_try(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert sum(line.startswith("  plait ") for line in said.splitlines()) == 3
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("plait 0.")
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_help_mentions_every_setting(capsys, command):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')} " in said
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("methods", METHODS),
+        ("mixes", MIXES),
+        ("topologies", TOPOLOGIES),
+        ("tasks", TASKS),
+        ("presets", PRESETS),
+        ("partitions", PARTITIONS),
+    ],
+)
+def test_lists_have_every_name(capsys, command, names):
+    assert main([command]) == 0
+    said = capsys.readouterr().out
+    assert all(any(x.startswith(name) for x in said.splitlines()) for name in names)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, plait.cli; plait.cli.main.main(['--help']); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# -- settings: preset < file < flags
+
+
+def parsed(args: list[str]) -> Config:
+    return cli._parse(cli.Run, "run", args, cli.Run(settings=defaults(args))).settings
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("rounds = 7\nlr = 1\nclip_norm = 0.5\n")
+    args = ["--preset", "paper", f"--config={file}", "--rounds=9", "--clip-norm=None"]
+    config = parsed(args)
+    assert (config.rounds, config.lr, config.clip_norm) == (9, 1, None)
+    assert (config.backbone, config.local_steps) == ("roberta-large", 20)
+
+
+def test_a_runs_own_config_gives_the_same_run(tmp_path):
+    config = Config(rounds=3, head="mixed", top_layers=2)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_json()))
+    assert parsed(["--config", str(file)]) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name):
+    assert build_preset(name).digest()
+
+
+def test_the_paper_preset_is_the_published_protocol():
+    paper = build_preset("paper")
+    assert (paper.method, paper.switch_every, paper.rounds, paper.local_steps) == (
+        "adf",
+        5,
+        150,
+        20,
+    )
+    assert (paper.backbone, paper.task, paper.head) == ("roberta-large", "sst2", "frozen")
+    assert (paper.rank, paper.alpha, paper.lora_dropout) == (8, 16.0, 0.1)
+    assert (paper.clients, paper.topology, paper.p, paper.label_skew) == (10, "pairs", 0.1, "paper")
+    assert (paper.batch_size, paper.max_length, paper.lr) == (32, 128, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "rounds = 'ten'", "a.toml: rounds is 'ten'; it must be int"),
+        ("a.toml", "rounds = true", "rounds is True; it must be int"),
+        ("a.toml", "head = 'frosen'", "head is 'frosen'; it must be"),
+        ("a.toml", "ronds = 3", "Unknown settings: ronds"),
+        ("a.toml", "rounds = 0", "a.toml: rounds is 0"),
+        ("a.toml", "rounds 3", "a.toml is not TOML"),
+        ("a.json", "{", "a.json is not JSON"),
+        ("a.json", "[1]", "a.json holds no settings"),
+    ],
+)
+def test_a_file_that_is_not_settings_says_why(tmp_path, name, text, message):
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        start_from(None, file)
+
+
+# -- errors
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--method=adff"], "Unknown method 'adff'. Did you mean adf"),
+        (["--topology=rings"], "Unknown topology 'rings'. Did you mean ring"),
+        (["--task=treck"], "Unknown task 'treck'. Did you mean trec"),
+        (["--preset=dmo"], "Unknown preset 'dmo'. Did you mean demo"),
+        (["--config=missing.toml"], "No such file or directory: missing.toml"),
+        (["--task=file"], "--train-file is missing"),
+    ],
+)
+def test_what_cannot_run_says_so_and_leaves_nothing(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in complaint(capsys, ["run", *args])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_is_a_usage_error(capsys):
+    line = complaint(capsys, ["compear"], 2)
+    assert "Did you mean compare" in line
+
+
+@pytest.mark.parametrize("args", [["--ronds=3"], ["--rounds=many"], ["--rounds=0"]])
+def test_wrong_options_are_usage_errors(capsys, args):
+    assert main(["run", *args]) == 2
+    assert "rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--seeds=one"], "--seeds is 'one'; give numbers"),
+        (["--lr-grid=low"], "--lr-grid is 'low'"),
+        (["--lrs=adf"], "--lrs is 'adf'; write it like"),
+        (["--methods=adf,fa"], "Unknown method 'fa'. Did you mean ffa"),
+        (["--seed=3"], "plait compare` takes --seeds"),
+        (["--method=ffa"], "plait compare` takes --methods"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in complaint(capsys, ["compare", *args])
+    assert not list(tmp_path.iterdir())
+
+
+def raising(error: BaseException):
+    def run(*_args, **_settings):
+        raise error
+        yield
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "No space left on device: x"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "Permission denied: x"),
+        (ValueError("two\nlines"), 1, "plait: two lines"),
+    ],
+)
+def test_trouble_while_it_runs(capsys, tmp_path, monkeypatch, error, code, message):
+    monkeypatch.setattr(runs, "run", raising(error))
+    assert message in complaint(capsys, ["run", f"--out={tmp_path}/out"], code)
+
+
+# -- the whole way
+
+
+def test_a_run_writes_its_folder_and_says_where(capsys, finished, data):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["method"], summary["rounds"]) == ("adf", 1)
+    assert main(["run", *data, f"--out={finished}", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert f"{finished}: summary.json" in said
+    assert "round 1/1" in said
+
+
+def test_a_finished_run_is_logged_whole(capsys, finished, data):
+    assert main(["run", *data, f"--out={finished}", "--resume", "--log=tensorboard"]) == 0
+    assert list((finished / "tensorboard").iterdir())
+    assert "Unknown logger 'tb'" in complaint(
+        capsys, ["run", *data, f"--out={finished}", "--resume", "--log=tensorboard,tb"]
+    )
+
+
+def test_a_used_folder_is_refused(capsys, finished, data):
+    assert "--resume" in complaint(capsys, ["run", *data, f"--out={finished}"])
+
+
+def test_an_adapter_is_exported(capsys, finished, tmp_path):
+    for client in ("1", "mean"):
+        assert (
+            main(["export", str(finished), f"--client={client}", f"--out={tmp_path / client}"]) == 0
+        )
+        assert (tmp_path / client / "adapter_config.json").exists()
+    capsys.readouterr()
+    args = ["export", str(finished), f"--out={tmp_path / 'x'}"]
+    assert "give a client's number, or mean" in complaint(capsys, [*args, "--client=first"])
+    assert "client-7" in complaint(capsys, [*args, "--client=7"])
+
+
+def test_a_comparison_ends_with_a_table_a_picture_and_a_verdict(capsys, data, tmp_path):
+    out = tmp_path / "compare"
+    args = ["compare", *data, "--methods=adf,local", "--seeds=0", "--no-matched-control"]
+    assert main([*args, f"--out={out}"]) == 0
+    said = capsys.readouterr().out
+    assert "adf - this" in said
+    assert "one seed, so it may be chance" in " ".join(said.split())
+    assert (out / "curves.png").exists()
+    figures = json.loads((out / "summary.json").read_text())
+    assert [one["label"] for one in figures["methods"]] == ["adf", "local"]
+    assert "--resume" in complaint(capsys, [*args, f"--out={out}"])

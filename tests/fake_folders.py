@@ -1,0 +1,57 @@
+"""Folders of runs and comparisons that never ran (fake_runs.py), for what is shown of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fake_runs import FakeRuns, events
+from plait.compare import executors as workers
+from plait.compare.comparison import compare, conclude
+from plait.compare.plan import Plan
+from plait.config import Config
+from plait.events import Event, to_line
+from plait.report.comparison_report import write_report
+
+CONFIG = Config(clients=4, rounds=6, lr=1e-3)
+SCORES = {"adf": 0.80, "dec-lora": 0.74, "ffa": 0.70}
+
+
+def score(config: Config) -> float:
+    """A method's score, a little different for every seed, and less so for each method."""
+    return SCORES[config.method] + 0.013 * config.seed + 0.004 * (config.seed == len(config.method))
+
+
+def write_comparison(out: Path, monkeypatch, **settings: object) -> Plan:
+    """A finished comparison with everything that `plait compare` writes."""
+    base = {"config": CONFIG, "methods": tuple(SCORES), "seeds": (0, 1, 2)}
+    plan = Plan(**{**base, "out": out, **settings})
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "run", FakeRuns(score))
+        for _ in compare(plan):
+            pass
+    write_report(conclude(plan))
+    return plan
+
+
+def write_run(out: Path, config: Config = CONFIG) -> Path:
+    """A finished run."""
+    list(FakeRuns(score)(config, out))
+    return out
+
+
+def begin_run(out: Path, config: Config = CONFIG) -> Callable[[], Event | None]:
+    """A run that goes on: each call writes its next event and returns it, None at the end."""
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(config.to_json()))
+    said: Iterator[Event] = events(config, score(config))
+
+    def go_on() -> Event | None:
+        event = next(said, None)
+        if event is not None:
+            with (out / "events.jsonl").open("a") as file:
+                file.write(to_line(event) + "\n")
+        return event
+
+    return go_on

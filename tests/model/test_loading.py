@@ -1,0 +1,156 @@
+"""Loading a backbone from a folder, and an adapter onto a base that someone else loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import plait
+from conftest import WORDS, save_encoder
+from plait.config import Config
+from plait.data.tokens import tokenize
+from plait.engines.job import prepare
+from plait.engines.local_training import evaluate
+from plait.lora import initial_stack
+from plait.machine.devices import resolve_device
+from plait.model.backbone import Backbone
+from plait.model.heads import MeanPooledClassifier
+from plait.model.loading import load_model
+from plait.runs.adapters import save_adapter
+from twin import twin_logits
+
+ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2")
+
+
+def some_tokens(tokenizer):
+    rng = np.random.default_rng(0)
+    texts = [(" ".join(rng.choice(WORDS, size=rng.integers(2, 9))),) for _ in range(12)]
+    return tokenize(texts, rng.integers(0, 3, 12), tokenizer, 16)
+
+
+def trained_row(backbone, seed=0):
+    """One client's state, as if it had been trained."""
+    stack = initial_stack(backbone.layout, backbone.head_start, 1, seed, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    return {
+        factor: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for factor, value in stack.factors.items()
+    }
+
+
+@pytest.mark.parametrize("head", ["frozen", "mixed"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_loads_onto_a_base_from_anywhere(architecture, head, tmp_path):
+    folder = save_encoder(architecture, tmp_path / "model")
+    config = Config(backbone=str(folder), head=head, rank=2, seed=5)
+    loaded = load_model(config, 3)
+    assert loaded.fresh, "an encoder alone has no classifier"
+    backbone = Backbone(loaded, config)
+    row = trained_row(backbone)
+    save_adapter(backbone, {f: v[0] for f, v in row.items()}, config, tmp_path / "adapter")
+
+    torch.manual_seed(1234)  # elsewhere, what the checkpoint lacks is drawn differently
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+
+    tokens = some_tokens(loaded.tokenizer)
+    with torch.no_grad():
+        expected = twin_logits(model, tokens, np.arange(len(tokens)))
+    logits = evaluate(backbone, row, tokens, config)[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert logits.std() > 1e-5
+
+
+def test_a_sentence_encoder_is_mean_pooled_unless_asked_otherwise(tmp_path):
+    folder = str(save_encoder("mean-pooled", tmp_path))
+    assert isinstance(load_model(Config(backbone=folder), 3).model, MeanPooledClassifier)
+    own = load_model(Config(backbone=folder, pooling="model"), 3).model
+    assert not isinstance(own, MeanPooledClassifier)
+    bert = str(save_encoder("bert", tmp_path / "bert"))
+    assert not isinstance(load_model(Config(backbone=bert), 3).model, MeanPooledClassifier)
+    forced = load_model(Config(backbone=bert, pooling="mean"), 3).model
+    assert isinstance(forced, MeanPooledClassifier)
+
+
+def test_fresh_weights_come_from_the_seed_and_leave_the_global_stream_alone(tmp_path):
+    folder = str(save_encoder("bert", tmp_path))
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    heads = [
+        load_model(Config(backbone=folder, seed=seed), 3).model.classifier.weight
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_run_on_own_data_and_model_gives_an_adapter_that_load_base_carries(tmp_path):
+    folder = save_encoder("mean-pooled", tmp_path / "model")
+    rng = np.random.default_rng(0)
+    lines = [
+        json.dumps({"question": " ".join(rng.choice(WORDS, 5)), "kind": kind})
+        for kind in ["x", "y"] * 40
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:60]))
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines[60:]))
+    config = Config(
+        task="file", train_file=str(tmp_path / "train.jsonl"),
+        dev_file=str(tmp_path / "dev.jsonl"), text_columns="question", label_column="kind",
+        backbone=str(folder), label_skew="iid", clients=3, rounds=2, local_steps=1,
+        batch_size=4, rank=2, topology="ring",
+    )  # fmt: skip
+    *_, last = plait.run(config, tmp_path / "run")
+
+    base = plait.load_base(tmp_path / "run")
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / "client-1").eval()
+
+    loaded = load_model(config, 2)
+    texts = [(json.loads(line)["question"],) for line in lines[60:]]
+    labels = np.array([0, 1] * 10)
+    tokens = tokenize(texts, labels, loaded.tokenizer, 128)
+    with torch.no_grad():
+        answers = twin_logits(model, tokens, np.arange(len(tokens))).argmax(dim=1).numpy()
+    assert (answers == labels).mean() == pytest.approx(last.scores[1])
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no model folder"):
+        load_model(Config(backbone="./nowhere"), 2)
+    with pytest.raises(ValueError, match="can't be loaded"):
+        load_model(Config(backbone=str(tmp_path)), 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no cuda device"):
+        resolve_device("cuda")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        plait.load_base(tmp_path)
+
+
+def test_targets_that_match_nothing_are_said(tmp_path):
+    loaded = load_model(Config(backbone=str(save_encoder("bert", tmp_path))), 2)
+    with pytest.raises(ValueError, match=r"No linear layer .* named \['q_proj'\]"):
+        Backbone(loaded, Config(target_modules="q_proj"))
+    loaded.model.config.model_type = "unheard-of"
+    with pytest.raises(ValueError, match="name its linear layers with --target-modules"):
+        Backbone(loaded, Config())
+
+
+@pytest.mark.parametrize(("architecture", "shared"), [("mean-pooled", True), ("bert", False)])
+def test_runs_share_a_model_unless_its_head_is_drawn_from_their_seed(
+    tmp_path, architecture, shared
+):
+    folder = str(save_encoder(architecture, tmp_path / "model"))
+    config = Config(task="movies", backbone=folder, clients=2, max_length=8, label_skew="iid")
+    first = prepare(config)
+    other = prepare(dataclasses.replace(config, seed=1))
+    assert (first.backbone is other.backbone) == shared
+    tuning = prepare(dataclasses.replace(config, seed=1, eval_split="validation"))
+    assert tuning.backbone is other.backbone
+    assert len(tuning.held_out) == len(tuning.task.validation)
+    assert len(prepare(config).held_out) == len(tuning.task.test)

@@ -1,0 +1,319 @@
+"""Federation files: what is written is read again; what can't be is refused with the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import socket
+import stat
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from plait.config import Config
+from plait.peers.certificates import (
+    federation_toml,
+    free_ports,
+    init_federation,
+    make_authority,
+    make_certificate,
+    read_credentials,
+    write_secret,
+)
+from plait.peers.federation import (
+    Federation,
+    Limits,
+    Member,
+    load_federation,
+    load_peer,
+    split_address,
+)
+
+CONFIG = Config(rounds=3, topology="ring", method="ffa", task="demo")
+PEERS = (Member(name="a", address="10.0.0.1:7600"), Member(name="b", address="[::1]:7600"))
+
+
+def federation(**change) -> Federation:
+    values = {"id": "f", "config": dataclasses.replace(CONFIG, clients=2), "peers": PEERS}
+    return Federation(**(values | change))
+
+
+@pytest.fixture
+def files(tmp_path):
+    return init_federation(tmp_path / "f", ["ann", "bob"], CONFIG)
+
+
+# -- init
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    limits = Limits(round_timeout_s=5, norm_bound=2.5, symmetric_loss=True)
+    path = init_federation(
+        tmp_path / "f", ["ann", "bob"], CONFIG, federation_id="x", limits=limits,
+        labels=["no", "yes"], addresses=["127.0.0.1:7600", "bob.example.org:7601"],
+    )  # fmt: skip
+    read = load_federation(path)
+    assert read.id == "x"
+    assert read.config == dataclasses.replace(CONFIG, clients=2)
+    assert read.limits == limits
+    assert read.labels == ("no", "yes")
+    assert [(p.name, p.address) for p in read.peers] == [
+        ("ann", "127.0.0.1:7600"),
+        ("bob", "bob.example.org:7601"),
+    ]
+    settings = load_peer(path, "bob")
+    assert settings.listen == "0.0.0.0:7601"
+    assert load_peer(path, "ann").listen == "127.0.0.1:7600"
+    assert settings.out.resolve() == path.parent / "bob" / "out"
+    assert settings.apply(read.config) == read.config
+    read_credentials(settings)
+
+
+def test_any_federation_is_read_as_it_is_written(tmp_path):
+    late = dataclasses.replace(PEERS[1], joins=3, leaves=9)
+    written = federation(id='quo"te\\', peers=(PEERS[0], late), labels=("no", "yes"))
+    path = tmp_path / "federation.toml"
+    path.write_text(federation_toml(written), encoding="utf-8")
+    assert load_federation(path) == written
+
+
+def test_keys_are_for_their_owner_only(files):
+    for key in (files.parent / "ca.key", files.parent / "ann" / "key.pem"):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+def test_a_certificate_is_for_a_server_and_a_client_of_that_name(files):
+    certificate = x509.load_pem_x509_certificate((files.parent / "ann" / "cert.pem").read_bytes())
+    get = certificate.extensions.get_extension_for_class
+    assert get(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName) == ["ann"]
+    assert [usage.dotted_string for usage in get(x509.ExtendedKeyUsage).value] == [
+        x509.ExtendedKeyUsageOID.SERVER_AUTH.dotted_string,
+        x509.ExtendedKeyUsageOID.CLIENT_AUTH.dotted_string,
+    ]
+    assert not get(x509.BasicConstraints).value.ca
+    authority = x509.load_pem_x509_certificate((files.parent / "ca.pem").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    assert certificate.not_valid_after_utc - dt.datetime.now(dt.UTC) > dt.timedelta(days=364)
+
+
+def test_a_folder_in_use_is_left_alone(files):
+    with pytest.raises(ValueError, match="not an empty folder"):
+        init_federation(files.parent, ["a", "b"], CONFIG)
+
+
+def test_free_ports_are_different_and_free(monkeypatch):
+    assert len(set(free_ports(20))) == 20
+    (taken, free) = free_ports(2)
+    monkeypatch.setattr("plait.peers.certificates.PORTS", [taken, free])
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", taken))
+        one.listen()
+        assert free_ports(2) == [free]
+
+
+# -- credentials
+
+
+def test_there_is_no_peer_without_its_files(files):
+    settings = load_peer(files, "ann")
+    for path in (settings.key, settings.certificate, settings.ca):
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{path.name} is missing"):
+            read_credentials(settings)
+
+
+def test_unfit_certificates_are_refused(files):
+    folder = files.parent
+    settings = load_peer(files, "ann")
+    authority = make_authority("f")
+    own_key = settings.key.read_bytes()
+    settings.key.write_bytes((folder / "bob" / "key.pem").read_bytes())
+    with pytest.raises(ValueError, match="is not the key of"):
+        read_credentials(settings)
+    settings.key.write_bytes(own_key)
+    settings.certificate.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="PEM"):
+        read_credentials(settings)
+    for pair, message in (
+        (make_certificate(authority, "ann", days=-1), "expired on"),
+        (make_certificate(authority, "bob"), "is for bob"),
+        (authority, "no DNS name"),
+    ):
+        settings.certificate.write_bytes(pair.certificate)
+        settings.key.write_bytes(pair.key)
+        with pytest.raises(ValueError, match=message):
+            read_credentials(settings)
+    serialization.load_pem_private_key(own_key, None)
+
+
+def test_a_secret_is_never_written_over(tmp_path):
+    write_secret(tmp_path / "key", b"1")
+    with pytest.raises(FileExistsError):
+        write_secret(tmp_path / "key", b"2")
+
+
+# -- validation
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": ""}, "no id"),
+        ({"peers": PEERS[:1]}, "two peers or more"),
+        ({"peers": (PEERS[0], PEERS[0])}, "name a"),
+        ({"peers": (PEERS[0], Member(name="b", address=PEERS[0].address))}, "address 10"),
+        ({"config": CONFIG}, "clients is 10, but there are 2 peers"),
+    ],
+)
+def test_federations_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        federation(**change)
+
+
+@pytest.mark.parametrize("name", ["", "A", "a b", "-a", "a.b", "a" * 64, "../x"])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match="named"):
+        Member(name=name, address="h:1")
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:65536", "h:x"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(ValueError, match="host:port"):
+        split_address(address)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_message_bytes": 0},
+        {"round_timeout_s": -1.0},
+        {"start_timeout_s": 0.0},
+        {"linger_s": -1.0},
+        {"keep_rounds": 0},
+        {"norm_bound": 0.0},
+    ],
+)
+def test_limits_that_cannot_be(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Limits(**change)
+
+
+def test_members_come_and_go():
+    member = Member(name="a", address="h:1", joins=2, leaves=4)
+    assert [t for t in range(6) if member.takes_part(t)] == [2, 3]
+    with pytest.raises(ValueError, match="leaves before it joins"):
+        Member(name="a", address="h:1", joins=2, leaves=2)
+
+
+def test_peers_are_found_by_name():
+    assert federation().index("b") == 1
+    assert federation().member("b") is PEERS[1]
+    with pytest.raises(ValueError, match="no peer 'c'; there are a, b"):
+        federation().index("c")
+
+
+def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
+    digest = federation().digest()
+
+    def with_config(**change):
+        return federation(config=dataclasses.replace(federation().config, **change))
+
+    moved = (PEERS[0], dataclasses.replace(PEERS[1], address="x:1"))
+    late = (PEERS[0], dataclasses.replace(PEERS[1], joins=1))
+    assert with_config(train_file="mine.csv", device="cpu").digest() == digest
+    assert federation(peers=moved, limits=Limits(linger_s=1)).digest() == digest
+    for other in (
+        with_config(lr=0.5),
+        with_config(seed=1),
+        with_config(mix="trimmed-mean:1"),
+        federation(id="g"),
+        federation(peers=late),
+        federation(peers=PEERS[::-1]),
+        federation(limits=Limits(symmetric_loss=True)),
+        federation(labels=("x", "y")),
+    ):
+        assert other.digest() != digest
+
+
+GOOD = """
+federation = "f"
+[run]
+rounds = 2
+[[peers]]
+name = "a"
+address = "h:1"
+[[peers]]
+name = "b"
+address = "h:2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[run]", "[run", "is not TOML"),
+        ("[run]", "[runs]", "unknown keys runs"),
+        ('federation = "f"', "federation = 3", "must be a str"),
+        ('federation = "f"', "", "no id"),
+        ("rounds = 2", "round = 2", r"\[run\] has an unknown key round"),
+        ("rounds = 2", 'rounds = "2"', r"\[run\]: rounds is '2'"),
+        ("rounds = 2", "clients = 3", "leave clients out"),
+        ("rounds = 2", "rounds = 0", "rounds is 0"),
+        ('address = "h:2"', "", r"\[\[peers\]\].*address"),
+        ('address = "h:2"', 'address = "h"', "host:port"),
+        ("[run]", "labels = [1]\n[run]", "write the classes"),
+        ("[run]", 'labels = ["a", "a"]\n[run]', "write the classes"),
+        ("[run]", "[limits]\nlinger_s = true\n[run]", r"\[limits\]: linger_s"),
+        ("[run]", "peers = [3]\n[run]", "TOML"),
+    ],
+)
+def test_federation_files_that_cannot_be(tmp_path, old, new, message):
+    path = tmp_path / "federation.toml"
+    path.write_text(GOOD)
+    assert load_federation(path).config.clients == 2
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_federation(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_list_of_something_else_than_peers(tmp_path):
+    path = tmp_path / "federation.toml"
+    path.write_text('federation = "f"\npeers = [1, 2]\n')
+    with pytest.raises(ValueError, match="must be a table"):
+        load_federation(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('listen = "x"', "host:port"),
+        ('metrics = "x"', "host:port"),
+        ("[local]\nlr = 0.1", "sets lr; a peer may set"),
+        ("[local]\ntrain_file = 3", "train_file is 3"),
+        ("[local]\nnothing = 3", "unknown key nothing"),
+        ("other = 3", "unknown keys other"),
+    ],
+)
+def test_peer_files_that_cannot_be(files, line, message):
+    path = files.parent / "ann" / "peer.toml"
+    key = line.split(" =")[0]
+    kept = [one for one in path.read_text().splitlines() if not one.startswith(key)]
+    path.write_text("\n".join([*kept, line]))
+    with pytest.raises(ValueError, match=message):
+        load_peer(files, "ann")
+
+
+def test_a_peer_brings_its_own_data(files):
+    path = files.parent / "ann" / "peer.toml"
+    path.write_text(path.read_text() + '[local]\ntrain_file = "rows.csv"\ndevice = "cpu"\n')
+    config = load_peer(files, "ann").apply(CONFIG)
+    assert config.train_file == str(files.parent / "ann" / "rows.csv")
+    assert config.device == "cpu"
+
+
+def test_a_peer_file_needs_its_keys(files):
+    (files.parent / "ann" / "peer.toml").write_text('listen = "h:1"\n')
+    with pytest.raises(ValueError, match="has no ca, certificate, key, out"):
+        load_peer(files, "ann")

@@ -1,0 +1,159 @@
+"""The parts of a peer's process: its data, its figures, its log, its commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import urllib.request
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fake_network import Hub, member, start_peer
+from plait.cli import main as cli
+from plait.config import Config
+from plait.data.tasks import Rows, Task
+from plait.peers import local_federation as up
+from plait.peers import process as peers
+from plait.peers.certificates import free_ports, init_federation
+from plait.peers.federation import Federation, Limits, load_federation
+from plait.peers.mailbox import JsonLines
+from plait.peers.process import check_members, prepare_peer, relabelled, take_up
+from plait.peers.prometheus import serve_metrics
+from plait.peers.refusals import Reason
+from plait.peers.status import PeerStatus, lag
+from plait.peers.status import status as ask_all
+from plait.peers.transport import Counts, GrpcTransport
+from plait.runs.run_folder import RunFolder
+
+CONFIG = Config(topology="ring", clients=3, rounds=2, rank=2, local_steps=1, batch_size=2)
+
+
+def one_peer():
+    return start_peer(Hub(), 0, CONFIG, [member(f"p{k}") for k in range(3)])
+
+
+def test_own_rows_get_the_federations_numbers():
+    split = Rows((("x",), ("y",)), np.array([0, 1]))
+    task = Task("file", split, split, split, ("bad", "good"), "accuracy")
+    mine = relabelled(task, ["good", "neutral", "bad"])
+    assert mine.train.labels.tolist() == [2, 0]
+    assert mine.num_labels == 3
+    with pytest.raises(ValueError, match=r"have good; federation\.toml names bad"):
+        relabelled(task, ["bad", "fair"])
+
+
+def test_own_rows_need_classes_that_all_agree_on():
+    federation = SimpleNamespace(labels=None, config=CONFIG)
+    settings = SimpleNamespace(name="ada", local={"train_file": "x.csv"}, apply=lambda c: c)
+    with pytest.raises(ValueError, match=r"put labels = "):
+        prepare_peer(federation, settings)
+
+
+@pytest.mark.parametrize("change", ["leaves", "symmetric"])
+def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
+    members = tuple(member(f"p{k}") for k in range(2))
+    limits = Limits(symmetric_loss=change == "symmetric")
+    if change == "leaves":
+        members = (member("p0", leaves=1), member("p1"))
+    config = Config(topology="one_peer_exponential", clients=2, rounds=2)
+    federation = Federation(id="f", config=config, peers=members, limits=limits)
+    with pytest.raises(ValueError, match="need a symmetric topology"):
+        check_members(federation)
+
+
+def test_a_checkpoint_that_cant_be_read_is_set_aside(tmp_path):
+    peer = one_peer()
+    folder = RunFolder.open(tmp_path / "out", CONFIG, resume=True)
+    folder.create(CONFIG)
+    folder.record(peer.job.started)
+    folder.save(peer.stack, 1)
+    assert take_up(folder, peer.stack)[1] == 1
+    folder.checkpoint_file.write_bytes(b"\x00" * 100)
+    assert take_up(folder, peer.stack) == ([], 0)
+    assert folder.checkpoint_file.with_suffix(".unreadable").exists()
+
+
+def test_prometheus_reads_round_lag_bytes_and_incidents():
+    desk = one_peer().desk
+    desk.heard_of(1, 4)
+    desk.refused("p1", Reason.NOT_FINITE, "a NaN")
+    counts = Counts()
+    counts.sent_bytes["p1"] = 12
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    stop = serve_metrics(address, desk, SimpleNamespace(counts=counts))
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+            text = answer.read().decode()
+    finally:
+        stop()
+    for line in (
+        "plait_round 0.0",
+        'plait_lag_rounds{peer="p1"} -4.0',
+        'plait_incidents_total{kind="refused",peer="p1",reason="NOT_FINITE"} 1.0',
+        'plait_sent_bytes_total{peer="p1"} 12.0',
+    ):
+        assert line in text
+    serve_metrics(None, desk, SimpleNamespace())()
+
+
+def test_a_log_line_is_json():
+    record = logging.LogRecord("plait", logging.WARNING, "", 1, "two\nlines", (), None)
+    record.peer = "ben"
+    line = json.loads(JsonLines("ada").format(record))
+    assert (line["self"], line["peer"], line["message"]) == ("ada", "ben", "two lines")
+
+
+def test_status_of_a_federation(tmp_path, capsys):
+    file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
+    federation = load_federation(file)
+    peer = one_peer()
+    settings = peers.load_peer(file, "p0")
+    transport = GrpcTransport(federation, settings, peer.job.backbone.layout, peer.desk)
+    transport.start()
+    try:
+        found = ask_all(file)
+        assert cli.main(["status", "--config", str(file), "--name", "p1"]) == 1
+    finally:
+        transport.stop(0)
+    assert found[0].facts["round"] == 0
+    assert not found[0].why
+    assert "unreachable" in found[1].why
+    assert "0/2" in capsys.readouterr().out
+    assert lag([PeerStatus("a", {"round": 5}), found[0]], found[0]) == 5
+
+
+def test_commands_for_a_new_federation_and_for_mistakes(tmp_path, capsys):
+    where = str(tmp_path / "f")
+    assert cli.main(["init-federation", where, "--peers", "ada,ben", "--rounds", "3"]) == 0
+    assert load_federation(tmp_path / "f" / "federation.toml").config.rounds == 3
+    assert "plait peer --config" in capsys.readouterr().out
+    file = f"{where}/federation.toml"
+    assert cli.main(["peer", "--config", file, "--name", "nobody"]) == 1
+    assert "nobody" in capsys.readouterr().err
+    assert cli.main(["pear"]) == 2
+    assert cli.main(["up", "--out", where]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_results_of_all_peers_are_brought_together(tmp_path):
+    file = init_federation(tmp_path / "federation", ["a", "b"], CONFIG)
+    for client, name in enumerate("ab"):
+        out = peers.load_peer(file, name).out
+        adapter = out / "adapters" / f"client-{client}"
+        adapter.mkdir(parents=True)
+        save_file({"x": torch.full((2, 2), float(client))}, adapter / "adapter_model.safetensors")
+        (adapter / "adapter_config.json").write_text("{}")
+        shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
+        values = dict.fromkeys(shared, "x") | {
+            "accuracy": 0.5 + 0.2 * client, "loss": 1.0, "sent_bytes": 10, "incidents": {},
+        }  # fmt: skip
+        (out / "summary.json").write_text(json.dumps(values))
+    summary = up.merge(file, tmp_path)
+    assert summary["accuracy_client_min"] == 0.5
+    assert summary["sent_bytes"] == 20
+    mean = load_file(tmp_path / "adapters" / "mean" / "adapter_model.safetensors")["x"]
+    assert torch.equal(mean, torch.full((2, 2), 0.5))

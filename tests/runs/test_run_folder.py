@@ -1,0 +1,194 @@
+"""The run folder: what it holds, how it is resumed, what it refuses; and the exported adapters."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from conftest import tiny_job, tiny_model
+from plait.config import Config
+from plait.engines.local_training import evaluate
+from plait.engines.simulate import simulate
+from plait.events import Evaluated, RoundDone, from_line, to_line
+from plait.methods import Factor
+from plait.metrics import MOST_PAIRED, pair_distances
+from plait.runs import run_folder as runs
+from plait.runs.adapters import export
+from plait.runs.run_folder import load_run, run
+from twin import twin_logits
+
+CONFIG = Config(
+    topology="ring",
+    clients=3,
+    rounds=4,
+    local_steps=2,
+    batch_size=3,
+    rank=2,
+    save_every=1,
+    switch_every=2,
+    lr=1e-2,
+)
+TIMES = ("train_seconds", "mix_seconds", "eval_seconds", "wall_seconds")
+
+
+@pytest.fixture(autouse=True)
+def tiny_jobs(monkeypatch):
+    monkeypatch.setattr(runs, "prepare", tiny_job)
+
+
+def without_times(summary):
+    return {key: value for key, value in summary.items() if key not in TIMES}
+
+
+def test_the_folder_holds_the_run(tmp_path):
+    events = list(run(CONFIG, tmp_path / "run"))
+    config, recorded, summary = load_run(tmp_path / "run")
+    assert config == CONFIG
+    assert recorded == events
+    assert [type(event).__name__ for event in events[:2]] == ["Started", "Evaluated"]
+    assert sum(isinstance(event, RoundDone) for event in events) == 4
+    assert summary["rounds"] == 4
+    last = next(e for e in reversed(events) if isinstance(e, Evaluated))
+    assert summary["accuracy_client_mean"] == np.mean(last.scores)
+    sent = sum(event.sent_bytes for event in events if isinstance(event, RoundDone))
+    assert summary["sent_bytes"] == sent > 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "events.jsonl", "summary.json", "adapters",
+    }  # fmt: skip
+    names = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
+    assert names == {"client-0", "client-1", "client-2", "mean"}
+
+
+def test_the_clients_distances_from_the_mean_average_to_the_consensus_distances():
+    for event in run(CONFIG):
+        if isinstance(event, RoundDone):
+            assert len(event.apart) == CONFIG.clients
+            consensus = sum(layer.consensus_A + layer.consensus_B for layer in event.after)
+            assert np.mean(event.apart) == pytest.approx(consensus, rel=1e-12)
+
+
+def test_the_distances_of_pairs_are_those_of_their_factors_before_mixing():
+    job = tiny_job(CONFIG)
+    told = []
+    for event in simulate(job, job.initial_stack()):
+        if isinstance(event, RoundDone):
+            assert [(i, j) for i, j, _ in event.pairs_apart] == [(0, 1), (0, 2), (1, 2)]
+            consensus = sum(layer.consensus_A + layer.consensus_B for layer in event.before)
+            # The sum over pairs is N times the sum of the squared distances from the mean.
+            told.append(sum(far for *_, far in event.pairs_apart))
+            assert told[-1] == pytest.approx(CONFIG.clients**2 * consensus, rel=1e-3)
+    assert min(told) > 0
+
+
+def test_the_distances_of_pairs_are_as_if_taken_one_by_one():
+    layout = tiny_job(CONFIG).backbone.layout
+    generator = torch.Generator().manual_seed(0)
+    # All near one far point, where products would leave only rounding; the last two are the same.
+    rows = {f: 100 + 1e-3 * torch.randn(MOST_PAIRED + 1, layout.size(f), generator=generator)
+            for f in (Factor.A, Factor.B)}  # fmt: skip
+    for row in rows.values():
+        row[MOST_PAIRED - 1] = row[MOST_PAIRED - 2]
+    found = pair_distances(layout, rows)
+    whole = torch.cat([row.double() for row in rows.values()], dim=1)[:MOST_PAIRED]
+    expected = torch.cdist(whole, whole, compute_mode="donot_use_mm_for_euclid_dist").square()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_events_survive_a_line_of_json(tmp_path):
+    for event in run(CONFIG):
+        assert from_line(to_line(event)) == event
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset_each_round", "reset_each_phase", "keep"])
+@pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 9])
+def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path, stop_after, optimizer_state):
+    settings = CONFIG.to_json() | {"optimizer_state": optimizer_state, "lora_dropout": 0.1}
+    config = Config.from_json(settings)
+    unbroken = list(run(config, tmp_path / "unbroken"))
+    stopped = run(config, tmp_path / "stopped")
+    list(itertools.islice(stopped, stop_after))
+    stopped.close()
+
+    resumed = list(run(config, tmp_path / "stopped", resume=True))
+
+    assert len(resumed) == len(unbroken)
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text())
+                  for name in ("unbroken", "stopped"))  # fmt: skip
+    assert without_times(one) == without_times(other)
+    for adapter in ("client-0", "client-1", "client-2", "mean"):
+        path = f"adapters/{adapter}/adapter_model.safetensors"
+        expected = load_file(tmp_path / "unbroken" / path)
+        found = load_file(tmp_path / "stopped" / path)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_line_that_was_cut_short_is_written_again(tmp_path):
+    stopped = run(CONFIG, tmp_path / "run")
+    list(itertools.islice(stopped, 5))
+    stopped.close()
+    with (tmp_path / "run" / "events.jsonl").open("a") as file:
+        file.write('{"event": "RoundD')
+    assert len(list(run(CONFIG, tmp_path / "run", resume=True))) == 10
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    events = list(run(CONFIG, tmp_path / "run"))
+    monkeypatch.setattr(runs, "prepare", None)
+    assert list(run(CONFIG, tmp_path / "run", resume=True)) == events
+
+
+def test_a_used_folder_is_refused(tmp_path):
+    list(run(CONFIG, tmp_path / "run"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        next(run(CONFIG, tmp_path / "run"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        next(run(CONFIG, tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"other settings \(lr\)"):
+        next(run(Config.from_json(CONFIG.to_json() | {"lr": 0.5}), tmp_path / "run", resume=True))
+    with pytest.raises(ValueError, match="holds no finished run"):
+        load_run(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(ValueError, match=r"client 0.* not finite in round 0.*learning rate"):
+        list(run(Config.from_json(CONFIG.to_json() | {"lr": 1e30, "clip_norm": None})))
+
+
+@pytest.mark.parametrize("head", ["frozen", "mixed"])
+@pytest.mark.parametrize("who", [1, None])
+def test_an_exported_adapter_gives_peft_the_same_logits(tmp_path, who, head):
+    config = Config.from_json(CONFIG.to_json() | {"head": head})
+    list(run(config, tmp_path / "run"))
+    export(tmp_path / "run", who, tmp_path / "adapter")
+
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "adapter").eval()
+
+    job = tiny_job(config)
+    stack = job.initial_stack()
+    for event in simulate(job, stack):
+        del event
+    rows = {
+        factor: value[1:2] if who == 1 else value.double().mean(0, keepdim=True).float()
+        for factor, value in stack.factors.items()
+    }
+    with torch.no_grad():
+        expected = twin_logits(loaded, job.held_out, np.arange(len(job.held_out)))
+    logits = evaluate(job.backbone, rows, job.held_out, config)[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert logits.std() > 0
+
+
+def test_export_says_what_there_is(tmp_path):
+    list(run(CONFIG, tmp_path / "run"))
+    with pytest.raises(ValueError, match="no adapter client-7; it has: client-0"):
+        export(tmp_path / "run", 7, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="already exists"):
+        export(tmp_path / "run", 0, tmp_path)
