@@ -18,8 +18,8 @@ from collections import Counter
 
 import torch
 
+from plait.factors import Factor
 from plait.lora import Layout, Site
-from plait.methods import Factor
 from plait.peers.codec import Answer, Identity, Question, decode, encode
 from plait.peers.envelope import (
     Assembly,

@@ -20,9 +20,9 @@ from torch.nn import functional
 from work import Steps, Work, workers
 
 from plait.engines.local_training import local_phase
+from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.devices import moved, resolve_device
-from plait.methods import Factor
 from plait.model.backbone import Backbone
 from plait.model.loading import Loaded
 

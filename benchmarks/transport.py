@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from plait.config import Config
+from plait.factors import Factor
 from plait.lora import Layout, Site
-from plait.methods import Factor
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.codec import Answer, Header, Question, encode
 from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer

@@ -18,9 +18,9 @@ from plait.config import Config
 from plait.data.tasks import load_task
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.local_training import batch_rows
+from plait.factors import Factor
 from plait.lora import Layout, Stack, initial_stack
 from plait.machine.devices import resolve_device
-from plait.methods import Factor
 from plait.model.backbone import find_sites
 from plait.model.loading import load_model
 

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import plait
-from plait.compare.comparison import verdict
+from plait.experiments.comparison import verdict
 from plait.report.comparison_report import markdown
 
 with tempfile.TemporaryDirectory() as folder:

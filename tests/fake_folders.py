@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fake_runs import FakeRuns, events
-from plait.compare import executors as workers
-from plait.compare.comparison import compare, conclude
-from plait.compare.plan import Plan
 from plait.config import Config
 from plait.events import Event, to_line
+from plait.experiments import executors as workers
+from plait.experiments.comparison import compare, conclude
+from plait.experiments.plan import Plan
 from plait.report.comparison_report import write_report
 
 CONFIG = Config(clients=4, rounds=6, lr=1e-3)

@@ -12,7 +12,8 @@ from conftest import tiny_job
 from plait.config import Config
 from plait.engines.simulate import simulate
 from plait.events import RoundDone
-from plait.methods import METHODS, Factor, build_method
+from plait.factors import Factor
+from plait.methods import METHODS, build_method
 from plait.metrics import consensus, cross_term, mixing_errors
 from plait.mixing import average, mean, neighbour_weights
 from plait.topology import build_schedule

@@ -9,12 +9,12 @@ import pytest
 
 from conftest import save_encoder
 from plait.cli.main import main
-from plait.compare import sweep as sweep_module
-from plait.compare.results import load
-from plait.compare.sweep import Sweep, load_sweep
 from plait.config import Config
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
+from plait.experiments import sweep as sweep_module
+from plait.experiments.results import load
+from plait.experiments.sweep import Sweep, load_sweep
 
 ROOT = Path(__file__).parent.parent / "experiments"
 FILES = sorted(ROOT.glob("*.toml"))

@@ -15,7 +15,7 @@ from torch.nn import functional
 from plait.config import Config
 from plait.data.tokens import Tokens
 from plait.engines.local_training import batch_rows
-from plait.methods import Factor
+from plait.factors import Factor
 
 
 def peft_client(model, layout, stack, client, config, targets):

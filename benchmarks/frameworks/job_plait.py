@@ -11,7 +11,7 @@ from work import load, work_of
 
 from plait.config import Config
 from plait.engines.local_training import local_phase
-from plait.methods import Factor
+from plait.factors import Factor
 from plait.mixing import mean
 from plait.model.backbone import Backbone
 from plait.model.loading import Loaded

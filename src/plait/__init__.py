@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plait.compare.comparison import compare as compare
-    from plait.compare.comparison import conclude as conclude
-    from plait.compare.plan import Plan as Plan
     from plait.config import Config as Config
+    from plait.experiments.comparison import compare as compare
+    from plait.experiments.comparison import conclude as conclude
+    from plait.experiments.plan import Plan as Plan
     from plait.presets import build_preset as build_preset
-    from plait.runs.adapters import load_base as load_base
+    from plait.runs.export import load_base as load_base
     from plait.runs.loggers import logged as logged
     from plait.runs.run_folder import load_run as load_run
     from plait.runs.run_folder import run as run
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Config": "plait.config",
-    "Plan": "plait.compare.plan",
+    "Plan": "plait.experiments.plan",
     "Trainer": "plait.runs.trainer",
     "build_preset": "plait.presets",
-    "compare": "plait.compare.comparison",
-    "conclude": "plait.compare.comparison",
-    "load_base": "plait.runs.adapters",
+    "compare": "plait.experiments.comparison",
+    "conclude": "plait.experiments.comparison",
+    "load_base": "plait.runs.export",
     "load_run": "plait.runs.run_folder",
     "logged": "plait.runs.loggers",
     "run": "plait.runs.run_folder",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plait.methods import Factor
+from plait.factors import Factor
 from plait.rng import torch_stream
 
 Dropout = Callable[[str, Tensor], Tensor]

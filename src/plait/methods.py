@@ -11,23 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Flag
 from typing import Literal
 
 from plait.config import Config
+from plait.factors import AB, NONE, A, B, Factor
 from plait.lookup import lookup
 from plait.mixing import Mix, average, build_mix
-
-
-class Factor(Flag):
-    """A block of a client's trainable state: the LoRA factors of W0 + (alpha/r) B A, the head."""
-
-    NONE = 0
-    A = 1
-    B = 2
-    HEAD = 4
-    AB = A | B
-
 
 Schedule = Callable[[int], Factor]
 
@@ -68,8 +57,6 @@ class Method:
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
 
-
-A, B, AB, NONE = Factor.A, Factor.B, Factor.AB, Factor.NONE
 
 METHODS: dict[str, Callable[[Config], Method]] = {
     # B goes first: B starts at zero, where the gradient of A is zero.

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.factors import Factor
 from plait.lora import Layout
 from plait.machine.devices import exact
-from plait.methods import Factor
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +26,8 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from plait.config import Config
-from plait.methods import Factor
+from plait.factors import Factor
 from plait.rng import stream
-
-if TYPE_CHECKING:
-    from plait.events import RoundDone
 
 Noise = Callable[[int, int, np.ndarray], np.ndarray]
 """(client, round, its clipped change (P,) float64) -> independent standard normals (P,) float64."""
@@ -151,15 +148,10 @@ def check_accounting(config: Config) -> None:
         _mechanism()
 
 
-def spent(config: Config, rounds: Iterable[RoundDone]) -> dict[str, float]:
-    """The figures of a summary; none without differential privacy.
-
-    Where anything travels every round counts, so a change that stays at home is one too many.
-    """
+def spent(config: Config, releases: int) -> dict[str, float]:
+    """The figures of a summary after so many changes that were sent; none without privacy."""
     if config.dp_noise is None:
         return {}
-    rounds = list(rounds)
-    releases = len(rounds) if any(event.shared != "-" for event in rounds) else 0
     return {
         "dp_epsilon": epsilon(config.dp_noise, releases, config.dp_delta),
         "dp_delta": config.dp_delta,

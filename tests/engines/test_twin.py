@@ -11,9 +11,9 @@ import torch
 from conftest import tiny_model
 from plait.config import Config
 from plait.engines.local_training import batch_rows, evaluate, local_phase
+from plait.factors import Factor
 from plait.lora import initial_stack
 from plait.machine.devices import bfloat16_units, resolve_dtype
-from plait.methods import Factor
 from plait.model.backbone import TARGET_MODULES, Backbone
 from plait.model.loading import Loaded
 from twin import twin_evaluation, twin_local_phase

@@ -219,7 +219,7 @@ class Faultless:
 
     @classmethod
     def of(cls, config: Config, folder: Path) -> Faultless:
-        from plait.runs.adapters import save_adapters
+        from plait.model.peft_adapters import save_adapters
 
         job = prepare(config)
         stack = job.initial_stack()

@@ -15,7 +15,7 @@ from plait.config import Config
 from plait.engines.local_training import evaluate, local_phase
 from plait.engines.simulate import simulate
 from plait.events import Evaluated
-from plait.methods import Factor
+from plait.factors import Factor
 from twin import twin_evaluation, twin_local_phase
 
 THERE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

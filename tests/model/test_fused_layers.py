@@ -18,8 +18,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from conftest import tiny_model
 from plait.config import Config
 from plait.engines.local_training import evaluate, local_phase
+from plait.factors import Factor
 from plait.lora import initial_stack
-from plait.methods import Factor
 from plait.model.backbone import Backbone
 from plait.model.frozen_linear import take_rows_apart
 from plait.model.fused_layers import Pieces

@@ -22,7 +22,7 @@ from plait.machine.devices import resolve_device
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.loading import load_model
-from plait.runs.adapters import save_adapter
+from plait.model.peft_adapters import save_adapter
 from twin import twin_logits
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2")

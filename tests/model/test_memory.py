@@ -16,8 +16,8 @@ from plait.config import Config
 from plait.data.tokens import pack
 from plait.engines import local_training as local
 from plait.engines.local_training import chunks, local_phase, on_cores
+from plait.factors import Factor
 from plait.machine.devices import chunk_tokens, free_bytes
-from plait.methods import Factor
 from plait.model.memory import activation_bytes, tokens_at_once
 
 CONFIG = Config(clients=5, local_steps=2, batch_size=4, rank=2)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from plait.factors import Factor
 from plait.lora import Layout, Site
-from plait.methods import Factor
 from plait.peers import wire_pb2 as pb
 from plait.peers.codec import Ack, Answer, Identity, Message, Question, decode, encode
 from plait.peers.envelope import (

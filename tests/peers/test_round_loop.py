@@ -12,7 +12,7 @@ import torch
 from fake_network import TERMS, Hub, member, start_peer, together
 from plait.config import Config
 from plait.events import Incident, RoundDone
-from plait.methods import Factor
+from plait.factors import Factor
 from plait.peers.codec import Question
 from plait.peers.exchange import Exchange, Left, Terms
 from plait.peers.inbox import Inbox, Letter, Task, Turn, Word

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from plait.config import Config
+from plait.factors import Factor
 from plait.lora import Layout, Site
-from plait.methods import Factor
 from plait.peers.certificates import (
     Pair,
     init_federation,

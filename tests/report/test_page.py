@@ -20,8 +20,8 @@ from fake_runs import events, pairs_apart
 from plait.cli import main as cli
 from plait.cli import report as cli_report
 from plait.cli.main import defaults, main
-from plait.compare.plan import load_plan
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
+from plait.experiments.plan import load_plan
 from plait.report import charts
 from plait.report.meetings import topology
 from plait.report.page import PLOTLY, payload, plotly_js, report

@@ -17,10 +17,10 @@ import pytest
 
 from conftest import save_encoder
 from fake_runs import events
-from plait.compare.comparison import Cell
-from plait.compare.executors import Ended, here
 from plait.config import Config
 from plait.events import Started, from_line, summarize
+from plait.experiments.comparison import Cell
+from plait.experiments.executors import Ended, here
 from plait.runs import loggers
 from plait.runs.loggers import LOGGERS, logged, numbers, require
 
@@ -206,7 +206,7 @@ def test_each_run_of_a_comparison_is_a_run_of_the_logger(monkeypatch, tmp_path):
     kept = Kept(monkeypatch)
     cells = [Cell(name, CONFIG, tmp_path / name) for name in ("adf-seed0", "ffa-seed0")]
     monkeypatch.setattr(
-        "plait.compare.executors.run", lambda *_args, **_kwargs: events(CONFIG, 0.8)
+        "plait.experiments.executors.run", lambda *_args, **_kwargs: events(CONFIG, 0.8)
     )
     said = [(cell, one) for cell in cells for one in (*events(CONFIG, 0.8), Ended())]
     assert list(here(cells, ["kept"])) == said

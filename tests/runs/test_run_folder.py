@@ -16,10 +16,10 @@ from plait.config import Config
 from plait.engines.local_training import evaluate
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
-from plait.methods import Factor
+from plait.factors import Factor
 from plait.metrics import MOST_PAIRED, pair_distances
 from plait.runs import run_folder as runs
-from plait.runs.adapters import export
+from plait.runs.export import export
 from plait.runs.run_folder import load_run, run
 from twin import twin_logits
 

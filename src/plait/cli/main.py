@@ -1,4 +1,4 @@
-"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.runs.adapters`.
+"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.runs.export`.
 
 Torch takes a second and a half to import, so commands import what computes when they run.
 """
@@ -27,8 +27,8 @@ from plait.lookup import lookup
 from plait.presets import PRESETS, PresetRow, start_from
 
 if TYPE_CHECKING:
-    from plait.compare.plan import Plan
     from plait.events import Event
+    from plait.experiments.plan import Plan
 
 Command = TypeVar("Command")
 Number = TypeVar("Number")
@@ -137,8 +137,8 @@ def _compare(args: list[str]) -> None:
     start = Compare(settings=defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = _parse(Compare, "compare", args, start)
     from plait.cli.progress import watch
-    from plait.compare.comparison import compare, conclude
-    from plait.compare.executors import num_jobs
+    from plait.experiments.comparison import compare, conclude
+    from plait.experiments.executors import num_jobs
     from plait.report.comparison_report import notes, rich_tables, write_report
 
     if given.lrs == preset.lrs:  # a preset has rates for all of its methods
@@ -163,7 +163,7 @@ def _compare(args: list[str]) -> None:
 
 def _export(args: list[str]) -> None:
     given = _parse(Export, "export", args)
-    from plait.runs.adapters import export
+    from plait.runs.export import export
 
     if given.client != "mean" and not given.client.isdecimal():
         raise ValueError(f"--client is {given.client!r}; give a client's number, or mean.")
@@ -320,7 +320,7 @@ def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
 
 
 def _plan(given: Compare, start: Config) -> Plan:
-    from plait.compare.plan import Plan
+    from plait.experiments.plan import Plan
 
     config = given.settings
     for field, plural in (("method", "methods"), ("seed", "seeds")):

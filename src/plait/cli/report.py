@@ -59,7 +59,7 @@ def report(args: list[str]) -> None:
 def figures(args: list[str]) -> None:
     """`plait figures`."""
     given = tyro.cli(Figures, prog="plait figures", args=args)
-    from plait.compare.plan import slug
+    from plait.experiments.plan import slug
     from plait.report.paper_figures import paper_figures
     from plait.report.study import read_studies
 

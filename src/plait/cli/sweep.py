@@ -14,8 +14,8 @@ import tyro
 from plait.config import Config
 
 if TYPE_CHECKING:
-    from plait.compare.plan import Cell
-    from plait.compare.sweep import Sweep
+    from plait.experiments.plan import Cell
+    from plait.experiments.sweep import Sweep
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
@@ -50,9 +50,9 @@ class TableCommand:
 def sweep(args: list[str]) -> int:
     """`plait sweep`: 1 if runs failed, which are then listed."""
     given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
-    from plait.compare import results
-    from plait.compare.executors import executor_for, num_jobs
-    from plait.compare.sweep import claim, load_sweep
+    from plait.experiments import results
+    from plait.experiments.executors import executor_for, num_jobs
+    from plait.experiments.sweep import claim, load_sweep
 
     grid = load_sweep(given.file, given.out, given.small)
     context = executor_for(num_jobs(grid.config.device, given.jobs))
@@ -85,7 +85,7 @@ class Progress:
 
     def show(self, cell: Cell) -> None:
         """Print a line about a run that has ended."""
-        from plait.compare.results import state, waiting
+        from plait.experiments.results import state, waiting
         from plait.runs.run_folder import load_summary
 
         cells = self.sweep.expected
@@ -112,7 +112,7 @@ def work(config: Config) -> int:
 def table(args: list[str]) -> None:
     """`plait table`."""
     given = tyro.cli(TableCommand, prog="plait table", args=args)
-    from plait.compare.paper_table import FORMATS, blocks
-    from plait.compare.results import load
+    from plait.experiments.paper_table import FORMATS, blocks
+    from plait.experiments.results import load
 
     print(FORMATS[given.format](blocks(load(given.dir), given.reference)), end="")

@@ -32,13 +32,13 @@ from plait.engines.checkpoint import lay_out, load_rows, write_rows
 from plait.engines.job import Job
 from plait.engines.steps import Judged, judge, round_done, train_round
 from plait.events import RoundDone, Started
+from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.devices import exact_device
-from plait.methods import Factor
 from plait.metrics import cross_part, factor_views, layer_part, norm_of_sum
 from plait.mixing import neighbour_weights, total
+from plait.model.peft_adapters import save_adapter, save_clients
 from plait.privacy import seeded_noise
-from plait.runs.adapters import save_adapter, save_clients
 
 Rows = dict[Factor, np.ndarray]
 """Factor -> rows (n, P) float32, or the sum of some (1, P) float64."""

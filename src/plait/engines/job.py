@@ -17,8 +17,9 @@ from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens, tokenize
 from plait.events import Started
+from plait.factors import Factor
 from plait.lora import Stack, initial_stack
-from plait.methods import Factor, Method, build_method
+from plait.methods import Method, build_method
 from plait.model.backbone import Backbone
 from plait.model.loading import draws_head, load_model
 from plait.privacy import check_accounting

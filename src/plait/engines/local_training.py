@@ -22,10 +22,10 @@ from torch.optim.adamw import adamw
 
 from plait.config import Config
 from plait.data.tokens import Batch, Tokens
+from plait.factors import Factor
 from plait.lora import Dropout, Stack
 from plait.machine import devices
 from plait.machine.devices import chunk_tokens, moved
-from plait.methods import Factor
 from plait.model.backbone import Backbone
 from plait.model.memory import tokens_at_once
 from plait.rng import stream, torch_stream

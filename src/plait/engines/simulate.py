@@ -14,8 +14,8 @@ from plait.events import Event, RoundDone
 from plait.lora import Stack
 from plait.metrics import all_pairs, diagnostics, pair_distances
 from plait.mixing import neighbour_weights
+from plait.model.peft_adapters import save_adapters
 from plait.privacy import seeded_noise
-from plait.runs.adapters import save_adapters
 
 
 @dataclass(frozen=True)

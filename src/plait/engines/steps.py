@@ -14,8 +14,8 @@ from torch import Tensor
 from plait.engines.job import Job, some_rows
 from plait.engines.local_training import batch_losses, evaluate, local_phase
 from plait.events import Evaluated, RoundDone
+from plait.factors import Factor
 from plait.lora import Stack
-from plait.methods import Factor
 from plait.mixing import mean, neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round

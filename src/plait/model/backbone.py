@@ -22,11 +22,11 @@ from torch.func import functional_call, vmap
 
 from plait.config import Config, Head
 from plait.data.tokens import Batch, Tokens, pack
+from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.machine import devices
 from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process import keep_freed
-from plait.methods import Factor
 from plait.model.frozen_linear import take_rows_apart
 from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.loading import Loaded

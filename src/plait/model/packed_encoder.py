@@ -19,9 +19,9 @@ from torch.nn import functional
 from transformers.activations import GELUActivation
 
 from plait.data.tokens import Batch
+from plait.factors import Factor
 from plait.lora import Dropout, Layout, layer_index
 from plait.machine import devices
-from plait.methods import Factor
 from plait.model.attention import Attention, attention
 from plait.model.frozen_linear import FrozenLinear
 from plait.model.fused_layers import FusedLayer, FusedLayers, Pieces

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.data.tokens import Batch
+from plait.factors import Factor
 from plait.lora import Dropout, Layout, branch
 from plait.machine.devices import moved
-from plait.methods import Factor
 
 
 class _Now(threading.local):

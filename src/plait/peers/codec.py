@@ -16,8 +16,8 @@ from typing import Any, Literal
 from torch import Tensor
 from xxhash import xxh3_128
 
+from plait.factors import Factor
 from plait.lora import Layout
-from plait.methods import Factor
 from plait.peers.message_body import DTYPE, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
 

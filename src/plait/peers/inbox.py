@@ -20,7 +20,7 @@ from enum import Enum
 import numpy as np
 from torch import Tensor
 
-from plait.methods import Factor
+from plait.factors import Factor
 from plait.peers.codec import Message
 from plait.peers.refusals import Reason, Refused
 

@@ -26,8 +26,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from plait.factors import Factor
 from plait.lora import Layout
-from plait.methods import Factor
 from plait.peers.refusals import Reason, Refused
 
 DTYPE = "F32"

@@ -29,8 +29,9 @@ from plait.data.tasks import Rows as TaskRows
 from plait.data.tasks import Task, load_task
 from plait.engines.checkpoint import load_beside
 from plait.engines.job import Job, prepare
-from plait.events import Evaluated, Event, Incident, RoundDone
+from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.lora import Stack
+from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
 from plait.peers.exchange import Exchange, Left, Terms
@@ -42,7 +43,6 @@ from plait.peers.prometheus import serve_metrics
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
-from plait.runs.adapters import save_adapter
 from plait.runs.run_folder import RunFolder
 from plait.topology import topology_row
 
@@ -303,7 +303,7 @@ class Process:
             },
             "train_seconds": sum(event.train_seconds for event in rounds),
             "config_digest": self.federation.digest(),
-            **spent(config, rounds),
+            **spent(config, releases(rounds)),
         }
 
 

@@ -19,8 +19,8 @@ import torch
 from plait.engines.job import Job
 from plait.engines.steps import evaluation, names, train_round
 from plait.events import Event, RoundDone
+from plait.factors import Factor
 from plait.lora import Stack
-from plait.methods import Factor
 from plait.metrics import LayerState, Pair, diagnostics, pair, pair_distances
 from plait.mixing import neighbour_weights
 from plait.peers.codec import Message

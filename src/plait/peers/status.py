@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plait.factors import Factor
 from plait.lora import Layout
-from plait.methods import Factor
 from plait.peers.codec import Answer, Header, Question
 from plait.peers.federation import load_federation, load_peer
 from plait.peers.mailbox import OBSERVER

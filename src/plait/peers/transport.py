@@ -24,8 +24,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from torch import Tensor
 
+from plait.factors import Factor
 from plait.lora import Layout
-from plait.methods import Factor
 from plait.peers.certificates import read_credentials
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
 from plait.peers.envelope import (

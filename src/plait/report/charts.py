@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from plait.compare.significance import Difference, Estimate
+from plait.experiments.significance import Difference, Estimate
 from plait.report.recorded_run import MOST_DRAWN, Track
 from plait.report.series import (
     FILLS,

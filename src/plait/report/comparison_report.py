@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
-from plait.compare.comparison import Conclusion, Outcome, figures, significance, verdict
-from plait.compare.significance import Difference, Estimate
+from plait.experiments.comparison import Conclusion, Outcome, figures, significance, verdict
+from plait.experiments.significance import Difference, Estimate
 from plait.machine.files import write_atomically
 from plait.report.paper_figures import curves
 from plait.report.series import started

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plait.compare.comparison import Conclusion, Outcome, verdict
 from plait.events import Started
+from plait.experiments.comparison import Conclusion, Outcome, verdict
 from plait.report import charts
 from plait.report.charts import Chart
 from plait.report.comparison_report import notes, table

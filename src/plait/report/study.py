@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.compare.comparison import Conclusion, Outcome, conclude
-from plait.compare.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
-from plait.compare.significance import Difference, differences
 from plait.config import Config
+from plait.experiments.comparison import Conclusion, Outcome, conclude
+from plait.experiments.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
+from plait.experiments.significance import Difference, differences
 from plait.report.recorded_run import Federation, Track
 from plait.report.series import Said
 

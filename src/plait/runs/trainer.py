@@ -32,7 +32,7 @@ from plait.lookup import lookup
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.loading import Loaded
-from plait.runs.adapters import save_adapters
+from plait.model.peft_adapters import save_adapters
 from plait.runs.run_folder import RunFolder, carry_out
 
 Row = Mapping[str, Any]

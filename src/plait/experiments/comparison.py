@@ -21,10 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from plait.compare.executors import Ended, Executor, Said, executor_for, num_jobs
-from plait.compare.plan import MATCHED, Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
-from plait.compare.significance import Difference, Estimate, differences, estimate
 from plait.events import Event
+from plait.experiments.executors import Ended, Executor, Said, executor_for, num_jobs
+from plait.experiments.plan import (
+    MATCHED,
+    Cell,
+    Entry,
+    Plan,
+    reported_cell,
+    save_plan,
+    tuning_cells,
+)
+from plait.experiments.significance import Difference, Estimate, differences, estimate
 from plait.methods import build_method
 from plait.runs.loggers import require
 from plait.runs.run_folder import load_events, load_summary

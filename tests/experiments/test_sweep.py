@@ -18,12 +18,12 @@ import torch
 from conftest import save_encoder
 from fake_runs import FakeRuns, events
 from plait.cli.main import main
-from plait.compare import executors as workers
-from plait.compare.executors import Ended, executor_for, here, in_processes, num_jobs
-from plait.compare.plan import MATCHED, Cell, tuning_seed
-from plait.compare.results import collect, failures, load, state
-from plait.compare.sweep import Sweep, effective, load_sweep
 from plait.config import Config
+from plait.experiments import executors as workers
+from plait.experiments.executors import Ended, executor_for, here, in_processes, num_jobs
+from plait.experiments.plan import MATCHED, Cell, tuning_seed
+from plait.experiments.results import collect, failures, load, state
+from plait.experiments.sweep import Sweep, effective, load_sweep
 from plait.runs.run_folder import load_events, run
 
 GRID = """

@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from fake_runs import FakeRuns, events
-from plait.compare import executors as workers
-from plait.compare.comparison import compare, conclude, entries, verdict
-from plait.compare.plan import MATCHED, Plan, tuning_seed
-from plait.compare.significance import differences, estimate, holm
 from plait.config import Config
+from plait.experiments import executors as workers
+from plait.experiments.comparison import compare, conclude, entries, verdict
+from plait.experiments.plan import MATCHED, Plan, tuning_seed
+from plait.experiments.significance import differences, estimate, holm
 from plait.report.comparison_report import curves, markdown, notes, write_report
 
 CONFIG = Config(clients=4, rounds=3, lr=1e-3)

@@ -18,8 +18,8 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 
-from plait.compare.plan import Cell
 from plait.events import Event, Started
+from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
 from plait.runs.loggers import logged
 from plait.runs.run_folder import run

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.compare.executors import Ended, Executor, Failure
-from plait.compare.plan import Cell
-from plait.compare.sweep import Sweep
+from plait.experiments.executors import Ended, Executor, Failure
+from plait.experiments.plan import Cell
+from plait.experiments.sweep import Sweep
 from plait.machine.files import write_atomically
 from plait.runs.run_folder import load_summary
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from plait.compare.significance import Difference, Estimate, differences, estimate, stands_out
 from plait.config import Config
+from plait.experiments.significance import Difference, Estimate, differences, estimate, stands_out
 
 if TYPE_CHECKING:
     import pandas as pd

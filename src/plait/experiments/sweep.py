@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plait.compare.comparison import best_rate, entries_at
-from plait.compare.plan import Cell, Plan, reported_cell, slug, tuning_cells
 from plait.config import Config
 from plait.engines.job import MATERIAL
+from plait.experiments.comparison import best_rate, entries_at
+from plait.experiments.plan import Cell, Plan, reported_cell, slug, tuning_cells
 from plait.machine.files import write_atomically
 from plait.methods import build_method
 from plait.presets import changed, read_settings, start_from

@@ -7,22 +7,17 @@ encoder's mean-pooled classifier is no class of transformers, and `plait.load_ba
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
 
 from plait.config import Config
-from plait.events import Started, from_line
+from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.files import save_tensors
-from plait.methods import Factor
 from plait.mixing import mean
 from plait.model.backbone import Backbone, in_head
-from plait.model.loading import load_model
 
 
 def save_adapters(backbone: Backbone, stack: Stack, config: Config, out: Path) -> None:
@@ -82,44 +77,3 @@ def _module(parameter: str) -> str:
     """The module that PEFT is told to save for a parameter: a head whole, others themselves."""
     head = parameter.split(".")[0]
     return head if in_head(parameter) else parameter.rpartition(".")[0]
-
-
-def export(run: Path, client: int | None, out: Path) -> None:
-    """Copy an adapter out of a finished run.
-
-    Args:
-        run: The run folder.
-        client: Whose adapter; the averaged one for None.
-        out: The PEFT folder to write.
-
-    Raises:
-        ValueError: The run has no such adapter, or `out` exists.
-    """
-    name = "mean" if client is None else f"client-{client}"
-    source = run / "adapters" / name
-    if not source.is_dir():
-        there = ", ".join(sorted(path.name for path in (run / "adapters").glob("*")))
-        raise ValueError(f"{run} has no adapter {name}; it has: {there or 'none'}.")
-    if out.exists():
-        raise ValueError(f"{out} already exists; take another --out.")
-    shutil.copytree(source, out)
-
-
-def load_base(run: Path | str) -> Any:
-    """The model of a run without any adapter: what `PeftModel.from_pretrained` takes as its base.
-
-    Raises:
-        ValueError: The folder holds no run, or its backbone can't be loaded.
-
-    Example:
-        >>> base = load_base("runs/demo")  # doctest: +SKIP
-        >>> model = PeftModel.from_pretrained(base, "runs/demo/adapters/mean")  # doctest: +SKIP
-    """
-    try:
-        config = Config.from_json(json.loads((Path(run) / "config.json").read_text()))
-        with (Path(run) / "events.jsonl").open() as file:
-            started = from_line(file.readline())
-    except OSError as error:
-        raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error
-    assert isinstance(started, Started)
-    return load_model(config, len(started.label_names) or 1).model.eval()

@@ -13,10 +13,10 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from plait.cli.main import main
-from plait.compare.paper_table import CSV_HEAD, FORMATS, blocks
-from plait.compare.results import save
-from plait.compare.significance import stands_out
 from plait.config import Config
+from plait.experiments.paper_table import CSV_HEAD, FORMATS, blocks
+from plait.experiments.results import save
+from plait.experiments.significance import stands_out
 
 SEEDS = range(5)
 GAPS = {"adf": (0.0, 0.0), "dec-lora": (0.004, 0.0001), "ffa": (0.05, 0.06), "rolora": (0.2, 0.1)}
