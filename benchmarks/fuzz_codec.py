@@ -18,7 +18,7 @@ from collections import Counter
 
 import torch
 
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
 from plait.peers.codec import Answer, Identity, Question, decode, encode
 from plait.peers.envelope import (
@@ -40,10 +40,12 @@ LAYOUT = Layout((Site("layer.0", 6, 4), Site("layer.1", 6, 6)), rank=2, scale=2.
 IDENTITY = Identity(
     name="bob", federation="fed", config_digest="c0ffee", layout=LAYOUT, max_message_bytes=1 << 16
 )
-TEMPLATE = template_of(LAYOUT, Factor.AB)
+TEMPLATE = template_of(LAYOUT, tuple((VALUE, factor) for factor in Factor.AB))
 FACTORS = {
-    factor: torch.randn(LAYOUT.size(factor), generator=torch.Generator().manual_seed(factor.value))
-    for factor in (Factor.A, Factor.B)
+    (VALUE, factor): torch.randn(
+        LAYOUT.size(factor), generator=torch.Generator().manual_seed(factor.value)
+    )
+    for factor in Factor.AB
 }
 SLOW_S = 1.0
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]

@@ -18,6 +18,7 @@ from work import Work, work_of, workers
 
 from plait.config import Config
 from plait.data.tokens import Tokens
+from plait.factors import VALUE
 from plait.mixing import average, neighbour_weights
 from plait.topology import build_schedule
 
@@ -41,7 +42,7 @@ def round_of(work: Work) -> Callable[[], tuple[float, float, float]]:
             steps(1)
         trained = time.perf_counter()
         for factor, value in stack.factors.items():
-            stack.factors[factor] = average(value, value, W)
+            stack.state[VALUE, factor] = average(value, value, W)
         mixed = time.perf_counter()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return (trained - begin) / phases, mixed - trained, peak

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from plait.config import Config
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.codec import Answer, Header, Question, encode
@@ -100,7 +100,7 @@ class Grpc:
         self.federation, self.index = federation, index
         self.taken: queue.Queue[Header] = queue.Queue()
         self.transport = GrpcTransport(federation, settings, LAYOUT, self)
-        self.factors = {f: torch.randn(LAYOUT.size(f)) for f in (Factor.A, Factor.B)}
+        self.factors = {(VALUE, f): torch.randn(LAYOUT.size(f)) for f in (Factor.A, Factor.B)}
         self.rounds = 0
         self.pool = ThreadPoolExecutor(2)
 

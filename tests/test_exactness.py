@@ -12,12 +12,13 @@ from conftest import tiny_job
 from plait.config import Config
 from plait.engines.simulate import simulate
 from plait.events import RoundDone
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
 from plait.methods import METHODS, build_method
 from plait.metrics import consensus, cross_term, mixing_errors
 from plait.mixing import average, mean, neighbour_weights
 from plait.topology import build_schedule
 
+SLOT = (VALUE, Factor.A)
 FAST = {"clients": 4, "rounds": 6, "local_steps": 2, "batch_size": 4, "rank": 2, "lr": 1e-2}
 
 
@@ -81,7 +82,7 @@ def test_mixing_conserves_the_mean(method, topology):
     X = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     for round_ in range(4):
         W = build_schedule(config)(round_)
-        mixed = build.mix(X, X, neighbour_weights(W))
+        mixed = build.mix.combine(None, {SLOT: X}, {SLOT: X}, neighbour_weights(W))[SLOT]
         torch.testing.assert_close(mean(mixed), mean(X), rtol=0, atol=1e-6)
         torch.testing.assert_close(
             mixed.double(), torch.from_numpy(W) @ X.double(), atol=1e-6, rtol=0

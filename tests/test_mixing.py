@@ -13,7 +13,7 @@ from plait.config import Config
 from plait.engines import simulate as engine
 from plait.events import RoundDone
 from plait.methods import METHODS, Method, build_method
-from plait.mixing import MIXES, average, build_mix, mean, neighbour_weights
+from plait.mixing import AVERAGE, MIXES, average, build_rule, each_factor, mean, neighbour_weights
 from plait.topology import build_schedule
 
 N, P = 6, 40
@@ -58,30 +58,30 @@ def twin_clipped_gossip(X, W, radius):
 @pytest.mark.parametrize("count", [1, 2])
 def test_trimmed_mean_equals_its_twin(topology, count):
     X, W = states(), weights(topology)
-    mixed = build_mix(f"trimmed-mean:{count}")(X, X, W)
+    mixed = build_rule(f"trimmed-mean:{count}")(X, X, W)
     torch.testing.assert_close(mixed.double(), twin_trimmed_mean(X, W, count), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("radius", [0.1, 8.5, 100.0])  # two clients are about 9 apart
 def test_clipped_gossip_equals_its_twin(radius):
     X, W = states(), weights("ring")
-    mixed = build_mix(f"clipped-gossip:{radius}")(X, X, W)
+    mixed = build_rule(f"clipped-gossip:{radius}")(X, X, W)
     torch.testing.assert_close(mixed.double(), twin_clipped_gossip(X, W, radius), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("mix", EXAMPLES)
 def test_a_client_alone_gets_the_same_bits_as_in_a_stack(mix):
     X, W = states(), weights("ring")
-    together = build_mix(mix)(X, X, W)
+    together = build_rule(mix)(X, X, W)
     for i in range(N):
         heard = np.flatnonzero(W[i])
-        alone = build_mix(mix)(X[i : i + 1].clone(), X[heard].clone(), W[i : i + 1, heard])
+        alone = build_rule(mix)(X[i : i + 1].clone(), X[heard].clone(), W[i : i + 1, heard])
         assert torch.equal(alone[0], together[i])
 
 
 def test_a_radius_that_nothing_reaches_is_averaging_to_the_bit():
     X, W = states(), weights("ring")
-    assert torch.equal(build_mix("clipped-gossip:1e6")(X, X, W), average(X, X, W))
+    assert torch.equal(build_rule("clipped-gossip:1e6")(X, X, W), average(X, X, W))
 
 
 # -- what holds whatever is sent
@@ -97,7 +97,7 @@ LIES = {
 def test_trimmed_mean_stays_within_the_honest_values(lie):
     X, W = states(), weights()
     X[0] = LIES[lie]
-    mixed = build_mix("trimmed-mean:1")(X, X, W)[1:]
+    mixed = build_rule("trimmed-mean:1")(X, X, W)[1:]
     assert (mixed <= X[1:].max(dim=0).values + 1e-6).all()
     assert (mixed >= X[1:].min(dim=0).values - 1e-6).all()
 
@@ -111,9 +111,9 @@ def test_averaging_does_not():
 @pytest.mark.parametrize("lie", LIES)
 def test_clipped_gossip_lets_a_liar_move_nobody_far(lie):
     X, W = states(), weights()
-    honest = build_mix("clipped-gossip:0.5")(X, X, W)
+    honest = build_rule("clipped-gossip:0.5")(X, X, W)
     X[0] = LIES[lie]
-    moved = (build_mix("clipped-gossip:0.5")(X, X, W)[1:] - honest[1:]).norm(dim=1)
+    moved = (build_rule("clipped-gossip:0.5")(X, X, W)[1:] - honest[1:]).norm(dim=1)
     assert (moved <= 2 * 0.5 * W[1:, 0].max() + 1e-5).all()
 
 
@@ -122,7 +122,7 @@ def test_clipped_gossip_lets_a_liar_move_nobody_far(lie):
 def test_which_of_them_conserve_the_mean(mix, topology):
     X, W = states(), weights(topology)
     assert np.array_equal(W, W.T)
-    moved = float((mean(build_mix(mix)(X, X, W)) - mean(X)).abs().max())
+    moved = float((mean(build_rule(mix)(X, X, W)) - mean(X)).abs().max())
     if MIXES[mix.partition(":")[0]].conserves_mean:
         assert moved < 1e-6
     elif topology == "ring":
@@ -131,7 +131,7 @@ def test_which_of_them_conserve_the_mean(mix, topology):
 
 def test_with_too_few_neighbours_to_trim_a_client_keeps_its_state():
     X, W = states(), weights("ring")
-    assert torch.equal(build_mix("trimmed-mean:2")(X, X, W), X)
+    assert torch.equal(build_rule("trimmed-mean:2")(X, X, W), X)
 
 
 # -- a run with a client that lies
@@ -199,7 +199,7 @@ def test_mixes_that_cannot_be(name, message):
 
 def test_a_method_that_mixes_in_its_own_way_takes_no_other(monkeypatch):
     own = Method(summary="", train=build_method(Config()).train, share=build_method(Config()).share,
-                 mix=lambda mine, theirs, W: mine)  # fmt: skip
+                 mix=each_factor(lambda mine, theirs, W: mine))  # fmt: skip
     monkeypatch.setitem(METHODS, "own", lambda _: own)
     assert build_method(Config(method="own")) is own
     with pytest.raises(ValueError, match="leave out --mix"):
@@ -207,4 +207,4 @@ def test_a_method_that_mixes_in_its_own_way_takes_no_other(monkeypatch):
 
 
 def test_the_default_is_plain_averaging():
-    assert build_method(Config()).mix is average
+    assert build_method(Config()).mix is AVERAGE

@@ -19,7 +19,7 @@ from plait.engines.job import Rules
 from plait.engines.simulate import Simulation, simulate
 from plait.engines.steps import train_round
 from plait.events import Evaluated, RoundDone, summarize
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
 from plait.peers.process import KEY_BYTES, noise_of
 from plait.privacy import clipped, epsilon, privatise, secret_noise, seeded_noise
 from plait.runs.run_folder import RunFolder, carry_out
@@ -111,10 +111,10 @@ def test_noise_is_standard_normal_and_its_own_for_each_client_and_round(noise):
 
 def test_noise_has_the_deviation_that_was_asked_for():
     size = 100_000
-    before = {Factor.A: torch.ones(1, size), Factor.B: torch.zeros(1, size)}
-    after = {factor: value.clone() for factor, value in before.items()}
+    before = {(VALUE, Factor.A): torch.ones(1, size), (VALUE, Factor.B): torch.zeros(1, size)}
+    after = {slot: value.clone() for slot, value in before.items()}
     privatise(before, after, 3, [1], Config(dp_clip=2.0, dp_noise=0.7), seeded_noise(0))
-    added = torch.cat([after[factor] - before[factor] for factor in before], dim=1)[0]
+    added = torch.cat([after[slot] - before[slot] for slot in before], dim=1)[0]
     assert float(added.std()) == pytest.approx(1.4, rel=0.01)
     assert abs(float(added.mean())) < 0.02
 

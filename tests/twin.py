@@ -119,3 +119,10 @@ def twin_local_phase(model, layout, stack, train, round_, tokens, shares, config
                 torch.cat([after[f"base_model.model.{name}"].flatten() for name, _ in layout.head])
             )
     return np.array(losses), {f: torch.stack(v).detach().float() for f, v in rows.items()}
+
+
+def all_logits(backbone, factors, tokens) -> torch.Tensor:
+    """(n, Q, C), each client's model on every text, in one batch."""
+    rows = np.tile(np.arange(len(tokens)), (len(factors[Factor.A]), 1))
+    with torch.no_grad():
+        return backbone.logits(backbone.batch(tokens, rows), dict(factors)).cpu()

@@ -30,7 +30,7 @@ def main(folder: str) -> None:
         )
         for factor, value in stack.factors.items():
             value.copy_(mean(value).expand_as(value))
-            stack.reset_moments(factor)
+            stack.reset(factor)
         losses.append(float(np.mean(found)))
         ends.append(time.perf_counter())
     print(job(folder).result(ends, losses, begin))

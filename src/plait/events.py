@@ -25,8 +25,9 @@ class Started:
     Attributes:
         task: The task's name.
         metric: What the scores measure, such as `accuracy`.
-        label_names: The classes; empty for scores.
-        label_counts: (N, C) rows of each class at each client; (N, 1) for scores.
+        objective: What is learned, a key of `OBJECTIVES`.
+        label_names: The classes; empty where the objective has none.
+        label_counts: (N, C) rows of each class at each client; (N, 1) without classes.
         majority: Score of always answering the most frequent class of the evaluated split; 0
             for metrics other than accuracy.
         parameters: Factor name -> parameters of one client.
@@ -37,6 +38,7 @@ class Started:
 
     task: str
     metric: str
+    objective: str = "classification"
     label_names: tuple[str, ...]
     label_counts: list[list[int]]
     majority: float
@@ -151,6 +153,8 @@ def from_line(line: str) -> Event:
             values[triples] = [tuple(triple) for triple in values.get(triples, [])]
     if kind is Started:
         values["label_names"] = tuple(values["label_names"])
+        # Runs of plait before 0.2 didn't say; there only scores had no names.
+        values.setdefault("objective", "classification" if values["label_names"] else "regression")
     return kind(**values)
 
 

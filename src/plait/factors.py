@@ -1,8 +1,11 @@
-"""The blocks that a client's state is made of."""
+"""The blocks that a client's state is made of, and the slots that hold them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Flag
+from functools import reduce
+from operator import or_
 
 
 class Factor(Flag):
@@ -16,3 +19,36 @@ class Factor(Flag):
 
 
 A, B, AB, NONE = Factor.A, Factor.B, Factor.AB, Factor.NONE
+
+Slot = tuple[str, Factor]
+"""A kind and a factor, such as ("m", A): AdamW's first moment of A. All slots of a factor have its
+shape."""
+
+VALUE = "x"
+"""The kind of slot that holds a factor itself."""
+
+
+def factors_of(slots: Iterable[Slot]) -> Factor:
+    """The factors that have a slot among these."""
+    return reduce(or_, (factor for _, factor in slots), NONE)
+
+
+def factors_name(factors: Factor) -> str:
+    """`B`, `A|B`, `A|B|HEAD`, or `-` for none."""
+    return (factors.name if factors else None) or "-"
+
+
+def slots_name(slots: Iterable[Slot]) -> str:
+    """Slots by their names: of a value that of its factor; `-` for none.
+
+    Example:
+        >>> slots_name([(VALUE, A), (VALUE, B), ("m", B)])
+        'A|B|m.B'
+    """
+    return "|".join(map(slot_name, slots)) or "-"
+
+
+def slot_name(slot: Slot) -> str:
+    """The name of one slot."""
+    kind, factor = slot
+    return str(factor.name) if kind == VALUE else f"{kind}.{factor.name}"

@@ -9,17 +9,22 @@ Legend: N clients, r rank, P_A = sum of r d_in over the adapted layers, P_B = su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from plait.factors import Factor
+from plait.factors import VALUE, Factor, Slot
+from plait.optimizers import ADAMW
 from plait.rng import torch_stream
 
 Dropout = Callable[[str, Tensor], Tensor]
 """(site name, its input (..., d_in)) -> what to multiply the packed input (T, d_in) with."""
+
+State = dict[Slot, Tensor]
+"""Slot -> (n, P) float32, a row for each of n clients."""
 
 
 @dataclass(frozen=True)
@@ -84,31 +89,47 @@ class Layout:
         }
 
 
+def values(state: Mapping[Slot, Tensor]) -> Mapping[Factor, Tensor]:
+    """Factor -> its value, of the factors that have one in a state. To be read, not written."""
+    found = {factor: value for (kind, factor), value in state.items() if kind == VALUE}
+    return MappingProxyType(found)
+
+
 @dataclass
 class Stack:
-    """The state of n clients: factors, and AdamW's moments and step counts for each.
+    """The state of n clients.
 
     Attributes:
-        factors: Factor -> (n, P) float32.
-        first: Factor -> (n, P) float32, AdamW's first moment.
-        second: Factor -> (n, P) float32, AdamW's second moment.
-        steps: Factor -> steps taken since the moments were last reset.
+        state: Each factor's value, and beside it what the optimizer keeps of it.
+        steps: Factor -> steps taken since what is beside it was last reset.
     """
 
-    factors: dict[Factor, Tensor]
-    first: dict[Factor, Tensor]
-    second: dict[Factor, Tensor]
+    state: State
     steps: dict[Factor, int]
 
-    def reset_moments(self, factor: Factor) -> None:
-        """Start AdamW anew for one factor of every client."""
-        self.first[factor].zero_()
-        self.second[factor].zero_()
+    @property
+    def factors(self) -> Mapping[Factor, Tensor]:
+        """Factor -> its value (n, P). To be read; `state` is what changes."""
+        return values(self.state)
+
+    def beside(self, factor: Factor) -> dict[str, Tensor]:
+        """Kind -> slot (n, P) of what is kept beside a factor's value."""
+        return {k: slot for (k, f), slot in self.state.items() if f is factor and k != VALUE}
+
+    def reset(self, factor: Factor) -> None:
+        """Start the optimizer anew for one factor of every client."""
+        for slot in self.beside(factor).values():
+            slot.zero_()
         self.steps[factor] = 0
 
 
 def initial_stack(
-    layout: Layout, head: dict[str, Tensor], num_clients: int, seed: int, device: torch.device
+    layout: Layout,
+    head: dict[str, Tensor],
+    num_clients: int,
+    seed: int,
+    device: torch.device,
+    kinds: Sequence[str] = ADAMW.kinds,
 ) -> Stack:
     """The common start: one A0 and one head for every client, B zero.
 
@@ -121,6 +142,7 @@ def initial_stack(
         num_clients: N.
         seed: The seed of the run.
         device: Where the stack lives.
+        kinds: The slots that the optimizer keeps beside each value; zero at the start.
     """
     bounds = [1 / math.sqrt(site.d_in) for site in layout.sites]
     A0 = torch.cat(
@@ -135,12 +157,10 @@ def initial_stack(
     if layout.head:
         rows[Factor.HEAD] = torch.cat([head[name].float().flatten() for name, _ in layout.head])
     factors = {factor: row.to(device).repeat(num_clients, 1) for factor, row in rows.items()}
-    return Stack(
-        factors=factors,
-        first={factor: torch.zeros_like(stack) for factor, stack in factors.items()},
-        second={factor: torch.zeros_like(stack) for factor, stack in factors.items()},
-        steps=dict.fromkeys(factors, 0),
-    )
+    state = {(VALUE, factor): value for factor, value in factors.items()}
+    for kind in kinds:
+        state |= {(kind, factor): torch.zeros_like(value) for factor, value in factors.items()}
+    return Stack(state, dict.fromkeys(factors, 0))
 
 
 def branch(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from plait.config import Config
-from plait.factors import AB, NONE, A, B, Factor
+from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
-from plait.mixing import Mix, average, build_mix
+from plait.mixing import AVERAGE, Mix, build_rule, each_factor
+from plait.optimizers import ADAMW, Optimizer
 
 Schedule = Callable[[int], Factor]
 
@@ -43,9 +44,12 @@ class Method:
     Attributes:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
-        share: Which of A and B travel in a round; this also fixes the bytes on the wire.
-        mix: What a client makes of its own rows and its neighbours'; where a row says nothing, the
-            one that the config names.
+        share: Which of A and B travel in a round.
+        kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
+            wire, and what differential privacy covers.
+        optimizer: How a factor takes a step, and what is kept beside it.
+        mix: What a client makes of its own slots and its neighbours'; where a row says nothing, the
+            rule that the config names, for each factor.
         conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
         topology: The topology that the method is defined on, when it isn't the user's choice.
     """
@@ -53,7 +57,9 @@ class Method:
     summary: str
     train: Schedule
     share: Schedule
-    mix: Mix = average
+    kinds: tuple[str, ...] = (VALUE,)
+    optimizer: Optimizer = ADAMW
+    mix: Mix = AVERAGE
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
 
@@ -95,15 +101,30 @@ METHODS: dict[str, Callable[[Config], Method]] = {
 
 
 def build_method(config: Config) -> Method:
-    """The method that `config` names, with the mix that it names.
+    """The method that `config` names, with the rule for mixing that it names.
 
     Raises:
-        ValueError: There is no such method or mix, or the method has a mix of its own.
+        ValueError: There is no such method or rule, the method has a mix of its own, or it can't
+            work with what it says itself.
     """
     method = lookup(METHODS, config.method, "method")(config)
-    mix = build_mix(config.mix)
-    if mix is average:
+    _check(method, config)
+    if config.mix == Config.mix:
         return method
-    if method.mix is not average:
+    rule = build_rule(config.mix)
+    if method.mix is not AVERAGE:
         raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
-    return replace(method, mix=mix)
+    return replace(method, mix=each_factor(rule))
+
+
+def _check(method: Method, config: Config) -> None:
+    """Refuse a method that shares what it doesn't have, or mixes together what travels apart."""
+    if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds}:
+        raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
+    together = method.mix.together
+    for round_ in range(config.rounds if together else 0):
+        if (part := method.share(round_) & together) not in (NONE, together):
+            raise ValueError(
+                f"{config.method} mixes {together.name} together and shares only {part.name} in "
+                f"round {round_}: let them travel in the same rounds, or mix with each_factor."
+            )

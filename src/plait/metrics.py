@@ -17,7 +17,7 @@ of a stacked product. All sums in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -203,7 +203,7 @@ MOST_PAIRED = 100
 """Clients of which each pair's distance is measured: the pairs grow with the square."""
 
 
-def pair_distances(layout: Layout, state: dict[Factor, Tensor]) -> Tensor:
+def pair_distances(layout: Layout, state: Mapping[Factor, Tensor]) -> Tensor:
     """(n, n) ||x_i - x_j||^2 of each pair of the first n <= `MOST_PAIRED` clients, all layers.
 
     One Gram matrix for each layer, ||x||^2 + ||y||^2 - 2 <x, y>. Seen from the mean client, since
@@ -286,7 +286,10 @@ def diagnose(
 
 
 def diagnostics(
-    layout: Layout, before: dict[Factor, Tensor], after: dict[Factor, Tensor], W: np.ndarray
+    layout: Layout,
+    before: Mapping[Factor, Tensor],
+    after: Mapping[Factor, Tensor],
+    W: np.ndarray,
 ) -> Diagnostics:
     """The diagnostics of a round, by one who has the state of all clients.
 
@@ -309,6 +312,6 @@ def diagnostics(
     return diagnose(sites, torch.stack(parts).unflatten(0, (2, -1)), cross_terms)
 
 
-def factor_views(layout: Layout, rows: dict[Factor, Tensor]) -> dict[Factor, dict[str, Tensor]]:
+def factor_views(layout: Layout, rows: Mapping[Factor, Tensor]) -> dict[Factor, dict[str, Tensor]]:
     """A and B of (n, P) rows, layer by layer."""
     return {factor: layout.views(factor, rows[factor]) for factor in (Factor.A, Factor.B)}

@@ -1,10 +1,11 @@
 """Mixing: what a client makes of its own state and of what its neighbours sent.
 
-A mix is a pure function of one neighbourhood; it knows no round, rank or clock. `MIXES` has them
-by name: gossip averaging, and two rules that a few liars among the neighbours can't steer.
-
-Each takes one factor at a time, so A, B and a head are judged apart. What a robust rule doesn't
-take leaves its weight with the receiver, as a message does that never came.
+A mix is a pure function of one neighbourhood, with all that travels; it knows no round, rank or
+clock. A *rule* mixes the rows of one slot: `each_factor` applies it to every slot by itself, so A,
+B and a head are judged apart. `each_site` is for rules that take A and B of a layer together.
+`MIXES` has rules by name: gossip averaging, and two that a few liars among the neighbours can't
+steer. What a robust rule doesn't take leaves its weight with the receiver, as a message does that
+never came.
 
 Shapes: m own clients, n clients that were heard (own ones included), P parameters of a factor.
 
@@ -14,7 +15,7 @@ Sources: coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498), in go
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,13 +23,65 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.factors import AB, NONE, VALUE, A, B, Factor, Slot
 from plait.lookup import lookup
+from plait.lora import Layout, State
 from plait.machine.devices import exact, exact_device
 
 Number = TypeVar("Number", int, float)
-Mix = Callable[[Tensor, Tensor, np.ndarray], Tensor]
+Rule = Callable[[Tensor, Tensor, np.ndarray], Tensor]
 """(mine (m, P), theirs (n, P), W (m, n)) -> mine after mixing (m, P). W holds the weights of the
 *others* only: what a client keeps of itself is the rest, 1 - sum(W[i])."""
+
+SiteFactors = tuple[Tensor, Tensor]
+"""A (m, r, d_in) and B (m, d_out, r) of an adapted layer."""
+SiteRule = Callable[[SiteFactors, SiteFactors, np.ndarray], SiteFactors]
+"""As `Rule`, of a layer's A and B together."""
+
+Mixed = Mapping[Slot, Tensor]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a client makes of its own slots and those that it heard.
+
+    Attributes:
+        combine: (layout, mine, heard, W) -> mine after mixing; slots are (m, P) and (n, P), W as
+            for a `Rule`.
+        together: Factors that must travel in the same rounds, or `combine` can't work.
+    """
+
+    combine: Callable[[Layout, Mixed, Mixed, np.ndarray], State]
+    together: Factor = NONE
+
+
+def each_factor(rule: Rule) -> Mix:
+    """Mix every slot by itself."""
+
+    def combine(_layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
+        return {slot: rule(own, heard[slot], W) for slot, own in mine.items()}
+
+    return Mix(combine)
+
+
+def each_site(rule: SiteRule) -> Mix:
+    """Mix the values of A and B layer by layer, both at once; other slots are averaged."""
+
+    def combine(layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
+        a, b = (VALUE, A), (VALUE, B)
+        own, theirs = (_by_site(layout, one[a], one[b]) for one in (mine, heard))
+        pairs = [rule(x, y, W) for x, y in zip(own, theirs, strict=True)]
+        mixed = {slot: average(mine[slot], heard[slot], W) for slot in mine if slot not in (a, b)}
+        for slot, parts in zip((a, b), zip(*pairs, strict=True), strict=True):
+            mixed[slot] = torch.cat([part.flatten(1) for part in parts], dim=1)
+        return mixed
+
+    return Mix(combine, together=AB)
+
+
+def _by_site(layout: Layout, flat_A: Tensor, flat_B: Tensor) -> list[SiteFactors]:
+    views = layout.views(A, flat_A), layout.views(B, flat_B)
+    return [(views[0][site.name], views[1][site.name]) for site in layout.sites]
 
 
 MANY = 32
@@ -64,7 +117,11 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
     return mixed
 
 
-def trimmed_mean(count: int) -> Mix:
+AVERAGE = each_factor(average)
+"""What a method mixes by that says nothing else."""
+
+
+def trimmed_mean(count: int) -> Rule:
     """Averaging without the values at the edges, coordinate by coordinate.
 
     Of a coordinate's values, one's own and those heard, the `count` lowest and highest mark out a
@@ -96,7 +153,7 @@ def trimmed_mean(count: int) -> Mix:
     return mix
 
 
-def clipped_gossip(radius: float) -> Mix:
+def clipped_gossip(radius: float) -> Rule:
     """Averaging with bounded steps, x_i + sum_j w_ij clip(x_j - x_i, radius).
 
     A neighbour moves a factor by at most its weight times `radius`, whatever it sends. The paper's
@@ -125,13 +182,13 @@ class MixRow:
     """A line of `MIXES`.
 
     Attributes:
-        build: Makes the mix of what follows the colon in its name.
+        build: Makes the rule of what follows the colon in its name.
         summary: What it is, in one line.
         conserves_mean: Whether a symmetric W leaves the mean of all clients where it is.
         example: An argument to show; none if the mix takes none.
     """
 
-    build: Callable[[str], Mix]
+    build: Callable[[str], Rule]
     summary: str
     conserves_mean: bool
     example: str = ""
@@ -158,14 +215,14 @@ MIXES: dict[str, MixRow] = {
 }
 
 
-def build_mix(name: str) -> Mix:
-    """The mix that `name` or `name:argument` means.
+def build_rule(name: str) -> Rule:
+    """The rule that `name` or `name:argument` means.
 
     Raises:
         ValueError: There is no such mix, or its argument can't be; the message has the fix.
 
     Example:
-        >>> build_mix("trimmed-mean")
+        >>> build_rule("trimmed-mean")
         Traceback (most recent call last):
         ValueError: Mix 'trimmed-mean': write `trimmed-mean:1`.
     """
@@ -190,7 +247,7 @@ def _above_zero(name: str, argument: str, kind: type[Number]) -> Number:
 
 
 def neighbour_weights(W: np.ndarray) -> np.ndarray:
-    """W (N, N) without its diagonal: the form in which a `Mix` wants it."""
+    """W (N, N) without its diagonal: the form in which a `Rule` wants it."""
     return np.asarray(W - np.diag(np.diag(W)))
 
 

@@ -1,6 +1,6 @@
 """Differential privacy of what a client sends: its change of a round clipped, and Gaussian noise.
 
-After local training, and before anything else sees it, a client's change of the factors that ever
+After local training, and before anything else sees it, a client's change of the slots that ever
 travel is scaled down to an L2 norm C (`dp_clip`) and gets noise of standard deviation z C
 (`dp_noise` times `dp_clip`) in every coordinate. What leaves a client later, mixed states
 included, is made of such changes and of what others sent, so only the changes count.
@@ -26,7 +26,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from plait.config import Config
-from plait.factors import Factor
+from plait.factors import Slot
 from plait.rng import stream
 
 Noise = Callable[[int, int, np.ndarray], np.ndarray]
@@ -68,8 +68,8 @@ def clipped(change: np.ndarray, norm: float) -> np.ndarray:
 
 
 def privatise(
-    before: Mapping[Factor, Tensor],
-    after: Mapping[Factor, Tensor],
+    before: Mapping[Slot, Tensor],
+    after: Mapping[Slot, Tensor],
     round_: int,
     clients: Sequence[int],
     config: Config,
@@ -78,8 +78,8 @@ def privatise(
     """Clip each client's change and add noise, in place. All is done in float64 and then rounded.
 
     Args:
-        before: Factor -> (n, P) before local training, of the factors to protect.
-        after: Factor -> (n, P) after it; changed where `before` has the factor.
+        before: Slot -> (n, P) before local training, of the slots to protect.
+        after: Slot -> (n, P) after it; changed where `before` has the slot.
         round_: The round's number.
         clients: Which clients these are.
         config: With `dp_clip` and `dp_noise`.
@@ -93,13 +93,13 @@ def privatise(
         change = clipped(_row(after, list(before), row) - start, config.dp_clip)
         deviation = config.dp_noise * config.dp_clip
         sent = torch.from_numpy(start + change + deviation * noise(client, round_, change))
-        for factor, part in zip(before, sent.split(sizes), strict=True):
-            own = after[factor]
+        for slot, part in zip(before, sent.split(sizes), strict=True):
+            own = after[slot]
             own[row] = part.to(own.dtype).to(own.device)
 
 
-def _row(factors: Mapping[Factor, Tensor], which: Iterable[Factor], row: int) -> np.ndarray:
-    parts = torch.cat([factors[factor][row] for factor in which])
+def _row(state: Mapping[Slot, Tensor], which: Iterable[Slot], row: int) -> np.ndarray:
+    parts = torch.cat([state[slot][row] for slot in which])
     return np.asarray(parts.cpu().double().numpy())
 
 

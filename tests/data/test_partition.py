@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.config import Config
-from plait.data.partition import PARTITIONS, deal, largest_remainder, paper_mixtures
-from plait.data.tasks import Rows, load_task
+from plait.data import partition
+from plait.data.objectives import CLASSIFICATION, REGRESSION
+from plait.data.partition import PARTITIONS, largest_remainder, paper_mixtures
+from plait.data.tasks import Rows, Task, load_task
 
 KEYS = ("clinic", "bank", "school", "court")
 
@@ -22,6 +24,13 @@ def make_rows(labels, keys: bool = False) -> Rows:
 
 def balanced(C: int, each: int, keys: bool = False) -> Rows:
     return make_rows(np.tile(np.arange(C), each), keys)
+
+
+def deal(rows: Rows, C: int, config: Config) -> list[np.ndarray]:
+    """Rows of C classes, or of a regression for one, dealt as the config says."""
+    names = tuple(map(str, range(C))) if C > 1 else ()
+    objective = CLASSIFICATION if C > 1 else REGRESSION
+    return partition.deal(Task("rows", rows, rows, rows, names, "", objective), config)
 
 
 def counts_of(rows: Rows, hands, C: int) -> np.ndarray:

@@ -94,13 +94,13 @@ def test_every_task_has_three_disjoint_splits(name, config_of):
             isinstance(text, str) and text == text.strip() for row in rows.texts for text in row
         )
         if task.label_names:
-            assert 0 <= rows.labels.min() <= rows.labels.max() < task.num_labels
+            assert 0 <= rows.labels.min() <= rows.labels.max() < task.num_outputs
     texts = [set(rows.texts) for rows in splits]
     assert not texts[0] & texts[1]
     assert not texts[1] & texts[2]
     assert not texts[0] & texts[2]
-    assert task.num_labels == max(1, len(task.label_names))
-    assert set(task.train.labels) == set(range(task.num_labels)) or task.num_labels == 1
+    assert task.num_outputs == max(1, len(task.label_names))
+    assert set(task.train.labels) == set(range(task.num_outputs)) or task.num_outputs == 1
     assert METRICS[task.metric](task.test.labels, task.test.labels) == pytest.approx(1.0)
 
 
@@ -345,7 +345,7 @@ def test_file_with_whole_floats_is_a_classification(tmp_path):
 def test_file_with_fractions_is_a_regression(tmp_path):
     train = [(f"t{i}", i / 4) for i in range(20)]
     task = load_task(own_config(tmp_path, train, [("x", 2), ("y", 1)]))
-    assert (task.label_names, task.num_labels, task.metric) == ((), 1, "pearson")
+    assert (task.label_names, task.num_outputs, task.metric) == ((), 1, "pearson")
     assert task.test.labels.dtype == np.float32
     assert task.test.labels.tolist() == [2.0, 1.0]
     with pytest.raises(ValueError, match="label 'good' is not a number"):

@@ -18,6 +18,7 @@ from conftest import tiny_job
 from plait.config import Config
 from plait.engines.simulate import simulate
 from plait.events import RoundDone, to_line
+from plait.factors import slot_name
 from plait.runs import run_folder as runs
 from plait.runs.run_folder import run
 
@@ -103,10 +104,10 @@ def test_a_block_hands_over_the_rows_that_others_hear_and_no_more():
     block.begin(None)
     sums, rows, own = block.train(0)
     # Of 2, 3 and 4 on a ring of five, client 1 hears 2 and client 0 hears 4.
-    assert [factor.name for factor in rows] == ["A", "B", "HEAD"]
+    assert [slot_name(slot) for slot in rows] == ["A", "B", "HEAD"]
     assert not any(len(value) for value in own.values())
-    for factor, value in rows.items():
-        np.testing.assert_array_equal(value, block.stack.factors[factor][[0, 2]].numpy())
+    for slot, value in rows.items():
+        np.testing.assert_array_equal(value, block.stack.state[slot][[0, 2]].numpy())
     handed = sum(value.nbytes for value in (*rows.values(), *sums.values()))
     assert block.round.handed_bytes == handed
 

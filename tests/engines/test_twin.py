@@ -10,13 +10,13 @@ import torch
 
 from conftest import tiny_model
 from plait.config import Config
-from plait.engines.local_training import batch_rows, evaluate, local_phase
+from plait.engines.local_training import batch_rows, local_phase
 from plait.factors import Factor
 from plait.lora import initial_stack
 from plait.machine.devices import bfloat16_units, resolve_dtype
 from plait.model.backbone import TARGET_MODULES, Backbone
 from plait.model.loading import Loaded
-from twin import twin_evaluation, twin_local_phase
+from twin import all_logits, twin_evaluation, twin_local_phase
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
 PACKED = ("bert", "roberta", "electra", "mean-pooled")
@@ -87,7 +87,7 @@ def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
 def test_evaluation_equals_peft(architecture, ragged_tokens):
     config = Config(clients=3, rank=4, chunk_tokens=100)
     model, backbone, stack, _, targets = setup(architecture, config, ragged_tokens)
-    logits = evaluate(backbone, stack.factors, ragged_tokens, config)
+    logits = all_logits(backbone, stack.factors, ragged_tokens)
     expected = twin_evaluation(model, backbone.layout, stack, ragged_tokens, config, targets)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
@@ -160,8 +160,7 @@ def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
         backbone, stack, Factor.AB | Factor.HEAD, 0, ragged_tokens, shares, range(5), config
     )
     for k, own in enumerate(alone):
-        for rows in (own.factors, own.first, own.second):
-            rows.update({factor: value[k : k + 1] for factor, value in rows.items()})
+        own.state = {slot: rows[k : k + 1] for slot, rows in own.state.items()}
         losses = local_phase(
             backbone, own, Factor.AB | Factor.HEAD, 0, ragged_tokens, shares, [k], config
         )
@@ -186,8 +185,8 @@ def test_adapting_the_top_layers_only(cached, ragged_tokens):
     np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
     torch.testing.assert_close(stack.factors[Factor.A], expected[Factor.A], rtol=0, atol=1e-5)
     part = tokens.take(np.array([7, 3, 30]))
-    logits = evaluate(backbone, stack.factors, part, config)
-    whole = evaluate(backbone, stack.factors, ragged_tokens, config)
+    logits = all_logits(backbone, stack.factors, part)
+    whole = all_logits(backbone, stack.factors, ragged_tokens)
     torch.testing.assert_close(logits, whole[:, [7, 3, 30]], rtol=0, atol=1e-5)
 
 

@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import tiny_model
 from plait.config import Config
-from plait.engines.local_training import evaluate, local_phase
-from plait.factors import Factor
+from plait.engines.local_training import local_phase
+from plait.factors import VALUE, Factor
 from plait.lora import initial_stack
 from plait.model.backbone import Backbone
 from plait.model.frozen_linear import take_rows_apart
@@ -26,6 +26,7 @@ from plait.model.fused_layers import Pieces
 from plait.model.kernels import compiled as native
 from plait.model.kernels.compiled import frozen_kernels, kernels
 from plait.model.loading import Loaded
+from twin import all_logits
 
 CONFIG = Config(clients=3, local_steps=3, batch_size=9, rank=3, lr=5e-3)
 
@@ -34,14 +35,12 @@ def trained(tokens, clients, model):
     """Losses, factors and logits after the local phase of some clients, all from the same start."""
     backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG)
     stack = initial_stack(backbone.layout, backbone.head_start, 3, 0, torch.device("cpu"))
-    stack.factors[Factor.B] += 0.05 * torch.randn(
-        stack.factors[Factor.B].shape, generator=torch.Generator().manual_seed(1)
-    )
-    for rows in (stack.factors, stack.first, stack.second):
-        rows.update({factor: value[clients].clone() for factor, value in rows.items()})
+    B = stack.state[VALUE, Factor.B]
+    B += 0.05 * torch.randn(B.shape, generator=torch.Generator().manual_seed(1))
+    stack.state = {slot: rows[clients].clone() for slot, rows in stack.state.items()}
     shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), 3)
     losses = local_phase(backbone, stack, Factor.AB, 0, tokens, shares, clients, CONFIG)
-    logits = evaluate(backbone, stack.factors, tokens, CONFIG)
+    logits = all_logits(backbone, stack.factors, tokens)
     return [torch.from_numpy(losses), *stack.factors.values(), logits]
 
 

@@ -16,14 +16,13 @@ from conftest import WORDS, save_encoder
 from plait.config import Config
 from plait.data.tokens import tokenize
 from plait.engines.job import prepare
-from plait.engines.local_training import evaluate
 from plait.lora import initial_stack
 from plait.machine.devices import resolve_device
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.loading import load_model
 from plait.model.peft_adapters import save_adapter
-from twin import twin_logits
+from twin import all_logits, twin_logits
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2")
 
@@ -62,7 +61,7 @@ def test_an_adapter_loads_onto_a_base_from_anywhere(architecture, head, tmp_path
     tokens = some_tokens(loaded.tokenizer)
     with torch.no_grad():
         expected = twin_logits(model, tokens, np.arange(len(tokens)))
-    logits = evaluate(backbone, row, tokens, config)[0]
+    logits = all_logits(backbone, row, tokens)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert logits.std() > 1e-5
 

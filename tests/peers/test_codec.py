@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from plait.factors import Factor
+from plait.factors import VALUE, Factor, Slot
 from plait.lora import Layout, Site
 from plait.peers import wire_pb2 as pb
 from plait.peers.codec import Ack, Answer, Identity, Message, Question, decode, encode
@@ -45,13 +45,14 @@ IDENTITY = Identity(
 ALICE = frozenset({"alice"})
 
 
-def some_factors(factors: Factor = Factor.AB) -> dict[Factor, torch.Tensor]:
+def slots(factors: Factor) -> tuple[Slot, ...]:
+    """The values of some factors."""
+    return tuple((VALUE, factor) for factor in LAYOUT.factors if factor in factors)
+
+
+def some_factors(factors: Factor = Factor.AB) -> dict[Slot, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        factor: torch.randn(LAYOUT.size(factor), generator=generator)
-        for factor in LAYOUT.factors
-        if factor in factors
-    }
+    return {slot: torch.randn(LAYOUT.size(slot[1]), generator=generator) for slot in slots(factors)}
 
 
 def some_message(which: Factor = Factor.AB, **header) -> Message:
@@ -99,19 +100,19 @@ def test_factors_arrive_bit_for_bit(factors):
 
 def test_the_body_does_not_change_with_the_factors():
     factors = some_factors()
-    body = pack(factors, template_of(LAYOUT, Factor.AB))
+    body = pack(factors, template_of(LAYOUT, slots(Factor.AB)))
     before = bytes(body)
-    factors[Factor.A].zero_()
+    factors[VALUE, Factor.A].zero_()
     assert body == before
 
 
 def test_safetensors_reads_the_body_and_the_body_may_be_of_safetensors():
     message = some_message(Factor.AB | Factor.HEAD)
     tensors = load(message.body)
-    views = LAYOUT.views(Factor.B, some_factors()[Factor.B][None])
+    views = LAYOUT.views(Factor.B, some_factors()[VALUE, Factor.B][None])
     assert torch.equal(tensors["B/encoder.0.value"], views["encoder.0.value"][0])
     theirs = bytearray(save(dict(reversed(tensors.items()))))
-    taken = unpack(theirs, template_of(LAYOUT, Factor.AB | Factor.HEAD))
+    taken = unpack(theirs, template_of(LAYOUT, slots(Factor.AB | Factor.HEAD)))
     for factor, row in some_factors(Factor.AB | Factor.HEAD).items():
         assert torch.equal(taken[factor], row)
 
@@ -152,14 +153,14 @@ def test_without_certificates_the_sender_is_believed():
 @pytest.mark.parametrize("factor", [Factor.A, Factor.B])
 def test_values_must_be_finite(bad, factor):
     factors = some_factors()
-    factors[factor][5] = bad
-    template = template_of(LAYOUT, Factor.AB)
+    factors[VALUE, factor][5] = bad
+    template = template_of(LAYOUT, slots(Factor.AB))
     assert reason_of(unpack, bytearray(pack(factors, template)), template) is Reason.NOT_FINITE
 
 
 def test_the_norm_is_bounded_when_asked_for():
-    template = template_of(LAYOUT, Factor.AB)
-    factors = {factor: torch.ones(LAYOUT.size(factor)) for factor in (Factor.A, Factor.B)}
+    template = template_of(LAYOUT, slots(Factor.AB))
+    factors = {slot: torch.ones(LAYOUT.size(slot[1])) for slot in slots(Factor.AB)}
     body = bytearray(pack(factors, template))
     norm = sum(row.numel() for row in factors.values()) ** 0.5
     assert reason_of(unpack, body, template, norm - 0.01) is Reason.NORM_TOO_LARGE
@@ -173,13 +174,13 @@ def test_the_norm_is_bounded_when_asked_for():
 
 def body_with(head: object, values: bytes | None = None) -> bytearray:
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
-    template = template_of(LAYOUT, Factor.A)
+    template = template_of(LAYOUT, slots(Factor.A))
     values = bytes(template.values_bytes) if values is None else values
     return bytearray(struct.pack("<Q", len(text)) + text + values)
 
 
 def entries() -> dict[str, dict[str, object]]:
-    body = pack(some_factors(), template_of(LAYOUT, Factor.A))
+    body = pack(some_factors(), template_of(LAYOUT, slots(Factor.A)))
     return json.loads(body[8 : 8 + struct.unpack_from("<Q", body)[0]])
 
 
@@ -215,7 +216,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_a_hostile_head_is_refused(name):
     head, reason = HEADS[name]
-    template = template_of(LAYOUT, Factor.A)
+    template = template_of(LAYOUT, slots(Factor.A))
     # The longest of these is longer than any that is read.
     assert reason_of(unpack, body_with(head), template) is reason
 
@@ -224,12 +225,12 @@ def test_a_hostile_head_is_refused(name):
     "body", [b"", bytes(7), bytes(8), bytes(300), struct.pack("<Q", 1 << 63) + bytes(200)]
 )
 def test_a_body_of_another_size_is_refused(body):
-    reason = reason_of(unpack, bytearray(body), template_of(LAYOUT, Factor.A))
+    reason = reason_of(unpack, bytearray(body), template_of(LAYOUT, slots(Factor.A)))
     assert reason in (Reason.MALFORMED, Reason.WRONG_SHAPE)
 
 
 def test_a_body_with_our_head_and_other_values_is_refused():
-    template = template_of(LAYOUT, Factor.A)
+    template = template_of(LAYOUT, slots(Factor.A))
     body = pack(some_factors(), template)
     assert reason_of(unpack, bytearray(body[:-4]), template) is Reason.WRONG_SHAPE
     assert reason_of(unpack, bytearray(body + bytes(4)), template) is Reason.WRONG_SHAPE

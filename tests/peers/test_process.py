@@ -41,7 +41,7 @@ def test_own_rows_get_the_federations_numbers():
     task = Task("file", split, split, split, ("bad", "good"), "accuracy")
     mine = relabelled(task, ["good", "neutral", "bad"])
     assert mine.train.labels.tolist() == [2, 0]
-    assert mine.num_labels == 3
+    assert mine.num_outputs == 3
     with pytest.raises(ValueError, match=r"have good; federation\.toml names bad"):
         relabelled(task, ["bad", "fair"])
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from plait.config import Config
-from plait.factors import Factor
+from plait.factors import VALUE, Factor, Slot
 from plait.lora import Layout, Site
 from plait.peers.certificates import (
     Pair,
@@ -53,7 +53,7 @@ class Desk:
         if self.refusal:
             raise self.refusal
 
-    def take(self, header: Header, factors: dict[Factor, torch.Tensor]) -> None:
+    def take(self, header: Header, factors: dict[Slot, torch.Tensor]) -> None:
         self.taken.append((header, factors))
 
     def answer(self, question: Question) -> Answer:
@@ -200,7 +200,7 @@ def test_a_message_that_was_asked_for_is_checked_too(either):
     for factor, row in some_factors().items():
         assert torch.equal(reply.factors[factor], row)
     bad = some_factors()
-    bad[Factor.A][0] = float("nan")
+    bad[VALUE, Factor.A][0] = float("nan")
     for message, reason in (
         (either.message(bad, sender="bob"), Reason.NOT_FINITE),
         (either.message(sender="carol"), Reason.WRONG_SENDER),
@@ -224,7 +224,7 @@ def test_a_large_message_arrives_or_its_sender_hears_why_not(tmp_path, width, pi
     alice, bob = (
         GrpcTransport(federation, load_peer(path, name), layout, desk) for name in ("alice", "bob")
     )
-    factors = {f: torch.randn(layout.size(f)) for f in (Factor.A, Factor.B)}
+    factors = {(VALUE, f): torch.randn(layout.size(f)) for f in (Factor.A, Factor.B)}
     message = encode(
         factors,
         layout=layout,

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from conftest import tiny_job, tiny_model
 from plait.config import Config
-from plait.engines.local_training import evaluate
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
 from plait.factors import Factor
@@ -21,7 +20,7 @@ from plait.metrics import MOST_PAIRED, pair_distances
 from plait.runs import run_folder as runs
 from plait.runs.export import export
 from plait.runs.run_folder import load_run, run
-from twin import twin_logits
+from twin import all_logits, twin_logits
 
 CONFIG = Config(
     topology="ring",
@@ -181,7 +180,7 @@ def test_an_exported_adapter_gives_peft_the_same_logits(tmp_path, who, head):
     }
     with torch.no_grad():
         expected = twin_logits(loaded, job.held_out, np.arange(len(job.held_out)))
-    logits = evaluate(job.backbone, rows, job.held_out, config)[0]
+    logits = all_logits(job.backbone, rows, job.held_out)[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert logits.std() > 0
 

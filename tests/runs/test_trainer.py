@@ -13,11 +13,10 @@ from torch import nn
 import plait
 from conftest import WORDS, random_tokens, tiny_job, tiny_model, tiny_tokenizer
 from plait.config import Config
-from plait.engines.local_training import evaluate
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone
 from plait.runs.run_folder import load_run
-from twin import twin_logits
+from twin import all_logits, twin_logits
 
 CONFIG = Config(
     topology="ring", rounds=2, local_steps=2, batch_size=3, rank=2, switch_every=1, lr=1e-2,
@@ -91,7 +90,7 @@ def test_a_run_folder_and_adapters_for_ones_own_model(tmp_path):
     adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / "client-1").eval()
     row = {factor: value[1:2] for factor, value in trainer.stack.factors.items()}
     job = trainer.job
-    mine = evaluate(job.backbone, row, job.held_out, job.config)[0]
+    mine = all_logits(job.backbone, row, job.held_out)[0]
     with torch.no_grad():
         theirs = twin_logits(adapted, job.held_out, np.arange(len(job.held_out)))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.data.tasks import Rows
+from plait.data.tasks import Rows, Task
 from plait.lookup import lookup
 from plait.rng import stream
 
@@ -34,10 +34,19 @@ _LEAST = 10  # Flower's min_partition_size
 class Deal:
     """What a partition is given; `argument` is what follows the colon in its name."""
 
-    rows: Rows
-    num_labels: int
+    task: Task
     config: Config
     argument: str
+
+    @property
+    def rows(self) -> Rows:
+        """The training split."""
+        return self.task.train
+
+    @property
+    def num_labels(self) -> int:
+        """C."""
+        return self.task.num_outputs
 
     @property
     def available(self) -> Ints:
@@ -45,12 +54,11 @@ class Deal:
         return np.bincount(self.rows.labels, minlength=self.num_labels).astype(np.int64)
 
 
-def deal(rows: Rows, num_labels: int, config: Config) -> list[Ints]:
-    """Deal `rows` to `config.clients` clients as `config.label_skew` says.
+def deal(task: Task, config: Config) -> list[Ints]:
+    """Deal a task's training rows to `config.clients` clients as `config.label_skew` says.
 
     Args:
-        rows: The training split.
-        num_labels: C, or 1 for regression.
+        task: Its training split is dealt.
         config: Its `label_skew`, `clients`, `client_size`, `batch_size` and `seed`.
 
     Returns:
@@ -62,21 +70,22 @@ def deal(rows: Rows, num_labels: int, config: Config) -> list[Ints]:
 
     Example:
         >>> rows = Rows((("a",), ("b",), ("c",), ("d",)), np.array([0, 0, 1, 1]))
-        >>> [len(hand) for hand in deal(rows, 2, Config(clients=2, label_skew="iid"))]
+        >>> task = Task("letters", rows, rows, rows, ("x", "y"), "accuracy")
+        >>> [len(hand) for hand in deal(task, Config(clients=2, label_skew="iid"))]
         [2, 2]
     """
     row, argument = _find(config.label_skew)
-    if num_labels == 1 and row.needs_classes:
+    if row.needs_classes and not task.objective.has_classes:
         can = [name for name, other in PARTITIONS.items() if not other.needs_classes]
         raise ValueError(
-            f"Label skew {config.label_skew!r} needs classes, and this task is a regression: "
-            f"use {' or '.join(can)}."
+            f"Label skew {config.label_skew!r} needs classes, and this task is a "
+            f"{task.objective.name}: use {' or '.join(can)}."
         )
-    hands = [np.sort(hand) for hand in row.split(Deal(rows, num_labels, config, argument))]
+    hands = [np.sort(hand) for hand in row.split(Deal(task, config, argument))]
     for client, hand in enumerate(hands):
         if len(hand) == 0:
             raise ValueError(
-                f"Client {client} of {config.clients} would get no rows out of {len(rows)}: "
+                f"Client {client} of {config.clients} would get no rows out of {len(task.train)}: "
                 "use fewer clients, or a milder label_skew."
             )
     dealt = np.concatenate(hands)

@@ -96,10 +96,11 @@ class GlueRow:
     """The text columns on the hub, where they differ."""
     label: str = "label"
     label_names: tuple[str, ...] = ()
-    """In the order of the hub's class numbers; none for regression."""
+    """In the order of the hub's class numbers."""
     codes: tuple[str, ...] | None = None
     """What the archive writes for each label, where it isn't the name."""
     metric: str = "accuracy"
+    objective: str = "classification"
     files: tuple[tuple[str, str], ...] = (("train.tsv", "dev.tsv"),)
     """Names of the training and the dev file; the first pair that is there counts."""
     header: tuple[str, ...] | None = None
@@ -149,7 +150,7 @@ GLUE: dict[str, GlueRow] = {
     ),
     "stsb": GlueRow(
         summary="GLUE STS-B: how alike are two sentences, 0 to 5? (Pearson)", folder="STS-B",
-        columns=_PAIR, label="score", metric="pearson",
+        columns=_PAIR, label="score", metric="pearson", objective="regression",
     ),
     "sick": GlueRow(
         summary="SICK: inference in three classes, from --glue-dir only", folder="SICK",

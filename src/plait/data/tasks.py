@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
+from plait.data.objectives import CLASSIFICATION, OBJECTIVES, REGRESSION, Objective
 from plait.data.sources import GLUE, Example, Label, glue, read_file, snippets, trec_questions
 from plait.lookup import lookup
 from plait.rng import stream
@@ -30,8 +31,9 @@ SPLIT_SEED = 0
 class Rows:
     """Labelled texts.
 
-    `texts` has one string for each row, or two for pairs. `labels` has shape (n,): int64 classes,
-    or float32 for regression. `keys` names each row's natural client, where the data has one.
+    `texts` has one string for each row, or two for pairs. `labels` has shape (n,) and the type of
+    the objective's targets: int64 classes, or float32 scores. `keys` names each row's natural
+    client, where the data has one.
     """
 
     texts: tuple[tuple[str, ...], ...]
@@ -46,7 +48,7 @@ class Rows:
 class Task:
     """Three splits that share no rows, and how to judge scores on them.
 
-    `label_names` is empty for regression. `metric` is a key of `METRICS`.
+    `label_names` names the classes of an objective that has any. `metric` is a key of `METRICS`.
     """
 
     name: str
@@ -55,11 +57,12 @@ class Task:
     test: Rows
     label_names: tuple[str, ...]
     metric: str
+    objective: Objective = CLASSIFICATION
 
     @property
-    def num_labels(self) -> int:
-        """Outputs of the classifier: the number of classes, or 1 for regression."""
-        return len(self.label_names) or 1
+    def num_outputs(self) -> int:
+        """C, the outputs of the model's head."""
+        return self.objective.num_outputs(self.label_names)
 
 
 # -- metrics: (labels (n,), scores (n,)) -> number; scores are classes, or floats for regression.
@@ -142,21 +145,26 @@ def _carve(train: list[Example], dev: list[Example]) -> tuple[list[Example], lis
     )
 
 
-def _rows(examples: Sequence[Example], label_names: tuple[str, ...] | None) -> Rows:
+def _rows(examples: Sequence[Example], label_names: tuple[str, ...], objective: Objective) -> Rows:
     """Stack examples; labels are looked up in `label_names` unless they are numbers already."""
-    names = {name: i for i, name in enumerate(label_names or ())}
+    names = {name: i for i, name in enumerate(label_names)}
     labels = [names[x.label] if isinstance(x.label, str) else x.label for x in examples]
-    dtype = np.int64 if label_names else np.float32
     keys = tuple(example.key for example in examples if example.key is not None)
-    return Rows(tuple(x.texts for x in examples), np.array(labels, dtype), keys or None)
+    return Rows(
+        tuple(x.texts for x in examples), np.array(labels, objective.target_type), keys or None
+    )
 
 
 def _task(
-    name: str, splits: Sequence[Sequence[Example]], label_names: tuple[str, ...], metric: str
+    name: str,
+    splits: Sequence[Sequence[Example]],
+    label_names: tuple[str, ...],
+    metric: str | None = None,
+    objective: Objective = CLASSIFICATION,
 ) -> Task:
     """A task of the train, validation and test examples."""
-    train, validation, test = (_rows(examples, label_names) for examples in splits)
-    return Task(name, train, validation, test, label_names, metric)
+    train, validation, test = (_rows(examples, label_names, objective) for examples in splits)
+    return Task(name, train, validation, test, label_names, metric or objective.metric, objective)
 
 
 # -- the tasks
@@ -173,7 +181,7 @@ def _trec(_config: Config) -> Task:
     examples = _unique(trec_questions())
     test, validation, train = _cut(examples, 500, 500)
     names = tuple(sorted({str(example.label) for example in examples}))
-    return _task("trec", (train, validation, test), names, "accuracy")
+    return _task("trec", (train, validation, test), names)
 
 
 def _signs(name: str, domains: dict[str, str], *, keyed: bool) -> Task:
@@ -184,7 +192,7 @@ def _signs(name: str, domains: dict[str, str], *, keyed: bool) -> Task:
         if x.label != 0
     ]
     test, validation, train = _cut(_unique(signed), 1000, 500)
-    return _task(name, (train, validation, test), ("negative", "positive"), "accuracy")
+    return _task(name, (train, validation, test), ("negative", "positive"))
 
 
 def _movies(_config: Config) -> Task:
@@ -198,15 +206,16 @@ def _sentiment(_config: Config) -> Task:
 def _glue(name: str, config: Config) -> Task:
     train, dev = glue(name, config.glue_dir)
     splits = (*_carve(train, dev), dev)
-    return _task(name, splits, GLUE[name].label_names, GLUE[name].metric)
+    row = GLUE[name]
+    return _task(name, splits, row.label_names, row.metric, OBJECTIVES[row.objective])
 
 
 def _file(config: Config) -> Task:
     train, dev = _own_rows(config, "train_file"), _own_rows(config, "dev_file")
     label_names = _label_names([example.label for example in train])
     train, dev = (_relabel(examples, label_names) for examples in (train, dev))
-    metric = "accuracy" if label_names else "pearson"
-    return _task("file", (*_carve(train, dev), dev), label_names, metric)
+    objective = CLASSIFICATION if label_names else REGRESSION
+    return _task("file", (*_carve(train, dev), dev), label_names, objective=objective)
 
 
 def _own_rows(config: Config, setting: str) -> list[Example]:

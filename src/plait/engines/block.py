@@ -30,22 +30,24 @@ from torch import Tensor
 from plait.config import Config
 from plait.engines.checkpoint import lay_out, load_rows, write_rows
 from plait.engines.job import Job
-from plait.engines.steps import Judged, judge, round_done, train_round
+from plait.engines.steps import Judged, edges_of, judge, mix, round_done, train_round
 from plait.events import RoundDone, Started
-from plait.factors import Factor
-from plait.lora import Stack
+from plait.factors import VALUE, A, B, Factor, Slot
+from plait.lora import Stack, State, values
 from plait.machine.devices import exact_device
 from plait.metrics import cross_part, factor_views, layer_part, norm_of_sum
 from plait.mixing import neighbour_weights, total
 from plait.model.peft_adapters import save_adapter, save_clients
 from plait.privacy import seeded_noise
 
-Rows = dict[Factor, np.ndarray]
-"""Factor -> rows (n, P) float32, or the sum of some (1, P) float64."""
+SlotRows = dict[Slot, np.ndarray]
+"""Slot -> rows (n, P) float32."""
+Sums = dict[Factor, np.ndarray]
+"""Factor -> the sum (1, P) float64 of some rows."""
 Cross = list[list[tuple[np.ndarray, ...]]]
 """Before and after mixing, a block's `cross_part` of each of some layers."""
 
-Parcel = TypeVar("Parcel", Rows, Cross)
+Parcel = TypeVar("Parcel", SlotRows, Sums, Cross)
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,18 @@ class Round:
 
     Attributes:
         losses: (m,).
-        before: Its clients' factors before mixing.
+        before: Its clients' state before mixing.
         heard: Who is heard by them, themselves included, ascending.
-        theirs: The factors of those, before mixing.
+        theirs: The slots of those, before mixing.
         times: Of begin, end of training, end of mixing.
         handed_bytes: What other blocks were handed so far.
     """
 
     losses: np.ndarray
-    before: dict[Factor, Tensor]
+    before: State
     times: list[float]
     heard: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    theirs: dict[Factor, Tensor] = field(default_factory=dict)
+    theirs: State = field(default_factory=dict)
     handed_bytes: int = 0
 
 
@@ -135,7 +137,7 @@ class Block:
 
     # -- a round
 
-    def train(self, round_: int) -> tuple[Rows, ...]:
+    def train(self, round_: int) -> tuple[Sums | SlotRows, ...]:
         """The local phase.
 
         Returns:
@@ -149,11 +151,12 @@ class Block:
         noise = seeded_noise(self.config.seed)
         losses = train_round(self.job, self.stack, round_, self.clients, noise)
         times = [begin, time.perf_counter()]
-        self.round = Round(losses, dict(self.stack.factors), times)
-        travels = Factor.AB | self.job.shared(round_)
+        state = self.stack.state
+        self.round = Round(losses, dict(state), times)
+        handed = dict.fromkeys([(VALUE, A), (VALUE, B), *self.job.shared(round_)])
         weights = neighbour_weights(self.job.schedule(round_))
         rows = [
-            {f: _array(value[heard]) for f, value in self.stack.factors.items() if f in travels}
+            {slot: _array(state[slot][heard]) for slot in handed}
             for heard in (self._heard_by(k, weights) for k in self.bounds)
         ]
         return self._to_everyone(self.sums()), *self._hand_over(rows)
@@ -164,7 +167,7 @@ class Block:
             return np.empty(0, dtype=np.int64)
         return np.flatnonzero(weights[_slice(others), _slice(self.clients)].any(axis=0))
 
-    def mix(self, round_: int, *rows: Rows) -> Rows:
+    def mix(self, round_: int, *rows: SlotRows) -> Sums:
         """Mix with the rows of the others.
 
         Args:
@@ -178,23 +181,20 @@ class Block:
         weights = neighbour_weights(job.schedule(round_))[_slice(self.clients)]
         # Ascending by client, as in a simulation, so that sums come out the same to the last bit.
         now.heard = np.union1d(np.flatnonzero(weights.any(axis=0)), self.clients)
-        for factor in rows[0]:
-            pieces = [torch.tensor(part[factor], device=job.backbone.device) for part in rows]
-            pieces[self.number] = now.before[factor]
-            now.theirs[factor] = torch.cat(pieces)
-        for factor, mine in now.before.items():
-            if factor in job.shared(round_):
-                theirs = now.theirs[factor]
-                self.stack.factors[factor] = job.method.mix(mine, theirs, weights[:, now.heard])
+        for slot in rows[0]:
+            pieces = [torch.tensor(part[slot], device=job.backbone.device) for part in rows]
+            pieces[self.number] = now.before[slot]
+            now.theirs[slot] = torch.cat(pieces)
+        self.stack.state |= mix(job, now.before, now.theirs, weights[:, now.heard], round_)
         now.times.append(time.perf_counter())
         return self._to_everyone(self.sums())
 
-    def sums(self) -> Rows:
-        """The sums of the block's rows."""
+    def sums(self) -> Sums:
+        """The sums of the block's rows, of each factor's value."""
         factors = self.stack.factors.items()
         return {f: _array(total(value)) for f, value in factors}
 
-    def measure(self, round_: int, *sums: Rows) -> tuple[Part | Cross, ...]:
+    def measure(self, round_: int, *sums: Sums) -> tuple[Part | Cross, ...]:
         """Work out the block's part of the diagnostics.
 
         Args:
@@ -206,24 +206,26 @@ class Block:
         """
         now, layout = self.round, self.job.backbone.layout
         W = self.job.schedule(round_)[_slice(self.clients)][:, now.heard]
-        theirs = factor_views(layout, now.theirs)
+        theirs = factor_views(layout, values(now.theirs))
         layers: list[Tensor] = []
         crosses: Cross = []
         half = len(self.bounds)
-        for factors, parts in ((now.before, sums[:half]), (self.stack.factors, sums[half:])):
+        moments = (values(now.before), sums[:half]), (self.stack.factors, sums[half:])
+        for factors, parts in moments:
             views, means = factor_views(layout, factors), factor_views(layout, self.mean(*parts))
             crosses.append([])
-            for site in views[Factor.A]:
-                A, B = views[Factor.A][site], views[Factor.B][site]
-                middle = means[Factor.A][site][0], means[Factor.B][site][0]
-                heard = theirs[Factor.A][site], theirs[Factor.B][site]
-                layers.append(layer_part(A, B, *middle, heard, W))
-                part = cross_part(A, B, *middle, self.config.clients)
+            for site in views[A]:
+                A_of, B_of = views[A][site], views[B][site]
+                middle = means[A][site][0], means[B][site][0]
+                heard = theirs[A][site], theirs[B][site]
+                layers.append(layer_part(A_of, B_of, *middle, heard, W))
+                part = cross_part(A_of, B_of, *middle, self.config.clients)
                 crosses[-1].append(tuple(map(_array, part)))
         # Layer by layer in turn, so that all blocks have as much to add up.
         handed = self._hand_over([[c[k::half] for c in crosses] for k in range(half)])
+        edges = edges_of(self.job.schedule(round_), self.clients)
         done = round_done(
-            self.job, round_, self.clients, now.losses, before=[], after=[],
+            self.job, round_, now.losses, edges, len(edges), before=[], after=[],
             train_seconds=now.times[1] - now.times[0],
             mix_seconds=now.times[2] - now.times[1],
             worker_bytes=now.handed_bytes,
@@ -238,7 +240,7 @@ class Block:
             for moment in zip(*crosses, strict=True)
         ]  # fmt: skip
 
-    def mean(self, *sums: Rows) -> dict[Factor, Tensor]:
+    def mean(self, *sums: Sums) -> dict[Factor, Tensor]:
         """The mean client, factor -> (1, P) float64, of the sums of all blocks."""
         device, count = exact_device(self.job.backbone.device), self.config.clients
         return {
@@ -257,14 +259,14 @@ class Block:
 
     # -- what isn't done in every round
 
-    def evaluate(self, round_: int, *sums: Rows) -> tuple[Judged, float]:
+    def evaluate(self, round_: int, *sums: Sums) -> tuple[Judged, float]:
         """How the block's clients do; with the sums of all blocks, last, the averaged model too.
 
         Returns:
             The answers, and the seconds it took.
         """
         begin = time.perf_counter()
-        models = self.stack.factors
+        models = dict(self.stack.factors)
         if sums:
             mean = self.mean(*sums)
             models = {f: torch.cat([v, mean[f].to(v.dtype)]) for f, v in models.items()}
@@ -278,7 +280,7 @@ class Block:
         """Put the block's clients into the checkpoint."""
         write_rows(self.stack, self.clients.start, _in_sight(path))
 
-    def save_adapters(self, out: Path, *sums: Rows) -> None:
+    def save_adapters(self, out: Path, *sums: Sums) -> None:
         """Write a PEFT folder for each client; with the sums of all blocks, for their mean too."""
         backbone, config = self.job.backbone, self.job.config
         save_clients(backbone, self.stack, config, _in_sight(out), self.clients.start)

@@ -1,7 +1,7 @@
 """The state of every client in one file, written and read whole or a block of clients at a time.
 
-A tensor `factors.A` and its like holds a row for each client, so a block of clients is a slice of
-it: several workers write one file together, and whoever goes on from it may hold other blocks.
+Each slot is a tensor, such as `x.A`, with a row for each client, so a block of clients is a slice
+of it: several workers write one file together, and whoever goes on from it may hold other blocks.
 """
 
 from __future__ import annotations
@@ -113,9 +113,4 @@ def _metadata(stack: Stack, rounds_done: int) -> dict[str, str]:
 
 def _tensors(stack: Stack) -> dict[str, Tensor]:
     """Name in the file -> (n, P) float32."""
-    kinds = {"factors": stack.factors, "first": stack.first, "second": stack.second}
-    return {
-        f"{kind}.{factor.name}": value
-        for kind, values in kinds.items()
-        for factor, value in values.items()
-    }
+    return {f"{kind}.{factor.name}": slot for (kind, factor), slot in stack.state.items()}

@@ -6,8 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, reduce
-from operator import or_
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens, tokenize
 from plait.events import Started
-from plait.factors import Factor
+from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
 from plait.methods import Method, build_method
 from plait.model.backbone import Backbone
@@ -65,6 +64,7 @@ class Job:
             num_clients or self.config.clients,
             self.config.seed,
             backbone.device,
+            self.method.optimizer.kinds,
         )
 
     def trained(self, round_: int) -> Factor:
@@ -72,22 +72,37 @@ class Job:
         head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
         return self.method.train(round_) | head
 
-    def shared(self, round_: int) -> Factor:
-        """What travels in a round: the method's factors, and with them a head that is mixed."""
-        shared = self.method.share(round_)
-        mixed = self.backbone.head_policy == "mixed" and shared is not Factor.NONE
-        return shared | Factor.HEAD if mixed else shared
+    def shared(self, round_: int) -> tuple[Slot, ...]:
+        """The slots that travel in a round: the method's, and with them a head that is mixed."""
+        factors = self.method.share(round_)
+        if factors and self.backbone.head_policy == "mixed":
+            factors |= Factor.HEAD
+        return tuple(
+            (kind, factor)
+            for kind in self.method.kinds
+            for factor in self.backbone.layout.factors
+            if factor in factors
+        )
+
+    def travelled(self, rounds: int) -> tuple[Slot, ...]:
+        """The slots that are sent in one of so many rounds, each once."""
+        sent = {slot for round_ in range(rounds) for slot in self.shared(round_)}
+        return tuple(
+            sorted(sent, key=lambda slot: (self.method.kinds.index(slot[0]), slot[1].value))
+        )
 
     @cached_property
-    def travels(self) -> Factor:
-        """What is sent in some round of the run."""
-        return reduce(or_, map(self.shared, range(self.config.rounds)))
+    def travels(self) -> tuple[Slot, ...]:
+        """The slots that are sent in some round of the run."""
+        return self.travelled(self.config.rounds)
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """The task's metric of logits (R, C) against labels (R,)."""
-        regression = not self.task.label_names
-        answers = logits[:, 0] if regression else logits.argmax(axis=1)
-        return METRICS[self.task.metric](labels, answers)
+    def message_bytes(self, round_: int) -> int:
+        """The bytes of what a client sends to each neighbour in a round."""
+        return 4 * sum(self.backbone.layout.size(factor) for _, factor in self.shared(round_))
+
+    def score(self, answers: np.ndarray, targets: np.ndarray) -> float:
+        """The task's metric of answers (Q,) against targets (Q,)."""
+        return METRICS[self.task.metric](targets, answers)
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ def prepare(config: Config, own: Task | None = None) -> Job:
             shared["seed"] = 0
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
         materials = share(Config(**shared))
-        shares = deal(materials.task.train, materials.task.num_labels, config)
+        shares = deal(materials.task, config)
     else:
         materials = _materials(own, config, tokenize)
         shares = [np.arange(len(own.train))] * config.clients
@@ -157,6 +172,7 @@ def _first_event(
     return Started(
         task=task.name,
         metric=task.metric,
+        objective=task.objective.name,
         label_names=task.label_names,
         label_counts=_label_counts(task, shares),
         majority=_majority(task, materials.held_out.labels),
@@ -192,7 +208,7 @@ def _shared_validation(config: Config) -> Materials:
 
 def _materials(task: Task, config: Config, to_tokens: ToTokens) -> Materials:
     """Task, model, training and evaluated split."""
-    backbone = Backbone(load_model(config, task.num_labels), config)
+    backbone = Backbone(load_model(config, task.num_outputs), config)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (
         _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
@@ -213,9 +229,9 @@ def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
-    if not task.label_names:
+    if not task.objective.has_classes:
         return [[len(share)] for share in shares]
-    size = task.num_labels
+    size = task.num_outputs
     return [np.bincount(task.train.labels[share], minlength=size).tolist() for share in shares]
 
 

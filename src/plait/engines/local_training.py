@@ -9,7 +9,7 @@ Legend: n clients of a chunk, b texts of each in a step, P parameters of a facto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from heapq import heappop, heappush
 from typing import TypeVar
@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.optim.adamw import adamw
 
 from plait.config import Config
+from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tokens import Batch, Tokens
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
 from plait.lora import Dropout, Stack
 from plait.machine import devices
 from plait.machine.devices import chunk_tokens, moved
 from plait.model.backbone import Backbone
 from plait.model.memory import tokens_at_once
+from plait.optimizers import ADAMW, Optimizer
 from plait.rng import stream, torch_stream
 
 Piece = TypeVar("Piece")
@@ -43,6 +44,8 @@ def local_phase(
     shares: Sequence[np.ndarray],
     clients: Sequence[int],
     config: Config,
+    objective: Objective = CLASSIFICATION,
+    optimizer: Optimizer = ADAMW,
 ) -> np.ndarray:
     """Train the active factors of a stack in place.
 
@@ -55,6 +58,8 @@ def local_phase(
         shares: Client -> its rows of the split.
         clients: Which clients the stack holds.
         config: Steps, batch size, learning rates.
+        objective: What is learned.
+        optimizer: How a factor takes a step.
 
     Returns:
         (n, K) float64, each client's loss at each step, before the step.
@@ -71,23 +76,24 @@ def local_phase(
             factor: value[rows].requires_grad_(factor in train)
             for factor, value in stack.factors.items()
         }
-        moments = {f: (stack.first[f][rows], stack.second[f][rows]) for f in active}
+        kept = {f: {k: slot[rows] for k, slot in stack.beside(f).items()} for f in active}
         of_steps = []
         for step, position in enumerate(positions):
             batch = backbone.batch(tokens, texts[chunk, step])
             dropout = lora_dropout(batch, ids, position, config)
-            client_losses = batch_losses(backbone.logits(batch, leaves, dropout), batch.labels)
+            outputs = backbone.logits(batch, leaves, dropout)
+            client_losses = objective.losses(outputs, batch.labels).mean(dim=1)
             client_losses.sum().backward()
             of_steps.append(client_losses.detach())
             _clip([leaves[factor].grad for factor in active], config.clip_norm)
             for factor in active:
                 lr = config.head_lr if factor is Factor.HEAD else config.lr
                 taken = stack.steps[factor] + step
-                _step(leaves[factor], *moments[factor], taken, lr, config.weight_decay)
+                _step(optimizer, leaves[factor], kept[factor], taken, lr, config.weight_decay)
                 leaves[factor].grad = None
         for factor in active:
-            stack.factors[factor][rows] = leaves[factor].detach()
-            stack.first[factor][rows], stack.second[factor][rows] = moments[factor]
+            for kind, slot in (kept[factor] | {VALUE: leaves[factor].detach()}).items():
+                stack.state[kind, factor][rows] = slot
         losses[chunk] = torch.stack(of_steps, dim=1).cpu().double().numpy()
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
@@ -171,20 +177,6 @@ def batch_rows(share: np.ndarray, client: int, positions: range, config: Config)
     return share[np.concatenate(orders)[begin : begin + end - first]].reshape(len(positions), -1)
 
 
-def batch_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,) the mean loss of each client: cross-entropy, or squared error for scores.
-
-    Args:
-        logits: (n, b, C).
-        labels: (n b,), integers for classes, floats for scores.
-    """
-    if labels.is_floating_point():
-        errors = functional.mse_loss(logits.flatten(), labels, reduction="none")
-    else:
-        errors = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
-    return errors.view(logits.shape[:2]).mean(dim=1)
-
-
 def lora_dropout(
     batch: Batch, clients: Sequence[int], position: int, config: Config
 ) -> Dropout | None:
@@ -221,47 +213,43 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
 
 
 def _step(
-    leaf: Tensor, first: Tensor, second: Tensor, taken: int, lr: float, weight_decay: float
+    optimizer: Optimizer,
+    leaf: Tensor,
+    kept: dict[str, Tensor],
+    taken: int,
+    lr: float,
+    weight_decay: float,
 ) -> None:
-    """One AdamW step on a factor (n, P) and its moments, in place, with Hugging Face's defaults."""
+    """One step on a factor (n, P) and what is kept beside it, in place."""
     assert leaf.grad is not None
-    parts = [leaf.detach(), leaf.grad, first, second]
-    # Each client's row by itself: the last few entries of a tensor are rounded otherwise than those
-    # before them, and which are the last must not depend on who else is here.
-    at_once = devices.all_at_once(leaf.device)
-    values, grads, firsts, seconds = ([part] if at_once else list(part) for part in parts)
-    with torch.no_grad():
-        adamw(
-            values,
-            grads,
-            firsts,
-            seconds,
-            [],
-            list(torch.full((len(values),), float(taken), device=leaf.device)),
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=1e-8,
-            maximize=False,
-        )
+
+    def rows(x: Tensor) -> list[Tensor]:
+        # Each client's row by itself: the last few entries of a tensor are rounded otherwise than
+        # those before them, and which are the last must not depend on who else is here.
+        return [x] if devices.all_at_once(leaf.device) else list(x)
+
+    beside = {kind: rows(slot) for kind, slot in kept.items()}
+    optimizer.update(rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, weight_decay)
 
 
 def evaluate(
-    backbone: Backbone, factors: dict[Factor, Tensor], tokens: Tokens, config: Config
-) -> Tensor:
-    """Every client's model on every text of a split.
+    backbone: Backbone,
+    factors: Mapping[Factor, Tensor],
+    tokens: Tokens,
+    config: Config,
+    objective: Objective = CLASSIFICATION,
+) -> tuple[Tensor, Tensor]:
+    """Every client's model on every text of a split, a few texts of a few clients at a time.
 
     Args:
         backbone: The frozen model.
         factors: Factor -> (n, P).
-        tokens: The split, R texts.
+        tokens: The split, Q texts.
         config: Chunk size.
+        objective: What is learned.
 
     Returns:
-        (n, R, C) float32 logits on the CPU, texts in the split's order.
+        (n, Q) float32 losses and (n, Q) answers, both on the CPU, texts in the split's order.
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
@@ -273,15 +261,17 @@ def evaluate(
         for chunk in chunks(np.full(num_clients, tokens.lengths[texts].sum()), at_once)
     ]
 
-    def logits_of(piece: tuple[np.ndarray, list[int]]) -> Tensor:
+    def judge(piece: tuple[np.ndarray, list[int]]) -> tuple[Tensor, Tensor]:
         texts, chunk = piece
         batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
         mine = {factor: value[chunk] for factor, value in factors.items()}
         with torch.no_grad():
-            return backbone.logits(batch, mine).cpu()
+            outputs = backbone.logits(batch, mine).cpu()
+            return objective.losses(outputs, batch.labels.cpu()), objective.answer(outputs)
 
-    parts = on_cores(logits_of, pieces, cores(backbone.device))
-    logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
-    for (texts, chunk), part in zip(pieces, parts, strict=True):
-        logits[torch.tensor(chunk)[:, None], torch.from_numpy(texts)] = part
-    return logits
+    parts = on_cores(judge, pieces, cores(backbone.device))
+    losses, answers = (parts[0][k].new_empty(num_clients, len(order)) for k in (0, 1))
+    for (texts, chunk), (some_losses, some_answers) in zip(pieces, parts, strict=True):
+        place = torch.tensor(chunk)[:, None], torch.from_numpy(texts)
+        losses[place], answers[place] = some_losses, some_answers
+    return losses, answers

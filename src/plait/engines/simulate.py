@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plait.engines.checkpoint import load_rows, save_stack
 from plait.engines.job import Job
-from plait.engines.steps import evaluation, round_done, train_round
+from plait.engines.steps import edges_of, evaluation, mix, round_done, train_round
 from plait.events import Event, RoundDone
 from plait.lora import Stack
 from plait.metrics import all_pairs, diagnostics, pair_distances
@@ -67,18 +67,16 @@ def _round(job: Job, stack: Stack, round_: int) -> RoundDone:
     losses = train_round(job, stack, round_, everyone, seeded_noise(job.config.seed))
     trained = time.perf_counter()
     W = job.schedule(round_)
-    weights = neighbour_weights(W)
-    before = dict(stack.factors)
-    shared = job.shared(round_)
-    for factor, mine in before.items():
-        if factor in shared:
-            stack.factors[factor] = job.method.mix(mine, mine, weights)
+    before = stack.factors
+    stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
     mixed = time.perf_counter()
+    edges = edges_of(W, everyone)
     return round_done(
         job,
         round_,
-        everyone,
         losses,
+        edges,
+        len(edges),
         **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
         pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
         train_seconds=trained - begin,

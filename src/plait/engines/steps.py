@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from plait.engines.job import Job, some_rows
-from plait.engines.local_training import batch_losses, evaluate, local_phase
+from plait.engines.local_training import evaluate, local_phase
 from plait.events import Evaluated, RoundDone
-from plait.factors import Factor
-from plait.lora import Stack
+from plait.factors import Factor, Slot, factors_name, slots_name
+from plait.lora import Stack, State
 from plait.mixing import mean, neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
@@ -40,22 +40,43 @@ def train_round(
         ValueError: A client's loss is no longer finite.
     """
     active = job.trained(round_)
-    reset_moments(stack, active, round_, job)
-    private = active & job.travels if job.config.dp_clip is not None else Factor.NONE
-    before = {factor: value.clone() for factor, value in stack.factors.items() if factor in private}
+    reset_optimizer(stack, active, round_, job)
+    private = job.travels if job.config.dp_clip is not None else ()
+    before = {slot: stack.state[slot].clone() for slot in private if slot[1] in active}
     losses: np.ndarray = local_phase(
-        job.backbone, stack, active, round_, job.train, job.shares, clients, job.config
-    ).mean(axis=1)
+        job.backbone, stack, active, round_, job.train, job.shares, clients, job.config,
+        job.task.objective, job.method.optimizer,
+    ).mean(axis=1)  # fmt: skip
     check_finite(losses, clients, round_, job.config.lr)
     if before:
-        privatise(before, stack.factors, round_, clients, job.config, noise)
+        privatise(before, stack.state, round_, clients, job.config, noise)
     return losses
 
 
-def reset_moments(stack: Stack, active: Factor, round_: int, job: Job) -> None:
-    """Start AdamW anew where `optimizer_state` says so.
+def mix(
+    job: Job, mine: Mapping[Slot, Tensor], heard: Mapping[Slot, Tensor], W: np.ndarray, round_: int
+) -> State:
+    """What some clients make of the slots that travel in a round, their own and those they heard.
 
-    `reset_each_phase` resets a factor's moments in the first round of each of its phases.
+    Args:
+        job: The prepared run.
+        mine: Slot -> (m, P), at least of those that travel.
+        heard: Slot -> (n, P), of the clients that were heard.
+        W: (m, n) what each of mine gives to each of those heard; 0 for itself.
+        round_: The round's number.
+
+    Returns:
+        Slot -> (m, P) after mixing, of the slots that travel.
+    """
+    slots = job.shared(round_)
+    own, theirs = ({slot: state[slot] for slot in slots} for state in (mine, heard))
+    return job.method.mix.combine(job.backbone.layout, own, theirs, W) if slots else {}
+
+
+def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None:
+    """Start the optimizer anew where `optimizer_state` says so.
+
+    `reset_each_phase` resets a factor's state in the first round of each of its phases.
     """
     policy = job.config.optimizer_state
     for factor in stack.factors:
@@ -63,7 +84,7 @@ def reset_moments(stack: Stack, active: Factor, round_: int, job: Job) -> None:
             continue
         begins = round_ == 0 or factor not in job.trained(round_ - 1)
         if policy == "reset_each_round" or (policy == "reset_each_phase" and begins):
-            stack.reset_moments(factor)
+            stack.reset(factor)
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,7 @@ class Judged:
     losses: list[float]
 
 
-def judge(job: Job, models: dict[Factor, Tensor], round_: int) -> Judged:
+def judge(job: Job, models: Mapping[Factor, Tensor], round_: int) -> Judged:
     """Some models (n, P) on the held-out rows that are evaluated after a round."""
     last = round_ + 1 == job.config.rounds
     rows = some_rows(job.held_out, None if last else job.config.eval_rows)
@@ -84,14 +105,10 @@ def judge(job: Job, models: dict[Factor, Tensor], round_: int) -> Judged:
     num_models = len(models[Factor.A])
     alike = all(bool((value == value[:1]).all()) for value in models.values())
     distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
-    logits = evaluate(job.backbone, distinct, tokens, job.config)
-    if alike:
-        logits = logits.expand(num_models, -1, -1)
-    return Judged(
-        rows=len(rows),
-        scores=[job.score(client, tokens.labels) for client in logits.numpy()],
-        losses=[float(loss) for loss in _losses(logits, tokens.labels)],
-    )
+    losses, answers = evaluate(job.backbone, distinct, tokens, job.config, job.task.objective)
+    scores = [job.score(client, tokens.labels) for client in answers.numpy()]
+    copies = num_models if alike else 1
+    return Judged(len(rows), scores * copies, losses.mean(dim=1).tolist() * copies)
 
 
 def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
@@ -114,43 +131,44 @@ def evaluated(round_: int, judged: Judged, seconds: float) -> Evaluated:
     )
 
 
+Edge = tuple[int, int, float]
+"""(i, j, w_ij): client i heard j and gave it the weight."""
+
+
+def edges_of(W: np.ndarray, clients: range) -> list[Edge]:
+    """Whom some clients hear in a round with the matrix W (N, N), if everything arrives."""
+    pairs = np.argwhere(neighbour_weights(W)).tolist()
+    return [(i, j, float(W[i, j])) for i, j in pairs if i in clients]
+
+
 def round_done(
-    job: Job, round_: int, clients: range, losses: np.ndarray, **measured: Any
+    job: Job,
+    round_: int,
+    losses: np.ndarray,
+    edges: Sequence[Edge],
+    sent_messages: int,
+    **measured: Any,
 ) -> RoundDone:
-    """What is said of a round of some clients, as far as it follows from the job.
+    """The event of a round of some clients.
 
     Args:
         job: The prepared run.
         round_: The round's number.
-        clients: Which clients.
         losses: (n,) their training losses.
+        edges: Whom they heard.
+        sent_messages: How many of their messages were taken.
         **measured: The other fields of the event.
     """
-    W = job.schedule(round_)
-    shared = job.shared(round_)
-    pairs = np.argwhere(neighbour_weights(W)).tolist()
-    edges = [(i, j, float(W[i, j])) for i, j in pairs if i in clients]
-    layout = job.backbone.layout
     return RoundDone(
         round=round_,
-        active=names(job.trained(round_)),
-        shared=names(shared),
+        active=factors_name(job.trained(round_)),
+        shared=slots_name(job.shared(round_)),
         train_losses=losses.tolist(),
-        edges=edges,
-        rho=rho_of_round(W),
-        sent_bytes=sum(4 * layout.size(f) for f in layout.factors if f in shared) * len(edges),
+        edges=list(edges),
+        rho=rho_of_round(job.schedule(round_)),
+        sent_bytes=job.message_bytes(round_) * sent_messages,
         **measured,
     )
-
-
-def names(factors: Factor) -> str:
-    """`B`, `AB`, `A|B|HEAD`, or `-` for none."""
-    return (factors.name if factors else None) or "-"
-
-
-def _losses(logits: Tensor, labels: np.ndarray) -> Tensor:
-    everyone = torch.from_numpy(labels).repeat(len(logits))
-    return batch_losses(logits, everyone)
 
 
 def check_finite(losses: np.ndarray, clients: Sequence[int], round_: int, lr: float) -> None:

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from plait.config import Config
 from plait.data.tokens import Tokens
+from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.devices import free_bytes
 from plait.model.backbone import Backbone
@@ -27,16 +28,16 @@ def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Con
     if config.memory_gib is None:
         free = free_bytes(backbone.device) / 2
         return free if math.isinf(free) else free / activation_bytes(backbone, stack, tokens)
-    parts = [*stack.factors.values(), *stack.first.values(), *stack.second.values()]
-    state = sum(part.nbytes for part in parts)
+    state = sum(slot.nbytes for slot in stack.state.values())
     hidden = 0 if tokens.hidden is None else tokens.hidden.nbytes
     per_token = activation_bytes(backbone, stack, tokens)
     needed = config.batch_size * float(tokens.lengths.mean())
     fits = (config.memory_gib * 2**30 - state - hidden) / per_token
     if fits < needed:
         least = (state + hidden + needed * per_token) / 2**30
+        clients = len(stack.factors[Factor.A])
         raise ValueError(
-            f"memory_gib is {config.memory_gib:g}, but {len(parts[0])} clients and one batch need "
+            f"memory_gib is {config.memory_gib:g}, but {clients} clients and one batch need "
             f"{least:.2f} GiB. Give more, or lower clients, rank or batch_size."
         )
     return fits

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor
 from xxhash import xxh3_128
 
-from plait.factors import Factor
+from plait.factors import VALUE, Factor, Slot, slot_name, slots_name
 from plait.lora import Layout
 from plait.peers.message_body import DTYPE, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
@@ -25,12 +25,6 @@ VERSION = 2
 PIECE_BYTES = 1 << 22
 """Bodies travel in pieces of this size: larger ones cost less time, smaller ones less memory."""
 
-FACTORS = {
-    str(Factor(bits).name): Factor(bits)
-    for bits in range(1, 1 + (Factor.AB | Factor.HEAD).value)
-}  # fmt: skip
-"""Every set of factors by its name, such as `A|B`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
@@ -38,10 +32,10 @@ class Header:
 
     Attributes:
         federation: The federation's id.
-        kind: Factors of a `round`, or all of a peer's `state`.
-        round: The round of the factors; for a state, how many rounds are behind it.
+        kind: Slots of a `round`, or all of a peer's `state` that ever travel.
+        round: The round of the slots; for a state, how many rounds are behind it.
         active: The factors that trained in the round, such as `B`.
-        factors: The factors in the body, such as `A|B`.
+        factors: The slots in the body, such as `A|B`.
         config_digest: Of the settings that all peers share.
         layout: Digest of the names and shapes of a client's tensors.
         sender: The sender's name, which its certificate must have too.
@@ -139,6 +133,7 @@ class Identity:
         federation: The federation's id.
         config_digest: Of the settings that all peers share.
         layout: Of a client's factors.
+        kinds: The kinds of slot that the method sends.
         max_message_bytes: The most that a body may have.
         norm_bound: The largest norm of a message's values, if there is one.
     """
@@ -149,6 +144,7 @@ class Identity:
     layout: Layout
     max_message_bytes: int
     norm_bound: float | None = None
+    kinds: tuple[str, ...] = (VALUE,)
 
     @cached_property
     def layout_digest(self) -> str:
@@ -156,8 +152,10 @@ class Identity:
         return layout_digest(self.layout)
 
     @cached_property
-    def _templates(self) -> dict[str, Template]:
-        return {name: template_of(self.layout, factors) for name, factors in FACTORS.items()}
+    def _slots(self) -> dict[str, Slot]:
+        """Name -> slot, of all that a message may hold, in the order in which it holds them."""
+        slots = [(kind, factor) for kind in self.kinds for factor in (*Factor.AB, Factor.HEAD)]
+        return {slot_name(slot): slot for slot in slots}
 
     def check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
         """Refuse a header that isn't for this peer, or isn't from who it says.
@@ -193,9 +191,12 @@ class Identity:
         Raises:
             Refused: It can't be, or is above the limit.
         """
-        template = self._templates.get(header.factors)
-        if template is None:
+        slots = tuple(
+            slot for name, slot in self._slots.items() if name in header.factors.split("|")
+        )
+        if not slots or slots_name(slots) != header.factors:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
+        template = template_of(self.layout, slots)
         most = min(template.most_bytes, self.max_message_bytes)
         if header.num_bytes > most:
             raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
@@ -208,11 +209,11 @@ class Identity:
 
 def layout_digest(layout: Layout) -> str:
     """Sixteen hex digits that are equal when two peers' tensors have equal names and shapes."""
-    return template_of(layout, Factor.AB | Factor.HEAD).digest
+    return template_of(layout, tuple((VALUE, factor) for factor in layout.factors)).digest
 
 
 def encode(
-    factors: Mapping[Factor, Tensor],
+    slots: Mapping[Slot, Tensor],
     *,
     layout: Layout,
     federation: str,
@@ -222,28 +223,25 @@ def encode(
     active: str,
     kind: Literal["round", "state"] = "round",
 ) -> Message:
-    """A message with some factors, addressed to nobody yet.
+    """A message with some slots, addressed to nobody yet.
 
     Args:
-        factors: Factor -> (P,) float32; copied.
+        slots: Slot -> (P,) float32; copied.
         layout: Where everything lies in a row.
         federation: The federation's id.
         config_digest: Of the settings that all peers share.
         sender: The name of this peer.
-        round: The round of the factors.
+        round: The round of the slots.
         active: The factors that trained in it.
-        kind: What the factors are.
+        kind: What the slots are.
     """
-    together = Factor.NONE
-    for factor in factors:
-        together |= factor
-    body = pack(factors, template_of(layout, together))
+    body = pack(slots, template_of(layout, tuple(slots)))
     header = Header(
         federation=federation,
         kind=kind,
         round=round,
         active=active,
-        factors=str(together.name),
+        factors=slots_name(slots),
         config_digest=config_digest,
         layout=layout_digest(layout),
         sender=sender,
@@ -254,11 +252,11 @@ def encode(
     return Message(header, body)
 
 
-def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[Factor, Tensor]:
-    """The factors of a message whose header was checked.
+def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[Slot, Tensor]:
+    """The slots of a message whose header was checked.
 
     Returns:
-        Factor -> (P,) float32, all values finite.
+        Slot -> (P,) float32, all values finite.
 
     Raises:
         Refused: Something in the body is not as it must be.

@@ -20,12 +20,12 @@ from enum import Enum
 import numpy as np
 from torch import Tensor
 
-from plait.factors import Factor
+from plait.factors import Slot
 from plait.peers.codec import Message
 from plait.peers.refusals import Reason, Refused
 
-Rows = dict[Factor, Tensor]
-"""Factor -> (P,) of one client."""
+Rows = dict[Slot, Tensor]
+"""Slot -> (P,) of one client."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ out. The format is a length (8 bytes, little-endian), a JSON head, and the value
 and not by the safetensors package because that one takes whatever tensors the head declares, and
 to have one copy of the values instead of three.
 
-Legend: P_A, P_B, P_HEAD parameters of one client's block of a factor.
+Legend: P parameters of one client's slot.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plait.factors import Factor
+from plait.factors import Slot, slot_name
 from plait.lora import Layout
 from plait.peers.refusals import Reason, Refused
 
@@ -39,10 +39,10 @@ Values = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a body: a factor of one layer, or a parameter of the head."""
+    """A tensor of a body: a slot of one layer, or of a parameter of the head."""
 
     name: str
-    factor: Factor
+    slot: Slot
     shape: tuple[int, ...]
 
     @property
@@ -76,14 +76,14 @@ class Template:
         return LENGTH.pack(len(text)) + text
 
     @cached_property
-    def rows(self) -> dict[Factor, Span]:
-        """Factor -> where its parts lie among the values, one after another."""
-        rows: dict[Factor, Span] = {}
+    def rows(self) -> dict[Slot, Span]:
+        """Slot -> where its parts lie among the values, one after another."""
+        rows: dict[Slot, Span] = {}
         end = 0
         for part in self.parts:
-            start = rows.get(part.factor, (end, end))[0]
+            start = rows.get(part.slot, (end, end))[0]
             end += part.num_bytes
-            rows[part.factor] = (start, end)
+            rows[part.slot] = (start, end)
         return rows
 
     @property
@@ -98,26 +98,25 @@ class Template:
 
 
 @lru_cache(maxsize=16)
-def template_of(layout: Layout, factors: Factor) -> Template:
-    """The tensors of some factors of a layout."""
+def template_of(layout: Layout, slots: tuple[Slot, ...]) -> Template:
+    """The tensors of some slots of a layout."""
     return Template(
         tuple(
-            Part(f"{factor.name}/{name}", factor, shape)
-            for factor in layout.factors
-            if factor in factors
-            for name, shape in layout.shapes(factor).items()
+            Part(f"{slot_name(slot)}/{name}", slot, shape)
+            for slot in slots
+            for name, shape in layout.shapes(slot[1]).items()
         )
     )
 
 
-def pack(factors: Mapping[Factor, Tensor], template: Template) -> bytes:
-    """Factors as a body, in a copy of their own: they may change afterwards.
+def pack(slots: Mapping[Slot, Tensor], template: Template) -> bytes:
+    """Slots as a body, in a copy of their own: they may change afterwards.
 
     Args:
-        factors: Factor -> (P,) float32.
+        slots: Slot -> (P,) float32.
         template: Its tensors.
     """
-    rows = [factors[factor] for factor in template.rows]
+    rows = [slots[slot] for slot in template.rows]
     assert sum(row.numel() for row in rows) * ITEM_BYTES == template.values_bytes
     arrays = [row.detach().cpu().contiguous().numpy() for row in rows]
     return b"".join([template.head, *(array.data.cast("B") for array in arrays)])
@@ -125,8 +124,8 @@ def pack(factors: Mapping[Factor, Tensor], template: Template) -> bytes:
 
 def unpack(
     body: bytes | bytearray, template: Template, norm_bound: float | None = None
-) -> dict[Factor, Tensor]:
-    """The factors of a body that holds exactly the template's tensors, all of them finite.
+) -> dict[Slot, Tensor]:
+    """The slots of a body that holds exactly the template's tensors, all of them finite.
 
     Args:
         body: Of `pack`, or of any writer of safetensors.
@@ -134,7 +133,7 @@ def unpack(
         norm_bound: The largest Euclidean norm of all values together.
 
     Returns:
-        Factor -> (P,) float32, in memory of their own.
+        Slot -> (P,) float32, in memory of their own.
 
     Raises:
         Refused: It doesn't hold what is expected; the detail says where.
@@ -147,19 +146,19 @@ def unpack(
     else:
         values = _in_order(body, template)
     rows = {
-        factor: np.frombuffer(values[start:end], "<f4").copy()
-        for factor, (start, end) in template.rows.items()
+        slot: np.frombuffer(values[start:end], "<f4").copy()
+        for slot, (start, end) in template.rows.items()
     }
     _check_values(rows, norm_bound)
-    return {factor: torch.from_numpy(row) for factor, row in rows.items()}
+    return {slot: torch.from_numpy(row) for slot, row in rows.items()}
 
 
-def _check_values(rows: Mapping[Factor, Values], norm_bound: float | None) -> None:
+def _check_values(rows: Mapping[Slot, Values], norm_bound: float | None) -> None:
     # NumPy's reductions and not torch's or BLAS's: those would start, and keep spinning, a pool of
     # threads for the transport's thread, next to the one that trains.
-    for factor, row in rows.items():
+    for slot, row in rows.items():
         if not (np.isfinite(row.min()) and np.isfinite(row.max())):  # NaN is both
-            raise Refused(Reason.NOT_FINITE, f"{factor.name} holds NaN or infinity")
+            raise Refused(Reason.NOT_FINITE, f"{slot_name(slot)} holds NaN or infinity")
     if norm_bound is None:
         return
     norm = math.sqrt(sum(float(np.square(row, dtype=np.float64).sum()) for row in rows.values()))

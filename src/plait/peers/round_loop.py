@@ -15,12 +15,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from plait.engines.job import Job
-from plait.engines.steps import evaluation, names, train_round
+from plait.engines.steps import evaluation, mix, round_done, train_round
 from plait.events import Event, RoundDone
-from plait.factors import Factor
-from plait.lora import Stack
+from plait.factors import Factor, Slot, factors_name, factors_of, slots_name
+from plait.lora import Stack, values
 from plait.metrics import LayerState, Pair, diagnostics, pair, pair_distances
 from plait.mixing import neighbour_weights
 from plait.peers.codec import Message
@@ -28,7 +29,6 @@ from plait.peers.exchange import Exchange, Left
 from plait.peers.federation import Member
 from plait.peers.inbox import Rows, Turn
 from plait.privacy import Noise
-from plait.topology import rho_of_round
 
 Write = Callable[[Rows, int, str, str], Message]
 """(factors, round, active, kind) -> a message of this peer."""
@@ -52,11 +52,11 @@ def agreed_turns(job: Job, me: int, members: Sequence[Member]) -> Callable[[int]
         out = [k for k, member in enumerate(members) if not member.takes_part(round_)]
         W[out] = 0
         W[:, out] = 0
-        if job.shared(round_) is Factor.NONE:
+        if not job.shared(round_):
             W[:] = 0
         return Turn(
-            active=names(job.trained(round_)),
-            shared=names(job.shared(round_)),
+            active=factors_name(job.trained(round_)),
+            shared=slots_name(job.shared(round_)),
             weights=W[me],
             hears=tuple(int(peer) for peer in np.flatnonzero(W[me])),
             heard_by=tuple(int(peer) for peer in np.flatnonzero(W[:, me])),
@@ -121,9 +121,10 @@ class Peer:
 
     def adopt(self, rows: Rows) -> None:
         """Begin from a neighbour's state: one that lost its own, or joins late."""
-        for factor, row in rows.items():
-            self.stack.factors[factor] = row[None].to(self.job.backbone.device)
-            self.stack.reset_moments(factor)
+        for slot, row in rows.items():
+            self.stack.state[slot] = row[None].to(self.job.backbone.device)
+        for factor in factors_of(rows):
+            self.stack.reset(factor)
         self._rest()
 
     def _catch_up(self) -> int:
@@ -143,27 +144,24 @@ class Peer:
     def _round(self, round_: int) -> RoundDone:
         begin = time.perf_counter()
         turn = self.inbox.turn(round_)
-        loss = float(train_round(self.job, self.stack, round_, [self.me], self.noise)[0])
+        losses = train_round(self.job, self.stack, round_, [self.me], self.noise)
         trained = time.perf_counter()
         if self.exchange.leave.is_set():
             raise Left
-        shared = self.job.shared(round_)
-        mine = {f: value[0] for f, value in self.stack.factors.items() if f in shared}
+        mine = {slot: self.stack.state[slot][0] for slot in self.job.shared(round_)}
         if mine:
             self.exchange.send(turn, self.write(mine, round_, turn.active, "round"))
             self.exchange.wait()
         mixing = time.perf_counter()
         heard = self.exchange.close()
-        before, pairs_apart = self._mix(turn, heard)
+        before, pairs_apart = self._mix(round_, turn, heard)
         self._rest()
-        return RoundDone(
-            round=round_,
-            active=turn.active,
-            shared=turn.shared,
-            train_losses=[loss],
-            edges=[(self.me, peer, float(turn.weights[peer])) for peer in heard],
-            rho=rho_of_round(self.job.schedule(round_)),
-            sent_bytes=4 * sum(len(row) for row in mine.values()) * len(turn.heard_by),
+        return round_done(
+            self.job,
+            round_,
+            losses,
+            [(self.me, peer, float(turn.weights[peer])) for peer in heard],
+            len(turn.heard_by),
             before=before,
             after=[],
             pairs_apart=pairs_apart,
@@ -171,7 +169,9 @@ class Peer:
             mix_seconds=time.perf_counter() - mixing,
         )
 
-    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> tuple[list[LayerState], list[Pair]]:
+    def _mix(
+        self, round_: int, turn: Turn, heard: dict[int, Rows]
+    ) -> tuple[list[LayerState], list[Pair]]:
         """Mix with what came.
 
         Returns:
@@ -179,16 +179,11 @@ class Peer:
             mixing; none where not both factors came. A peer can't know them for everyone, nor for
             anyone after mixing.
         """
-        if not heard:
-            return [], []
-        W = turn.weights[list(heard)][None]
-        before = {}
-        for factor in next(iter(heard.values())):
-            mine = self.stack.factors[factor]
-            theirs = torch.stack([rows[factor] for rows in heard.values()]).to(mine.device)
-            before[factor] = torch.cat([mine, theirs])
-            self.stack.factors[factor] = self.job.method.mix(mine, theirs, W)
-        if not {Factor.A, Factor.B} <= before.keys():
+        mine, W = dict(self.stack.state), turn.weights[list(heard)][None]
+        theirs = {slot: _stacked(heard, slot, mine[slot]) for slot in self.job.shared(round_)}
+        self.stack.state |= mix(self.job, mine, theirs, W, round_)
+        before = values({slot: torch.cat([mine[slot], rows]) for slot, rows in theirs.items()})
+        if not heard or not {Factor.A, Factor.B} <= before.keys():
             return [], []
         local = np.eye(1 + len(heard))
         local[0] = [1 - W.sum(), *W[0]]
@@ -199,12 +194,14 @@ class Peer:
         return diagnostics(layout, before, before, local).before, pairs
 
     def _rest(self) -> None:
-        """Leave a copy of the state for a peer that lost its own: what ever travels, no more."""
+        """Leave a copy of the state for a peer that lost its own: what has travelled, no more."""
         round_ = self.inbox.round
-        travels = Factor.NONE
-        for t in range(min(round_, 2 * self.job.config.switch_every)):
-            travels |= self.job.shared(t)
-        rows = {f: v[0].clone() for f, v in self.stack.factors.items() if f in travels}
+        rows = {slot: self.stack.state[slot][0].clone() for slot in self.job.travelled(round_)}
         if rows:
             active = self.inbox.turn(round_ - 1).active
             self.desk.resting = lambda: self.write(rows, round_, active, "state")
+
+
+def _stacked(heard: dict[int, Rows], slot: Slot, like: Tensor) -> Tensor:
+    """(n, P), a slot of all that were heard, where `like` (1, P) is."""
+    return torch.cat([like[:0], *(rows[slot][None].to(like.device) for rows in heard.values())])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.factors import Factor
+from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.codec import Answer, Header, Question
 from plait.peers.federation import load_federation, load_peer
@@ -45,7 +45,7 @@ class _Nobody:
         """Take nothing."""
         raise Refused(Reason.NOT_HERE, "this is no peer")
 
-    def take(self, header: Header, factors: dict[Factor, Any]) -> None:
+    def take(self, header: Header, factors: dict[Slot, Any]) -> None:
         """Take nothing."""
         raise Refused(Reason.NOT_HERE, "this is no peer")
 

@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from torch import Tensor
 
-from plait.factors import Factor
+from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.certificates import read_credentials
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
@@ -82,7 +82,7 @@ class Reply:
 
     facts: dict[str, Any]
     header: Header | None = None
-    factors: dict[Factor, Tensor] | None = None
+    factors: dict[Slot, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Desk(Protocol):
     def admit(self, header: Header) -> None:
         """A message is about to come; raise `Refused` to have none of its body."""
 
-    def take(self, header: Header, factors: dict[Factor, Tensor]) -> None:
+    def take(self, header: Header, factors: dict[Slot, Tensor]) -> None:
         """A message has come and was checked; raise `Refused` to have the sender told."""
 
     def answer(self, question: Question) -> Answer:

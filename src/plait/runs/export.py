@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.config import Config
+from plait.data.objectives import OBJECTIVES
 from plait.events import Started, from_line
 from plait.model.loading import load_model
 
@@ -50,4 +51,5 @@ def load_base(run: Path | str) -> Any:
     except OSError as error:
         raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error
     assert isinstance(started, Started)
-    return load_model(config, len(started.label_names) or 1).model.eval()
+    outputs = OBJECTIVES[started.objective].num_outputs(started.label_names)
+    return load_model(config, outputs).model.eval()

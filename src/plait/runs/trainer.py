@@ -23,6 +23,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from plait.config import Config
+from plait.data.objectives import CLASSIFICATION, REGRESSION, Objective
 from plait.data.tasks import METRICS, Rows, Task
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.job import Job, Materials, Rules, assemble
@@ -149,7 +150,7 @@ def _job(
     begin = time.perf_counter()
     rules = Rules.of(config)
     config = rules.config
-    read = _Reader(tokenizer, config, int(model.config.num_labels))
+    read = _Reader(tokenizer, config, _objective(model), int(model.config.num_labels))
     hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
     held_out = read.all(eval_dataset, "eval_dataset")
     backbone = Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config)
@@ -164,12 +165,18 @@ def _job(
 
 def _task(model: Any, train: Tokens, held_out: Tokens, metric: str | None) -> Task:
     """The task as a run needs it: labels, their names and the metric, and no texts any more."""
-    C = int(model.config.num_labels)
-    label_names = () if C == 1 else tuple(str(model.config.id2label[c]) for c in range(C))
-    name = metric or ("accuracy" if label_names else "pearson")
+    objective = _objective(model)
+    classes = range(model.config.num_labels if objective.has_classes else 0)
+    label_names = tuple(str(model.config.id2label[c]) for c in classes)
+    name = metric or objective.metric
     lookup(METRICS, name, "metric")
     rows, test = (Rows((("",),) * len(one), one.labels) for one in (train, held_out))
-    return Task("own", rows, test, test, label_names, name)
+    return Task("own", rows, test, test, label_names, name, objective)
+
+
+def _objective(model: Any) -> Objective:
+    """What a model learns: transformers itself takes one with a single output for a regression."""
+    return REGRESSION if model.config.num_labels == 1 else CLASSIFICATION
 
 
 # -- from data sets to tokens
@@ -181,6 +188,7 @@ class _Reader:
 
     tokenizer: Any
     config: Config
+    objective: Objective
     num_labels: int
 
     def all(self, dataset: Dataset, place: str) -> Tokens:
@@ -205,15 +213,14 @@ class _Reader:
         column = "labels" if "labels" in rows[0] else self.config.label_column
         _need([column], rows[0], place)
         labels = [np.asarray(row[column]).item() for row in rows]
-        if self.num_labels == 1:
-            return np.array(labels, dtype=np.float32)
-        if strange := [label for label in labels if label not in range(self.num_labels)]:
+        classes = self.objective.has_classes
+        if strange := [x for x in labels if classes and x not in range(self.num_labels)]:
             raise ValueError(
                 f"The labels of {place} must be whole numbers from 0 to {self.num_labels - 1}, as "
                 f"the model has {self.num_labels} outputs; there is {strange[0]!r}. Number the "
                 "labels, or load the model with another num_labels."
             )
-        return np.array(labels, dtype=np.int64)
+        return np.array(labels, dtype=self.objective.target_type)
 
 
 def _need(columns: Sequence[str], row: Row, place: str) -> None:
