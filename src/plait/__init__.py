@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.config import Config as Config
+    from plait.config import Machine as Machine
     from plait.experiments.comparison import compare as compare
     from plait.experiments.comparison import conclude as conclude
     from plait.experiments.plan import Plan as Plan
     from plait.presets import build_preset as build_preset
     from plait.runs.export import load_base as load_base
     from plait.runs.loggers import logged as logged
+    from plait.runs.run import Run as Run
     from plait.runs.run_folder import load_run as load_run
-    from plait.runs.run_folder import run as run
     from plait.runs.trainer import Trainer as Trainer
 
 _PLACES = {
     "Config": "plait.config",
+    "Machine": "plait.config",
     "Plan": "plait.experiments.plan",
+    "Run": "plait.runs.run",
     "Trainer": "plait.runs.trainer",
     "build_preset": "plait.presets",
     "compare": "plait.experiments.comparison",
@@ -27,12 +30,13 @@ _PLACES = {
     "load_base": "plait.runs.export",
     "load_run": "plait.runs.run_folder",
     "logged": "plait.runs.loggers",
-    "run": "plait.runs.run_folder",
 }
 
 __all__ = [
     "Config",
+    "Machine",
     "Plan",
+    "Run",
     "Trainer",
     "build_preset",
     "compare",
@@ -40,7 +44,6 @@ __all__ = [
     "load_base",
     "load_run",
     "logged",
-    "run",
 ]
 
 

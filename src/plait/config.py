@@ -1,7 +1,12 @@
 """The complete description of one run: frozen, validated, saved as `config.json`.
 
-One flat dataclass is the command line (`plait run --help`), the file format (`--config run.toml`)
-and the Python API (`plait.run(Config(...))`). A preset (presets.py) is a function that returns one.
+`Config` is what decides the numbers: the command line (`plait run --help`), the file format
+(`--config run.toml`) and the Python API (`plait.Run(Config(...))`). Its fields come from a class
+for each topic, so that what concerns one can be asked for by name: `names_of(ModelSettings)`. A
+preset (presets.py) is a function that returns one.
+
+`Machine` is where and how fast it is computed. Nothing in it changes a number on the CPU, so it is
+in no digest: a run may go on elsewhere, with smaller chunks, and peers may differ in it.
 """
 
 from __future__ import annotations
@@ -20,13 +25,13 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
+Engine = Literal["simulate", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """One run: a method, a task, a partition, a topology and the settings of local training."""
+class MethodSettings:
+    """The method: what trains, what travels, and for how long."""
 
-    # -- the method
     method: str = "adf"
     """What trains and what travels in each round; `plait methods` lists them."""
     switch_every: int = 5
@@ -39,9 +44,11 @@ class Config:
     seed: int = 0
     """The one seed of the run; every random draw derives from it."""
 
-    # -- the data
-    task: str = "demo"
-    """The data set; `plait tasks` lists them. `file` is your own data."""
+
+@dataclass(frozen=True, kw_only=True)
+class FileSettings:
+    """Where rows lie, and how they are read: peers of a federation may differ in these."""
+
     glue_dir: str | None = None
     """A folder in the layout of the GLUE archive; without it GLUE comes from the hub."""
     train_file: str | None = None
@@ -54,6 +61,14 @@ class Config:
     """`--task file`: the column with the label."""
     key_column: str | None = None
     """`--task file`: the column that names the natural client of a row (`--label-skew key`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The task and how its rows are dealt to clients."""
+
+    task: str = "demo"
+    """The data set; `plait tasks` lists them. `file` is your own data."""
     max_length: int = 128
     """Longer texts are cut to this number of tokens."""
     clients: int = 10
@@ -64,7 +79,11 @@ class Config:
     client_size: int | None = None
     """Rows for each client; as many as there are when not given."""
 
-    # -- the model
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The frozen model, its head and the adapters."""
+
     backbone: str = "minilm"
     """`minilm` (the embedded one), a model folder, or a name on the Hugging Face hub."""
     pooling: Pooling = "auto"
@@ -83,8 +102,15 @@ class Config:
     """Linear layers to adapt, comma-separated; PEFT's default for the architecture if not given."""
     top_layers: int | None = None
     """Adapt only the last so many layers; the ones below are computed once for each text."""
+    dtype: Dtype = "float32"
+    """Type of the frozen weights; the factors are always float32. `auto` takes bfloat16 where the
+    device multiplies in it, which is about twice as fast."""
 
-    # -- local training
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Local training."""
+
     local_steps: int = 8
     """Optimizer steps of each client in a round, K."""
     batch_size: int = 16
@@ -100,7 +126,11 @@ class Config:
     optimizer_state: OptimizerState = "reset_each_round"
     """When AdamW's moments start anew."""
 
-    # -- privacy
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """Differential privacy."""
+
     dp_clip: float | None = None
     """Differential privacy: a client's change of a round, over all factors that travel, is scaled
     down to this L2 norm before noise is added; no privacy if not given."""
@@ -109,7 +139,11 @@ class Config:
     dp_delta: float = 1e-5
     """Probability with which the bound epsilon, told at the end, may fail."""
 
-    # -- the topology
+
+@dataclass(frozen=True, kw_only=True)
+class TopologySettings:
+    """Who meets whom, and with what weight."""
+
     topology: str = "pairs"
     """Who meets whom; `plait topologies` lists them."""
     p: float = 0.1
@@ -119,45 +153,45 @@ class Config:
     edges_file: str | None = None
     """`--topology file`: an edge list, or a contact trace with a round for each line."""
 
-    # -- evaluation and the machine
-    eval_every: int = 1
-    """Rounds between evaluations; the last round is always evaluated."""
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is evaluated, and when."""
+
+    eval_every: int | None = None
+    """Rounds between evaluations; before the first and after the last there always is one. If not
+    given, as often as takes less than a quarter of the run, or never between if that can't be."""
     eval_rows: int | None = None
-    """Evaluate on so many rows between the first and the last round; all if not given."""
+    """Evaluate on so many rows between the first and the last round. If not given, on all of them,
+    or where `eval_every` isn't given either on at most 256."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
-    save_every: int = 10
-    """Rounds between checkpoints."""
-    dtype: Dtype = "float32"
-    """Type of the frozen weights; the factors are always float32. `auto` takes bfloat16 where the
-    device multiplies in it, which is about twice as fast."""
-    device: Device = "auto"
-    """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
-    cache_gib: float = 2.0
-    """Memory for what the layers below the first adapted one (`--top-layers`) make of the texts;
-    computed anew in every step when it takes more."""
-    chunk_tokens: int | None = None
-    """About so many tokens are computed at once by each core or by a graphics card. If not given,
-    2048 by a core, in whose cache they stay; 32768 by a card, if half its free memory will do."""
-    memory_gib: float | None = None
-    """Memory for the clients' state and local training, beside the model; chunks get smaller and
-    fewer at once where they need more. Not limited when not given."""
+
+
+# Dataclasses take the fields of their last base first.
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    EvaluationSettings,
+    TopologySettings,
+    PrivacySettings,
+    TrainingSettings,
+    ModelSettings,
+    FileSettings,
+    DataSettings,
+    MethodSettings,
+):
+    """One run: a method, a task, a partition, a topology and the settings of local training."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, with the reason and the fix."""
         for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every",
-                     "max_length", "eval_every", "save_every"):  # fmt: skip
+                     "max_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("eval_rows", "client_size", "top_layers", "chunk_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")
+        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers")
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise ValueError(f"memory_gib is {self.memory_gib}; it must be above 0, or left out.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or None.")
         if (self.dp_clip is None) != (self.dp_noise is None):
@@ -173,14 +207,6 @@ class Config:
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
 
-    def evaluates_after(self, round_: int) -> bool:
-        """Whether the clients are evaluated after round `round_`, counted from 0."""
-        return (round_ + 1) % self.eval_every == 0 or round_ + 1 == self.rounds
-
-    def saves_after(self, round_: int) -> bool:
-        """Whether a checkpoint is due after round `round_`."""
-        return (round_ + 1) % self.save_every == 0
-
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         return dataclasses.asdict(self)
@@ -188,12 +214,64 @@ class Config:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
         """The config of `to_json`; an unknown key is a `ValueError`."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        unknown = sorted(set(values) - names_of(cls) - names_of(Machine))
         if unknown:
             raise ValueError(f"Unknown settings: {', '.join(unknown)}. `plait run --help` has all.")
-        return cls(**values)
+        # The `config.json` of plait before 0.2 has the machine's settings among its own.
+        return cls(**{name: value for name, value in values.items() if name in names_of(cls)})
 
     def digest(self) -> str:
         """Sixteen hex digits that are equal when and only when two configs are."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how fast a run is computed."""
+
+    device: Device = "auto"
+    """Where to compute; `auto` takes CUDA, then MPS, then the CPU."""
+    cache_gib: float = 2.0
+    """Memory for what the layers below the first adapted one (`--top-layers`) make of the texts;
+    computed anew in every step when it takes more."""
+    chunk_tokens: int | None = None
+    """About so many tokens are computed at once by each core or by a graphics card. If not given,
+    2048 by a core, in whose cache they stay; 32768 by a card, if half its free memory will do."""
+    memory_gib: float | None = None
+    """Memory for the clients' state and local training, beside the model; chunks get smaller and
+    fewer at once where they need more. Not limited when not given."""
+    save_every: int = 10
+    """Rounds between checkpoints."""
+    engine: Engine = "simulate"
+    """Compute in this process, or on a Ray cluster: RAY_ADDRESS's, or one started here."""
+    workers: int | None = None
+    """`--engine ray`: the number of workers, one for each GPU or for every few cores."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, with the fix."""
+        _at_least_one(self, "chunk_tokens", "save_every", "workers")
+        if self.memory_gib is not None and not self.memory_gib > 0:
+            raise ValueError(f"memory_gib is {self.memory_gib}; it must be above 0, or left out.")
+        if self.workers is not None and self.engine == "simulate":
+            raise ValueError("--workers is for --engine ray; a simulation is one process.")
+
+    def saves_after(self, round_: int) -> bool:
+        """Whether a checkpoint is due after round `round_`, counted from 0."""
+        return (round_ + 1) % self.save_every == 0
+
+
+def names_of(kind: type) -> frozenset[str]:
+    """The names of the settings that a class of this module has."""
+    return frozenset(field.name for field in dataclasses.fields(kind))
+
+
+def _at_least_one(settings: Config | Machine, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1, or left out.")
+
+
+THIS_MACHINE = Machine()
+"""What suits the machine that one is on."""

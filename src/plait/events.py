@@ -32,6 +32,8 @@ class Started:
             for metrics other than accuracy.
         parameters: Factor name -> parameters of one client.
         rho: Of the topology: how much of the disagreement survives a round, in [0, 1].
+        eval_every: Rounds between evaluations; 0 for none but before the first and after the last.
+        eval_rows: On how many rows, between those two.
         device: Where it computes.
         seconds: Time to prepare.
     """
@@ -44,6 +46,8 @@ class Started:
     majority: float
     parameters: dict[str, int]
     rho: float
+    eval_every: int = 1
+    eval_rows: int = 0
     device: str
     seconds: float
 

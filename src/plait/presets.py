@@ -6,16 +6,19 @@ changes some of its settings, and flags change what the file says.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine, names_of
 from plait.lookup import lookup
+
+Settings = TypeVar("Settings", Config, Machine)
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class PresetRow:
         summary: What it is, in one line.
         methods: What `plait compare` compares.
         lrs: Learning rates by method for `plait compare`; the config's own where none is given.
+        machine: Where and how fast.
     """
 
     build: Callable[[], Config]
     summary: str
     methods: str = "adf,dec-lora,ffa,rolora"
     lrs: str = ""
+    machine: Machine = THIS_MACHINE
 
 
 def _demo() -> Config:
@@ -66,9 +71,8 @@ def _smoke() -> Config:
         batch_size=2,
         max_length=32,
         top_layers=1,
+        eval_every=1,
         eval_rows=20,
-        # Of 5,000 texts it trains on 12: computing the layers below for all would take longest.
-        cache_gib=0.0,
     )
 
 
@@ -109,7 +113,12 @@ PRESETS: dict[str, PresetRow] = {
         # rows, with a seed that is not reported.
         lrs="adf=5e-3,dec-lora=2e-3,ffa=1e-2,rolora=5e-3,local=2e-3",
     ),
-    "smoke": PresetRow(_smoke, "Three clients, two rounds of one step: does it run at all?"),
+    "smoke": PresetRow(
+        _smoke,
+        "Three clients, two rounds of one step: does it run at all?",
+        # Of 5,000 texts it trains on 12: computing the layers below for all would take longest.
+        machine=Machine(cache_gib=0.0),
+    ),
     "paper": PresetRow(_paper, "ADF-LoRA's published protocol: RoBERTa-large, SST-2, 150 rounds"),
 }
 
@@ -127,41 +136,51 @@ def build_preset(name: str) -> Config:
     return lookup(PRESETS, name, "preset").build()
 
 
-def start_from(preset: str | None, file: Path | None) -> Config:
-    """The config of a preset, changed by what a file says.
+def start_from(preset: str | None, file: Path | None) -> tuple[Config, Machine]:
+    """The settings of a preset, changed by what a file says.
 
     Args:
-        preset: A key of `PRESETS`; `Config()` for None.
-        file: TOML with keys of `Config`, or a run's `config.json`.
+        preset: A key of `PRESETS`; the defaults for None.
+        file: TOML with keys of `Config` and `Machine`, or a run's `config.json`.
 
     Raises:
         ValueError: No such preset, or a file that is not what it should be.
         OSError: The file can't be read.
     """
-    config = build_preset(preset) if preset else Config()
-    if file is None:
-        return config
-    return changed(config, read_settings(file), str(file))
+    row = lookup(PRESETS, preset, "preset") if preset else PresetRow(Config, "")
+    config, machine = row.build(), row.machine
+    return (config, machine) if file is None else both_changed(config, machine, file)
 
 
-def changed(config: Config, values: dict[str, Any], origin: str) -> Config:
-    """The config with other values, as a file has them.
+def both_changed(config: Config, machine: Machine, file: Path) -> tuple[Config, Machine]:
+    """Both with other values, as a file has them; as `start_from`."""
+    values = read_settings(file)
+    of_machine = {name: values.pop(name) for name in names_of(Machine) & values.keys()}
+    return changed(config, values, str(file)), changed(machine, of_machine, str(file))
+
+
+def changed(settings: Settings, values: dict[str, Any], origin: str) -> Settings:
+    """The settings with other values, as a file has them.
 
     Args:
-        config: What to change.
+        settings: What to change.
         values: Setting -> its value.
         origin: Where they come from, for the message.
 
     Raises:
         ValueError: No such setting, or a value that it can't have.
     """
-    hints = get_type_hints(Config)
+    hints = get_type_hints(type(settings))
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise ValueError(
+            f"{origin}: Unknown settings: {', '.join(unknown)}. `plait run --help` has all."
+        )
     for name, value in values.items():
-        if name in hints and not fits(value, hints[name]):
+        if not fits(value, hints[name]):
             kind = str(hints[name]).removeprefix("typing.").removeprefix("<class '").rstrip("'>")
             raise ValueError(f"{origin}: {name} is {value!r}; it must be {kind}.")
     try:
-        return Config.from_json(config.to_json() | values)
+        return dataclasses.replace(settings, **values)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
 

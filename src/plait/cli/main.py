@@ -5,14 +5,13 @@ Torch takes a second and a half to import, so commands import what computes when
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -22,18 +21,15 @@ from plait.cli import lists as cli_lists
 from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
 from plait.cli import sweep as cli_sweep
+from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of
 from plait.config import Config
 from plait.lookup import lookup
-from plait.presets import PRESETS, PresetRow, start_from
+from plait.presets import PRESETS, PresetRow
 
 if TYPE_CHECKING:
-    from plait.events import Event
     from plait.experiments.plan import Plan
 
-Command = TypeVar("Command")
 Number = TypeVar("Number")
-Flag = tyro.conf.FlagCreatePairsOff[bool]
-Names = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 GREETING = """plait: many clients fine-tune one language model with LoRA, and no server.
 
@@ -49,17 +45,6 @@ Three things to try:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where the settings of a command come from."""
-
-    settings: tyro.conf.OmitArgPrefixes[Config]
-    preset: str | None = None
-    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
-    config: Path | None = None
-    """Start from a TOML file, or from a run's config.json. Other flags change it."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run(Start):
     """Run one experiment and write its folder."""
 
@@ -69,10 +54,6 @@ class Run(Start):
     """Go on with the run in the folder."""
     log: Names = ()
     """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
-    engine: Literal["simulate", "ray"] = "simulate"
-    """Compute in this process, or on a Ray cluster: RAY_ADDRESS's, or one started here."""
-    workers: int | None = None
-    """`--engine ray`: the number of workers, one for each GPU or for every few cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,38 +97,35 @@ class Export:
 
 
 def _run(args: list[str]) -> None:
-    given = _parse(Run, "run", args, Run(settings=defaults(args)))
+    given = parse(Run, "run", args, Run(**defaults(args)))
     from plait.cli.progress import watch
-    from plait.events import summarize
     from plait.runs.loggers import logged
-    from plait.runs.run_folder import run
+    from plait.runs.run import Run as Going
 
     config = given.settings
     out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
-    events: list[Event] = []
-    going = run(config, out, given.resume, given.engine, given.workers)
+    going = Going(config, out, resume=given.resume, machine=given.machine)
     told = logged(going, _loggers(given.log), config, out)
-    said = ((config.method, event) for event in _kept(told, events))
-    watch(said, config.rounds, {config.method: 1}, Console())
-    _print_summary(summarize(config, events), out)
+    watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
+    _print_summary(going.summary, out)
 
 
 def _compare(args: list[str]) -> None:
-    preset = PRESETS.get(_start_of(args).preset, PresetRow(Config, ""))
-    start = Compare(settings=defaults(args), methods=preset.methods, lrs=preset.lrs)
-    given = _parse(Compare, "compare", args, start)
+    preset = PRESETS.get(start_of(args).preset, PresetRow(Config, ""))
+    start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
+    given = parse(Compare, "compare", args, start)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
     from plait.experiments.executors import num_jobs
     from plait.report.comparison_report import notes, rich_tables, write_report
 
     if given.lrs == preset.lrs:  # a preset has rates for all of its methods
-        compared = _split(given.methods)
-        rates = [rate for rate in _split(given.lrs) if rate.partition("=")[0] in compared]
+        compared = split(given.methods)
+        rates = [rate for rate in split(given.lrs) if rate.partition("=")[0] in compared]
         given = replace(given, lrs=",".join(rates))
-    plan = _plan(given, defaults(args))
+    plan = _plan(given, defaults(args)["settings"])
     console = Console()
-    jobs = num_jobs(plan.config.device, given.jobs, sum(plan.planned.values()))
+    jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
     told = compare(plan, jobs, _loggers(given.log))
     said = ((cell.label, event) for cell, event in told)
     watch(said, plan.config.rounds, plan.planned, console, jobs)
@@ -162,7 +140,7 @@ def _compare(args: list[str]) -> None:
 
 
 def _export(args: list[str]) -> None:
-    given = _parse(Export, "export", args)
+    given = parse(Export, "export", args)
     from plait.runs.export import export
 
     if given.client != "mean" and not given.client.isdecimal():
@@ -286,39 +264,6 @@ def _complain(message: str, code: int) -> int:
 # -- from what was typed to what is called
 
 
-def defaults(args: Sequence[str]) -> Config:
-    """The config that a command line starts from: its preset, then its file.
-
-    Example:
-        >>> defaults(["--preset", "paper"]).rounds
-        150
-    """
-    given = _start_of(args)
-    return start_from(given.preset, given.config)
-
-
-def _start_of(args: Sequence[str]) -> argparse.Namespace:
-    """`--preset` and `--config` of a command line, before anything else is read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--config", type=Path)
-    given, _ = parser.parse_known_args(args)
-    return given
-
-
-def _parse(
-    kind: type[Command], name: str, args: Sequence[str], default: Command | None = None
-) -> Command:
-    start = tyro.MISSING_NONPROP if default is None else default
-    return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
-
-
-def _kept(events: Iterable[Event], keep: list[Event]) -> Iterator[Event]:
-    for event in events:
-        keep.append(event)
-        yield event
-
-
 def _plan(given: Compare, start: Config) -> Plan:
     from plait.experiments.plan import Plan
 
@@ -328,7 +273,8 @@ def _plan(given: Compare, start: Config) -> Plan:
             raise ValueError(f"--{field} is for `plait run`; `plait compare` takes --{plural}.")
     return Plan(
         config=config,
-        methods=tuple(_split(given.methods)),
+        machine=given.machine,
+        methods=tuple(split(given.methods)),
         seeds=tuple(_numbers("--seeds", given.seeds, int)),
         lrs=_rates(given.lrs),
         lr_grid=tuple(_numbers("--lr-grid", given.lr_grid, float)),
@@ -338,23 +284,19 @@ def _plan(given: Compare, start: Config) -> Plan:
     )
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _loggers(given: Iterable[str]) -> list[str]:
-    return [name for text in given for name in _split(text)]
+    return [name for text in given for name in split(text)]
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
-        return tuple(kind(part) for part in _split(text))
+        return tuple(kind(part) for part in split(text))
     except ValueError as error:
         raise ValueError(f"{flag} is {text!r}; give numbers, separated by commas.") from error
 
 
 def _rates(text: str) -> dict[str, float]:
-    pairs = [part.partition("=") for part in _split(text)]
+    pairs = [part.partition("=") for part in split(text)]
     try:
         return {name.strip(): float(rate) for name, _, rate in pairs}
     except ValueError as error:

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from plait.config import Config
+from plait.cli.arguments import Flag, Start, defaults, parse, split
 from plait.peers.federation import Limits
-
-Command = TypeVar("Command")
-Flag = tyro.conf.FlagCreatePairsOff[bool]
-
 
 # -- what each command takes
 
@@ -36,7 +30,7 @@ class PeerCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Up:
+class Up(Start):
     """Try a federation out: real peer processes on this machine, with mutual TLS over loopback."""
 
     peers: int = 3
@@ -47,11 +41,6 @@ class Up:
     """A round waits no longer for its neighbours."""
     symmetric_loss: Flag = False
     """Mix over a link on both of its sides or on neither: conserves the mean under loss."""
-    preset: str | None = None
-    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
-    config: Path | None = None
-    """Start from a TOML file, or from a run's config.json. Other flags change it."""
-    settings: tyro.conf.OmitArgPrefixes[Config]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +58,7 @@ class Status:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitFederation:
+class InitFederation(Start):
     """Write the files of a new federation: settings, a test authority, keys and certificates."""
 
     directory: tyro.conf.Positional[Path]
@@ -81,11 +70,6 @@ class InitFederation:
     """The classes, comma-separated, when peers bring data of their own."""
     id: str = "trial"
     """The federation's name."""
-    preset: str | None = None
-    """Start from a named experiment; `plait presets` lists them. Other flags change it."""
-    config: Path | None = None
-    """Start from a TOML file, or from a run's config.json. Other flags change it."""
-    settings: tyro.conf.OmitArgPrefixes[Config]
 
 
 # -- the commands
@@ -93,7 +77,7 @@ class InitFederation:
 
 def peer(args: list[str]) -> int:
     """`plait peer`: 0 when it is done, or was told to leave."""
-    given = _parse(PeerCommand, "peer", args)
+    given = parse(PeerCommand, "peer", args)
     from plait.peers.process import run_peer
 
     run_peer(given.config, given.name, given.insecure_loopback)
@@ -102,14 +86,14 @@ def peer(args: list[str]) -> int:
 
 def up(args: list[str]) -> int:
     """`plait up`."""
-    given = _parse(Up, "up", args, Up(settings=_defaults(args)))
+    given = parse(Up, "up", args, Up(**defaults(args)))
     from plait.peers import local_federation as trial
 
     config = given.settings
     out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}-peers"
     limits = Limits(round_timeout_s=given.round_timeout_s, symmetric_loss=given.symmetric_loss)
     console = Console()
-    for line in trial.up(config, given.peers, out, limits):
+    for line in trial.up(config, given.peers, out, limits, given.machine):
         console.print(line, highlight=False)
     summary = json.loads((out / "summary.json").read_text())
     kinds = sum(map(Counter, summary["incidents"].values()), Counter[str]())
@@ -131,7 +115,7 @@ def up(args: list[str]) -> int:
 
 def status(args: list[str]) -> int:
     """`plait status`: 0 when all peers answer, 1 when one does not."""
-    given = _parse(Status, "status", args)
+    given = parse(Status, "status", args)
     from plait.peers.status import lag
     from plait.peers.status import status as ask
 
@@ -161,19 +145,20 @@ def status(args: list[str]) -> int:
 
 def init_federation(args: list[str]) -> int:
     """`plait init-federation`."""
-    given = _parse(
+    given = parse(
         InitFederation, "init-federation", args,
-        InitFederation(directory=tyro.MISSING, peers=tyro.MISSING, settings=_defaults(args)),
+        InitFederation(directory=tyro.MISSING, peers=tyro.MISSING, **defaults(args)),
     )  # fmt: skip
     from plait.peers.certificates import init_federation as write
 
-    pairs = [one.partition("=") for one in _split(given.peers)]
+    pairs = [one.partition("=") for one in split(given.peers)]
     names, addresses = [name for name, _, _ in pairs], [address for _, _, address in pairs]
     if any(addresses) and not all(addresses):
         raise ValueError("Some of --peers have an address and some have none; give all, or none.")
     path = write(
         given.directory, names, given.settings, federation_id=given.id,
-        addresses=addresses if all(addresses) else None, labels=_split(given.labels),
+        addresses=addresses if all(addresses) else None, labels=split(given.labels),
+        machine=given.machine,
     )  # fmt: skip
     print(
         f"{path}: addresses and settings, the same at every peer\n"
@@ -181,20 +166,3 @@ def init_federation(args: list[str]) -> int:
         f"Start each with: plait peer --config {path} --name NAME"
     )
     return 0
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _parse(
-    kind: type[Command], name: str, args: Sequence[str], default: Command | None = None
-) -> Command:
-    start = tyro.MISSING_NONPROP if default is None else default
-    return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
-
-
-def _defaults(args: Sequence[str]) -> Config:
-    from plait.cli.main import defaults
-
-    return defaults(args)

@@ -55,7 +55,7 @@ def sweep(args: list[str]) -> int:
     from plait.experiments.sweep import claim, load_sweep
 
     grid = load_sweep(given.file, given.out, given.small)
-    context = executor_for(num_jobs(grid.config.device, given.jobs))
+    context = executor_for(num_jobs(grid.machine.device, given.jobs), machine=grid.machine)
     claim(grid, given.file)
     progress = Progress(grid)
     try:

@@ -29,8 +29,10 @@ from torch import Tensor
 
 from plait.config import Config
 from plait.engines.checkpoint import lay_out, load_rows, write_rows
+from plait.engines.eval_schedule import EvalSchedule
+from plait.engines.evaluation import Judged, judge
 from plait.engines.job import Job
-from plait.engines.steps import Judged, edges_of, judge, mix, round_done, train_round
+from plait.engines.steps import edges_of, mix, round_done, train_round
 from plait.events import RoundDone, Started
 from plait.factors import VALUE, A, B, Factor, Slot
 from plait.lora import Stack, State, values
@@ -121,11 +123,11 @@ class Block:
         """The prepared run."""
         return self.make_job(self.config)
 
-    def begin(self, checkpoint: Path | None) -> tuple[Started, list[str]]:
+    def begin(self, checkpoint: Path | None) -> tuple[Started, EvalSchedule, list[str]]:
         """Take the clients' common start, or a checkpoint.
 
         Returns:
-            The run's first event, and the names of the adapted layers.
+            The run's first event, when it is evaluated, and the names of the adapted layers.
 
         Raises:
             ValueError: The config asks for what can't be.
@@ -133,7 +135,8 @@ class Block:
         self.stack = self.job.initial_stack(len(self.clients))
         if checkpoint:
             load_rows(self.stack, _in_sight(checkpoint), self.clients.start)
-        return self.job.started, [site.name for site in self.job.backbone.layout.sites]
+        sites = [site.name for site in self.job.backbone.layout.sites]
+        return self.job.started, self.job.evaluations, sites
 
     # -- a round
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +23,12 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.block import Block, Part
 from plait.engines.checkpoint import rounds_done
+from plait.engines.evaluation import Judged, evaluated
 from plait.engines.job import Job
-from plait.engines.steps import Judged, evaluated
-from plait.events import Evaluated, Event, RoundDone
+from plait.events import Evaluated, RoundDone
 from plait.metrics import diagnose
 
 ATTEMPTS = 3
@@ -40,24 +40,23 @@ Ref = Any
 
 
 class Cluster:
-    """The workers of a run, while the context is open: an `Engine` of run_folder.py.
+    """The workers of a run, while the context is open: an `Engine`.
 
     Uses the cluster that Ray finds, by RAY_ADDRESS or on this machine, or starts one here.
     """
 
-    def __init__(
-        self, config: Config, workers: int | None, make_job: Callable[[Config], Job]
-    ) -> None:
+    def __init__(self, config: Config, machine: Machine, make_job: Callable[[Config], Job]) -> None:
         """Nothing is started yet.
 
         Args:
             config: What to run.
-            workers: Into how many blocks the clients go.
+            machine: Its workers: into how many blocks the clients go.
             make_job: Prepares the run, at each worker.
 
         Raises:
             ValueError: No number of workers, or one that can't be.
         """
+        workers = machine.workers
         if workers is None:
             raise ValueError(
                 "--engine ray needs --workers: one for each GPU, or for every few cores."
@@ -66,7 +65,7 @@ class Cluster:
             raise ValueError(
                 f"--workers is {workers}; take 1 to {config.clients}, the number of clients."
             )
-        self.config, self.make_job = config, make_job
+        self.config, self.machine, self.make_job = config, machine, make_job
         self.bounds = bounds(config.clients, workers)
         self.saved: Path | None = None
         self.asked: list[Ref] = []
@@ -84,13 +83,13 @@ class Cluster:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
         try:
-            share = share_of_cluster(len(self.bounds), self.config.device)
+            share = share_of_cluster(len(self.bounds), self.machine.device)
             worker = ray.remote(max_restarts=-1, **share)(Block)
             self.blocks = [
                 worker.remote(self.make_job, self.config, self.bounds, k, share["num_cpus"])
                 for k in range(len(self.bounds))
             ]
-            self.started, self.sites = self._surely(self._begin, 0)
+            self.started, self.schedule, self.sites = self._surely(self._begin, 0)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -110,19 +109,21 @@ class Cluster:
 
     # -- what a run asks for
 
-    def rounds(self, first_round: int) -> Iterator[Event]:
-        """Run from a round on. Between two events the state is whole, so it can be saved.
+    def round(self, round_: int) -> RoundDone:
+        """Local training and mixing of a round.
 
         Raises:
             ValueError: A client's loss is no longer finite, or workers die again and again.
         """
-        if first_round == 0:
-            yield self.started
-            yield self._surely(partial(self._evaluation, -1), 0)
-        for round_ in range(first_round, self.config.rounds):
-            yield self._surely(partial(self._round, round_), round_)
-            if self.config.evaluates_after(round_):
-                yield self._surely(partial(self._evaluation, round_), round_ + 1)
+        return self._surely(partial(self._round, round_), round_)
+
+    def evaluate(self, round_: int) -> Evaluated:
+        """How the clients do after a round.
+
+        Raises:
+            ValueError: Workers die again and again.
+        """
+        return self._surely(partial(self._evaluation, round_), round_ + 1)
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Have all blocks write one checkpoint together."""

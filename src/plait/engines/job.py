@@ -10,11 +10,12 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.partition import deal
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens, tokenize
+from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
@@ -22,7 +23,6 @@ from plait.methods import Method, build_method
 from plait.model.backbone import Backbone
 from plait.model.loading import draws_head, load_model
 from plait.privacy import check_accounting
-from plait.rng import stream
 from plait.topology import build_schedule, rho_of
 
 ToTokens = Callable[..., Tokens]
@@ -54,6 +54,11 @@ class Job:
     held_out: Tokens
     shares: list[np.ndarray]
     started: Started
+
+    @cached_property
+    def evaluations(self) -> EvalSchedule:
+        """When clients are evaluated."""
+        return eval_schedule(self.config, len(self.held_out))
 
     def initial_stack(self, num_clients: int | None = None) -> Stack:
         """The common start of all N clients, or of so many."""
@@ -132,11 +137,12 @@ class Materials:
     held_out: Tokens
 
 
-def prepare(config: Config, own: Task | None = None) -> Job:
+def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = None) -> Job:
     """Load the data, deal it to the clients, load the model, build the topology.
 
     Args:
         config: What to run.
+        machine: Where and how fast.
         own: The data of a peer that has its own: nothing is dealt, all rows are its share.
 
     Raises:
@@ -151,10 +157,10 @@ def prepare(config: Config, own: Task | None = None) -> Job:
         if not draws_head(config):
             shared["seed"] = 0
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
-        materials = share(Config(**shared))
+        materials = share(Config(**shared), machine)
         shares = deal(materials.task, config)
     else:
-        materials = _materials(own, config, tokenize)
+        materials = _materials(own, config, machine, tokenize)
         shares = [np.arange(len(own.train))] * config.clients
     return assemble(rules, materials, shares, begin)
 
@@ -169,6 +175,7 @@ def _first_event(
     config: Config, materials: Materials, shares: list[np.ndarray], begin: float
 ) -> Started:
     task, backbone = materials.task, materials.backbone
+    schedule = eval_schedule(config, len(materials.held_out))
     return Started(
         task=task.name,
         metric=task.metric,
@@ -178,37 +185,37 @@ def _first_event(
         majority=_majority(task, materials.held_out.labels),
         parameters={str(f.name): backbone.layout.size(f) for f in backbone.layout.factors},
         rho=rho_of(config),
+        eval_every=schedule.every or 0,
+        eval_rows=schedule.rows or len(materials.held_out),
         device=str(backbone.device),
         seconds=time.perf_counter() - begin,
     )
 
 
 MATERIAL = (
-    "task", "glue_dir", "train_file", "dev_file", "text_columns", "label_column", "key_column",
-    "max_length", "backbone", "pooling", "head", "rank", "alpha", "target_modules", "top_layers",
-    "eval_split", "dtype", "device", "cache_gib", "seed",
-)  # fmt: skip
+    names_of(FileSettings) | names_of(ModelSettings) | {"task", "max_length", "eval_split", "seed"}
+)
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
 
 
 @lru_cache(maxsize=1)
-def _shared_materials(config: Config) -> Materials:
+def _shared_materials(config: Config, machine: Machine) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
-    return _materials(load_task(config), config, stored_tokens)
+    return _materials(load_task(config), config, machine, stored_tokens)
 
 
 @lru_cache(maxsize=1)
-def _shared_validation(config: Config) -> Materials:
+def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
-    shared = _shared_materials(dataclasses.replace(config, eval_split="test"))
+    shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
     held_out = _tokenized(shared.task.validation, shared.backbone, config, stored_tokens)
     return dataclasses.replace(shared, held_out=held_out)
 
 
-def _materials(task: Task, config: Config, to_tokens: ToTokens) -> Materials:
+def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens) -> Materials:
     """Task, model, training and evaluated split."""
-    backbone = Backbone(load_model(config, task.num_outputs), config)
+    backbone = Backbone(load_model(config, task.num_outputs), config, machine)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (
         _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
@@ -218,14 +225,7 @@ def _materials(task: Task, config: Config, to_tokens: ToTokens) -> Materials:
 
 def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToTokens) -> Tokens:
     tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
-    return backbone.with_hidden(tokens, config.cache_gib)
-
-
-def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
-    """`count` rows of a split, the same ones in every run, in ascending order; all for None."""
-    if count is None or count >= len(tokens):
-        return np.arange(len(tokens))
-    return np.sort(stream(0, "eval_rows").choice(len(tokens), count, replace=False))
+    return backbone.with_hidden(tokens)
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:

@@ -99,7 +99,7 @@ def local_phase(
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
     workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
-    at_once = min(chunk_tokens(config.chunk_tokens, backbone.device), most / workers)
+    at_once = min(chunk_tokens(backbone.machine.chunk_tokens, backbone.device), most / workers)
     on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
@@ -253,7 +253,7 @@ def evaluate(
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
-    at_once = chunk_tokens(config.chunk_tokens, backbone.device)
+    at_once = chunk_tokens(backbone.machine.chunk_tokens, backbone.device)
     texts_at_once = max(1, int(at_once / tokens.lengths.mean() / 8))
     pieces = [
         (texts, chunk)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.engines.checkpoint import load_rows, save_stack
+from plait.engines.eval_schedule import EvalSchedule
+from plait.engines.evaluation import evaluation
 from plait.engines.job import Job
-from plait.engines.steps import edges_of, evaluation, mix, round_done, train_round
-from plait.events import Event, RoundDone
+from plait.engines.rounds import all_rounds
+from plait.engines.steps import edges_of, mix, round_done, train_round
+from plait.events import Evaluated, Event, RoundDone, Started
 from plait.lora import Stack
 from plait.metrics import all_pairs, diagnostics, pair_distances
 from plait.mixing import neighbour_weights
@@ -20,14 +23,48 @@ from plait.privacy import seeded_noise
 
 @dataclass(frozen=True)
 class Simulation:
-    """A prepared run and its clients' state, changed in place: an `Engine` of run_folder.py."""
+    """A prepared run and its clients' state, changed in place: an `Engine`."""
 
     job: Job
     stack: Stack
 
-    def rounds(self, first_round: int) -> Iterator[Event]:
-        """As `simulate`."""
-        return simulate(self.job, self.stack, first_round)
+    @property
+    def started(self) -> Started:
+        """The first event."""
+        return self.job.started
+
+    @property
+    def schedule(self) -> EvalSchedule:
+        """When clients are evaluated."""
+        return self.job.evaluations
+
+    def round(self, round_: int) -> RoundDone:
+        """Local training and mixing."""
+        job, stack = self.job, self.stack
+        begin = time.perf_counter()
+        everyone = range(job.config.clients)
+        losses = train_round(job, stack, round_, everyone, seeded_noise(job.config.seed))
+        trained = time.perf_counter()
+        W = job.schedule(round_)
+        before = stack.factors
+        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
+        mixed = time.perf_counter()
+        edges = edges_of(W, everyone)
+        return round_done(
+            job,
+            round_,
+            losses,
+            edges,
+            len(edges),
+            **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
+            pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
+            train_seconds=trained - begin,
+            mix_seconds=mixed - trained,
+        )
+
+    def evaluate(self, round_: int) -> Evaluated:
+        """Every client's own model, and the averaged one."""
+        return evaluation(self.job, self.stack, round_)
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Write the checkpoint of all clients."""
@@ -43,42 +80,5 @@ class Simulation:
 
 
 def simulate(job: Job, stack: Stack, first_round: int = 0) -> Iterator[Event]:
-    """Run the rounds from `first_round` on, changing `stack` in place.
-
-    Yields `RoundDone` after each round and `Evaluated` where the config asks for it; between two
-    events the stack is whole, so it can be saved.
-
-    Raises:
-        ValueError: A client's loss is no longer finite.
-    """
-    config = job.config
-    if first_round == 0:
-        yield job.started
-        yield evaluation(job, stack, -1)
-    for round_ in range(first_round, config.rounds):
-        yield _round(job, stack, round_)
-        if config.evaluates_after(round_):
-            yield evaluation(job, stack, round_)
-
-
-def _round(job: Job, stack: Stack, round_: int) -> RoundDone:
-    begin = time.perf_counter()
-    everyone = range(job.config.clients)
-    losses = train_round(job, stack, round_, everyone, seeded_noise(job.config.seed))
-    trained = time.perf_counter()
-    W = job.schedule(round_)
-    before = stack.factors
-    stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
-    mixed = time.perf_counter()
-    edges = edges_of(W, everyone)
-    return round_done(
-        job,
-        round_,
-        losses,
-        edges,
-        len(edges),
-        **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
-        pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
-        train_seconds=trained - begin,
-        mix_seconds=mixed - trained,
-    )
+    """Run the rounds from `first_round` on, changing `stack` in place; see `all_rounds`."""
+    return all_rounds(Simulation(job, stack), first_round)

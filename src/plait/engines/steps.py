@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from plait.engines.job import Job, some_rows
-from plait.engines.local_training import evaluate, local_phase
-from plait.events import Evaluated, RoundDone
+from plait.engines.job import Job
+from plait.engines.local_training import local_phase
+from plait.events import RoundDone
 from plait.factors import Factor, Slot, factors_name, slots_name
 from plait.lora import Stack, State
-from plait.mixing import mean, neighbour_weights
+from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
 
@@ -85,50 +82,6 @@ def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None
         begins = round_ == 0 or factor not in job.trained(round_ - 1)
         if policy == "reset_each_round" or (policy == "reset_each_phase" and begins):
             stack.reset(factor)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """How models did on held-out rows: rows, and each model's score and loss."""
-
-    rows: int
-    scores: list[float]
-    losses: list[float]
-
-
-def judge(job: Job, models: Mapping[Factor, Tensor], round_: int) -> Judged:
-    """Some models (n, P) on the held-out rows that are evaluated after a round."""
-    last = round_ + 1 == job.config.rounds
-    rows = some_rows(job.held_out, None if last else job.config.eval_rows)
-    tokens = job.held_out.take(rows)
-    # Models that are all the same, as before the first round, need to be computed only once.
-    num_models = len(models[Factor.A])
-    alike = all(bool((value == value[:1]).all()) for value in models.values())
-    distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
-    losses, answers = evaluate(job.backbone, distinct, tokens, job.config, job.task.objective)
-    scores = [job.score(client, tokens.labels) for client in answers.numpy()]
-    copies = num_models if alike else 1
-    return Judged(len(rows), scores * copies, losses.mean(dim=1).tolist() * copies)
-
-
-def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
-    """Every client's own model, and the averaged one, on the held-out rows."""
-    begin = time.perf_counter()
-    models = {factor: torch.cat([value, mean(value)]) for factor, value in stack.factors.items()}
-    return evaluated(round_, judge(job, models, round_), time.perf_counter() - begin)
-
-
-def evaluated(round_: int, judged: Judged, seconds: float) -> Evaluated:
-    """What is said of an evaluation of every client's own model and, last, the averaged one."""
-    return Evaluated(
-        round=round_,
-        rows=judged.rows,
-        scores=judged.scores[:-1],
-        losses=judged.losses[:-1],
-        averaged_score=judged.scores[-1],
-        averaged_loss=judged.losses[-1],
-        seconds=seconds,
-    )
 
 
 Edge = tuple[int, int, float]

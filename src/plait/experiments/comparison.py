@@ -117,8 +117,8 @@ def compare(plan: Plan, jobs: int = 1, loggers: Sequence[str] = ()) -> Iterator[
     for method in plan.methods:
         build_method(dataclasses.replace(plan.config, method=method))
     require(loggers)
-    jobs = num_jobs(plan.config.device, jobs, sum(plan.planned.values()))
-    with executor_for(jobs, loggers) as executor:
+    jobs = num_jobs(plan.machine.device, jobs, sum(plan.planned.values()))
+    with executor_for(jobs, loggers, plan.machine) as executor:
         for number, said in enumerate(_said(plan, executor)):
             if number == 0:
                 # Only now: a comparison that can't run leaves nothing behind.

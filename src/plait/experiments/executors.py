@@ -18,11 +18,12 @@ from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 
+from plait.config import THIS_MACHINE, Machine
 from plait.events import Event, Started
 from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
 from plait.runs.loggers import logged
-from plait.runs.run_folder import run
+from plait.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,19 @@ Said = tuple[Cell, Event | Ended]
 Executor = Callable[[Sequence[Cell]], Iterator[Said]]
 
 
-def here(cells: Sequence[Cell], loggers: Sequence[str] = ()) -> Iterator[Said]:
+def here(
+    cells: Sequence[Cell], loggers: Sequence[str] = (), machine: Machine = THIS_MACHINE
+) -> Iterator[Said]:
     """Carry the cells out in this process, one after the other, and write to loggers."""
     for cell in cells:
-        for said in _told(cell, loggers):
+        for said in _told(cell, loggers, machine):
             yield cell, said
 
 
 @contextmanager
-def in_processes(jobs: int, loggers: Sequence[str] = ()) -> Iterator[Executor]:
+def in_processes(
+    jobs: int, loggers: Sequence[str] = (), machine: Machine = THIS_MACHINE
+) -> Iterator[Executor]:
     """Carry cells out in so many processes, which share the cores between them.
 
     The processes stay until the end of the context, with the data and the model of their last
@@ -71,7 +76,7 @@ def in_processes(jobs: int, loggers: Sequence[str] = ()) -> Iterator[Executor]:
         waiting = deque(cells)
         while waiting or busy:
             while waiting and len(busy) < jobs:
-                lane = idle.pop() if idle else _Lane(threads, loggers)
+                lane = idle.pop() if idle else _Lane(threads, loggers, machine)
                 cell = waiting.popleft()
                 lane.pipe.send(cell)
                 busy[lane.pipe] = lane, cell
@@ -96,11 +101,13 @@ def in_processes(jobs: int, loggers: Sequence[str] = ()) -> Iterator[Executor]:
             lane.kill()
 
 
-def executor_for(jobs: int, loggers: Sequence[str] = ()) -> AbstractContextManager[Executor]:
+def executor_for(
+    jobs: int, loggers: Sequence[str] = (), machine: Machine = THIS_MACHINE
+) -> AbstractContextManager[Executor]:
     """The executor for so many runs at a time, which write to loggers."""
     if jobs == 1:
-        return nullcontext(partial(here, loggers=loggers))
-    return in_processes(jobs, loggers)
+        return nullcontext(partial(here, loggers=loggers, machine=machine))
+    return in_processes(jobs, loggers, machine)
 
 
 def num_jobs(device: str, jobs: int, runs: int | None = None) -> int:
@@ -123,11 +130,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _told(cell: Cell, loggers: Sequence[str]) -> Iterator[Event | Ended]:
+def _told(cell: Cell, loggers: Sequence[str], machine: Machine) -> Iterator[Event | Ended]:
     """What a run says, or goes on to say; nothing that goes wrong with it is raised."""
     began = False
     try:
-        said = run(cell.config, cell.folder, resume=True)
+        said = Run(cell.config, cell.folder, resume=True, machine=machine)
         for event in logged(said, loggers, cell.config, cell.folder):
             began = began or isinstance(event, Started)
             yield event
@@ -144,11 +151,13 @@ def _told(cell: Cell, loggers: Sequence[str]) -> Iterator[Event | Ended]:
 class _Lane:
     """A process that carries out a cell at a time, and the pipe to it."""
 
-    def __init__(self, threads: int, loggers: Sequence[str]) -> None:
+    def __init__(self, threads: int, loggers: Sequence[str], machine: Machine) -> None:
         # Not forked: torch's threads don't survive that.
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, threads, loggers), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, threads, loggers, machine), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -163,7 +172,7 @@ class _Lane:
         self.close()
 
 
-def _serve(pipe: Connection, threads: int, loggers: Sequence[str]) -> None:
+def _serve(pipe: Connection, threads: int, loggers: Sequence[str], machine: Machine) -> None:
     """Carry out the cells that come, until the process that started this one is gone."""
     import torch
 
@@ -180,5 +189,5 @@ def _serve(pipe: Connection, threads: int, loggers: Sequence[str]) -> None:
     threading.Thread(target=follow, daemon=True).start()
     with suppress(EOFError):  # there are no more
         while cell := pipe.recv():
-            for said in _told(cell, loggers):
+            for said in _told(cell, loggers, machine):
                 pipe.send(said)

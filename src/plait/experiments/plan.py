@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.lookup import lookup
 from plait.machine.files import write_atomically
 from plait.methods import METHODS
@@ -56,6 +56,7 @@ class Plan:
         lr_grid: If there are any, the rates to search for methods without one in `lrs`.
         matched_control: Add Dec-LoRA at half of ADF's learning rate.
         resume: Reuse finished runs, go on with begun ones.
+        machine: Where and how fast.
 
     Raises:
         ValueError: A method twice, an unknown one, no seeds, a rate for a method not compared.
@@ -69,6 +70,7 @@ class Plan:
     lr_grid: tuple[float, ...] = ()
     matched_control: bool = True
     resume: bool = False
+    machine: Machine = THIS_MACHINE
 
     def __post_init__(self) -> None:
         """Refuse what can't be compared before anything is computed."""
@@ -82,7 +84,7 @@ class Plan:
                 raise ValueError(f"There is a learning rate for {method}, which isn't compared.")
 
     def to_json(self) -> dict[str, Any]:
-        """What to compare as plain JSON values; where it is, and whether to resume, is left out."""
+        """What to compare as plain JSON values, and neither where nor whether to resume."""
         return {
             "config": self.config.to_json(),
             "methods": list(self.methods),

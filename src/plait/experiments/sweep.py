@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plait.config import Config
+from plait.config import Config, Machine, names_of
 from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
 from plait.experiments.plan import Cell, Plan, reported_cell, slug, tuning_cells
@@ -48,6 +48,7 @@ class Sweep:
             of these axes. For each value of the other axes there is a search of its own.
         plans: A comparison for each combination of the axes, the last one changing fastest.
         out: The folder of everything.
+        machine: Where and how fast.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class Sweep:
     search_at: Mapping[str, Any]
     plans: Sequence[Plan]
     out: Path
+    machine: Machine
 
     def tuning_cells(self, plan: Plan, method: str) -> list[Cell]:
         """The runs that find a method's learning rate for a comparison."""
@@ -94,7 +96,9 @@ class Sweep:
         """The sweep in parts that share data and model, so that each is loaded once."""
         parts: dict[tuple[str, ...], list[Plan]] = {}
         for plan in self.plans:
-            parts.setdefault(tuple(str(getattr(plan.config, n)) for n in MATERIAL), []).append(plan)
+            parts.setdefault(
+                tuple(str(getattr(plan.config, n)) for n in sorted(MATERIAL)), []
+            ).append(plan)
         return [dataclasses.replace(self, plans=plans) for plans in parts.values()]
 
     @property
@@ -202,7 +206,10 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
     for name in (*settings, *axes):
         if name in NOT_SHARED:
             raise ValueError(f"{name} differs between runs; see methods, seeds, lrs and lr_grid.")
-    config = changed(start_from(values.get("preset"), None), settings, "settings")
+    config, machine = start_from(values.get("preset"), None)
+    of_machine = {name: settings.pop(name) for name in names_of(Machine) & settings.keys()}
+    config = changed(config, settings, "settings")
+    machine = changed(machine, of_machine, "settings")
     for name, row in axes.items():
         if not isinstance(row, list) or not row or len(set(row)) < len(row):
             raise ValueError(f"axes: {name} is {row!r}; give a list, each value once.")
@@ -220,6 +227,7 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
             lr_grid=tuple(values.get("lr_grid", ())),
             matched_control=values.get("matched_control", Plan.matched_control),
             out=out,
+            machine=machine,
         )
         for combination in itertools.product(*axes.values())
     ]
@@ -229,6 +237,7 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
         search_at=search_at,
         plans=plans,
         out=out,
+        machine=machine,
     )
 
 

@@ -20,7 +20,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from plait.config import Config, Head
+from plait.config import THIS_MACHINE, Config, Head, Machine
 from plait.data.tokens import Batch, Tokens, pack
 from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
@@ -52,21 +52,25 @@ class Backbone:
         head_policy: Whether the head is frozen, trained and mixed, or trained and local.
         head_start: The trained head's parameters at the start, by name.
         kept: Head and freshly drawn parameters by name: what an adapter needs beside its factors.
-        device: Where it computes.
+        machine: Where to compute, and how much at once.
+        device: The same, resolved.
     """
 
-    def __init__(self, loaded: Loaded, config: Config, packed: bool = True) -> None:
+    def __init__(
+        self, loaded: Loaded, config: Config, machine: Machine = THIS_MACHINE, packed: bool = True
+    ) -> None:
         """Freeze the model and lay out the adapters.
 
         Args:
             loaded: The model, its tokenizer, and what of it the checkpoint didn't have.
             config: Rank, targets, head and precision.
+            machine: Where to compute, and how much at once.
             packed: Use the packed encoder where the architecture has one.
 
         Raises:
             ValueError: No linear layer matches the targets.
         """
-        self.device = resolve_device(config.device)
+        self.machine, self.device = machine, resolve_device(machine.device)
         if self.device.type == "cpu":
             keep_freed()
         self.dtype = resolve_dtype(config.dtype, self.device)
@@ -143,17 +147,17 @@ class Backbone:
         )
 
     @torch.no_grad()
-    def with_hidden(self, tokens: Tokens, limit_gib: float) -> Tokens:
+    def with_hidden(self, tokens: Tokens) -> Tokens:
         """The same tokens with what lies below the first adapted layer computed once and for all.
 
-        Only where that saves layers, and at most `limit_gib` GiB of it; else it is computed again
-        in every step.
+        Only where that saves layers, and at most `Machine.cache_gib` of it; else it is computed
+        again in every step.
         """
         encoder = self.encoder
         if isinstance(encoder, HookedEncoder) or encoder.first_adapted == 0:
             return tokens
         width = encoder.layers[0].norm_1.weight.numel()
-        if len(tokens.ids) * width * self.dtype.itemsize > limit_gib * 2**30:
+        if len(tokens.ids) * width * self.dtype.itemsize > self.machine.cache_gib * 2**30:
             return tokens
         hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
         order = np.argsort(tokens.lengths, kind="stable")

@@ -17,7 +17,7 @@ from plait.model.backbone import Backbone
 
 
 def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Config) -> float:
-    """What `config.memory_gib` leaves for activations beside the clients' state, in tokens.
+    """What `Machine.memory_gib` leaves for activations beside the clients' state, in tokens.
 
     Without a budget, what half of a graphics card's free memory holds, since the backward pass
     needs some too; on a CPU infinity. The model itself, which every run needs once, isn't counted.
@@ -25,19 +25,20 @@ def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Con
     Raises:
         ValueError: One client's batch doesn't fit.
     """
-    if config.memory_gib is None:
+    given = backbone.machine.memory_gib
+    if given is None:
         free = free_bytes(backbone.device) / 2
         return free if math.isinf(free) else free / activation_bytes(backbone, stack, tokens)
     state = sum(slot.nbytes for slot in stack.state.values())
     hidden = 0 if tokens.hidden is None else tokens.hidden.nbytes
     per_token = activation_bytes(backbone, stack, tokens)
     needed = config.batch_size * float(tokens.lengths.mean())
-    fits = (config.memory_gib * 2**30 - state - hidden) / per_token
+    fits = (given * 2**30 - state - hidden) / per_token
     if fits < needed:
         least = (state + hidden + needed * per_token) / 2**30
         clients = len(stack.factors[Factor.A])
         raise ValueError(
-            f"memory_gib is {config.memory_gib:g}, but {clients} clients and one batch need "
+            f"memory_gib is {given:g}, but {clients} clients and one batch need "
             f"{least:.2f} GiB. Give more, or lower clients, rank or batch_size."
         )
     return fits

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.peers.federation import (
     Federation,
     Limits,
@@ -119,6 +119,7 @@ def init_federation(
     federation_id: str = "trial",
     labels: Sequence[str] = (),
     limits: Limits | None = None,
+    machine: Machine = THIS_MACHINE,
 ) -> Path:
     """Write the files of a new federation: configs, a test CA, certificates.
 
@@ -133,6 +134,7 @@ def init_federation(
         federation_id: Its name.
         labels: The classes, when peers bring data of their own.
         limits: Sizes and times.
+        machine: Where and how fast each peer computes; it may change its own.
 
     Returns:
         The path of `federation.toml`.
@@ -164,7 +166,7 @@ def init_federation(
     path = directory / "federation.toml"
     path.write_text(federation_toml(federation), encoding="utf-8")
     for member, here in zip(members, metrics, strict=True):
-        _write_peer(directory / member.name, member, authority, here)
+        _write_peer(directory / member.name, member, authority, here, machine)
     return path
 
 
@@ -206,7 +208,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _write_peer(folder: Path, member: Member, authority: Pair, metrics: str) -> None:
+def _write_peer(
+    folder: Path, member: Member, authority: Pair, metrics: str, machine: Machine
+) -> None:
     pair = make_certificate(authority, member.name)
     host, port = split_address(member.address)
     folder.mkdir()
@@ -220,7 +224,9 @@ def _write_peer(folder: Path, member: Member, authority: Pair, metrics: str) -> 
         "out": "out",
         "metrics": metrics,
     }
-    text = "\n".join([f"# What peer {member.name} has of its own.", *_lines(lines)]) + "\n"
+    local = {k: v for k, v in vars(machine).items() if v != getattr(THIS_MACHINE, k)}
+    table = ["", "[local]", *_lines(local)] if local else []
+    text = "\n".join([f"# What peer {member.name} has of its own.", *_lines(lines), *table]) + "\n"
     (folder / "peer.toml").write_text(text, encoding="utf-8")
 
 

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from plait.config import Config
+from plait.config import Config, FileSettings, Machine, names_of
 from plait.presets import fits
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A peer's name is a DNS label, so that it can stand in a certificate."""
 
-LOCAL_SETTINGS = ("glue_dir", "train_file", "dev_file", "device", "chunk_tokens")
+OF_MACHINE = names_of(Machine) - {"engine", "workers"}
+LOCAL_SETTINGS = names_of(FileSettings) | OF_MACHINE
 """Settings of a run in which the peers of a federation may differ."""
 
 Table = TypeVar("Table")
@@ -159,7 +160,7 @@ class Federation:
         config = self.config.to_json()
         shared = {
             "federation": self.id,
-            "run": {key: config[key] for key in config if key not in LOCAL_SETTINGS},
+            "run": {key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
@@ -201,12 +202,18 @@ class PeerSettings:
         if shared:
             raise ValueError(
                 f"[local] of {self.name} sets {', '.join(shared)}; a peer may set "
-                f"{', '.join(LOCAL_SETTINGS)}, the rest is in federation.toml."
+                f"{', '.join(sorted(LOCAL_SETTINGS))}, the rest is in federation.toml."
             )
 
     def apply(self, config: Config) -> Config:
         """The federation's settings with this peer's own."""
-        return Config.from_json(config.to_json() | self.local)
+        own = {name: value for name, value in self.local.items() if name not in OF_MACHINE}
+        return dataclasses.replace(config, **own)
+
+    @property
+    def machine(self) -> Machine:
+        """Where and how fast it computes."""
+        return Machine(**{k: v for k, v in self.local.items() if k in OF_MACHINE})
 
 
 def load_federation(path: Path) -> Federation:
@@ -250,7 +257,8 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
     local = values.get("local", {})
     relative = [key for key in ("glue_dir", "train_file", "dev_file") if key in local]
     try:
-        _check_types(Config, local, "[local]")
+        for kind, names in ((Config, local.keys() - OF_MACHINE), (Machine, OF_MACHINE)):
+            _check_types(kind, {k: v for k, v in local.items() if k in names}, "[local]")
         places = {key: path.parent / values[key] for key in paths}
         local |= {key: str(path.parent / local[key]) for key in relative}
         return PeerSettings(name=name, **(values | places | {"local": local}))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.machine.files import write_atomically
 from plait.methods import build_method
 from plait.mixing import mean
@@ -44,7 +44,13 @@ class Ended:
     last_line: str
 
 
-def up(config: Config, num_peers: int, out: Path, limits: Limits | None = None) -> Iterator[str]:
+def up(
+    config: Config,
+    num_peers: int,
+    out: Path,
+    limits: Limits | None = None,
+    machine: Machine = THIS_MACHINE,
+) -> Iterator[str]:
     """Run a federation of `num_peers` processes on this machine to its end.
 
     Args:
@@ -52,6 +58,7 @@ def up(config: Config, num_peers: int, out: Path, limits: Limits | None = None) 
         num_peers: How many peers.
         out: A new folder.
         limits: Sizes and times.
+        machine: Where and how fast each peer computes.
 
     Yields:
         Lines that say how far the peers are.
@@ -64,7 +71,9 @@ def up(config: Config, num_peers: int, out: Path, limits: Limits | None = None) 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; take another --out.")
     names = [f"peer-{k}" for k in range(num_peers)]
-    federation_file = init_federation(out / "federation", names, config, limits=limits)
+    federation_file = init_federation(
+        out / "federation", names, config, limits=limits, machine=machine
+    )
     processes = start(federation_file, names, out)
     try:
         yield from watch(processes, federation_file)

@@ -362,13 +362,14 @@ def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
     config = settings.apply(federation.config)
     if "train_file" not in settings.local:
-        return prepare(config)
+        return prepare(config, settings.machine)
     if federation.labels is None:
         raise ValueError(
             f"{settings.name} has a train_file of its own, so the federation must name the classes "
             'for all: put labels = ["...", "..."] at the top of federation.toml.'
         )
-    return prepare(config, relabelled(load_task(config), federation.labels))
+    own = relabelled(load_task(config), federation.labels)
+    return prepare(config, settings.machine, own)
 
 
 def relabelled(task: Task, labels: Sequence[str]) -> Task:
@@ -378,7 +379,7 @@ def relabelled(task: Task, labels: Sequence[str]) -> Task:
         ValueError: A class is not among `labels`.
     """
     unknown = sorted(set(task.label_names) - set(labels))
-    if unknown or not task.label_names:
+    if unknown or not task.objective.has_classes:
         raise ValueError(
             f"The training rows have {', '.join(unknown) or 'no classes'}; federation.toml names "
             f"{', '.join(labels)}."

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.engines.evaluation import evaluation
 from plait.engines.job import Job
-from plait.engines.steps import evaluation, mix, round_done, train_round
+from plait.engines.steps import mix, round_done, train_round
 from plait.events import Event, RoundDone
 from plait.factors import Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, values
@@ -117,7 +118,7 @@ class Peer:
 
     def evaluates_after(self, round_: int) -> bool:
         """Whether this client is evaluated after a round: as in a simulation, and when it ends."""
-        return self.job.config.evaluates_after(round_) or round_ + 1 == self.end
+        return self.job.evaluations.after(round_) or round_ + 1 == self.end
 
     def adopt(self, rows: Rows) -> None:
         """Begin from a neighbour's state: one that lost its own, or joins late."""

@@ -7,150 +7,25 @@
     adapters/          a PEFT folder for each client and for the averaged model
 
 Every file is written beside its place and renamed into it, so a run that dies leaves no half file.
+run.py is what writes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
 from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
-from plait.engines.job import prepare
-from plait.engines.simulate import Simulation
-from plait.events import Evaluated, Event, RoundDone, from_line, summarize, to_line
-from plait.lookup import lookup
+from plait.events import Evaluated, Event, from_line, to_line
 from plait.lora import Stack
 from plait.machine.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
-
-
-class Engine(Protocol):
-    """What carries out a prepared run; it holds the state of the clients."""
-
-    def rounds(self, first_round: int) -> Iterator[Event]:
-        """Run from a round on. Between two events the state is whole, so it can be saved."""
-        ...
-
-    def save(self, path: Path, rounds_done: int) -> None:
-        """Write a checkpoint after so many rounds."""
-        ...
-
-    def restore(self, path: Path) -> None:
-        """Go back to a checkpoint."""
-        ...
-
-    def save_adapters(self, out: Path) -> None:
-        """Write a PEFT folder for each client and for the averaged model."""
-        ...
-
-
-EngineName = Literal["simulate", "ray"]
-
-
-def run(
-    config: Config,
-    out: Path | str | None = None,
-    resume: bool = False,
-    engine: EngineName = "simulate",
-    workers: int | None = None,
-) -> Iterator[Event]:
-    """Run an experiment; with `out`, write the run folder as it goes.
-
-    Args:
-        config: What to run.
-        out: The run folder; nothing is written without one.
-        resume: Go on from the folder's checkpoint; a folder without one is started anew, and a
-            finished one only yields its events.
-        engine: What computes: all clients in this process, or a block of them in each worker of a
-            Ray cluster. The numbers are the same, so the one can go on where the other stopped.
-        workers: `ray`: the number of workers.
-
-    Yields:
-        The run's events, on resuming those that were recorded before too.
-
-    Raises:
-        ValueError: The config can't run, the folder is in use or belongs to another config, or
-            workers die again and again.
-        OSError: The folder can't be written.
-
-    Example:
-        >>> for event in run(Config(task="trec", rounds=2)):  # doctest: +SKIP
-        ...     print(event)
-    """
-    open_engine = lookup(ENGINES, engine, "engine")
-    folder = None if out is None else RunFolder.open(Path(out), config, resume)
-    if folder and folder.summary_file.exists():
-        yield from load_events(folder.path)
-        return
-    with open_engine(config, workers) as opened:
-        yield from carry_out(opened, config, folder)
-
-
-def _simulation(config: Config, workers: int | None) -> AbstractContextManager[Engine]:
-    if workers is not None:
-        raise ValueError("--workers is for --engine ray; a simulation is one process.")
-    job = prepare(config)
-    return nullcontext(Simulation(job, job.initial_stack()))
-
-
-def _cluster(config: Config, workers: int | None) -> AbstractContextManager[Engine]:
-    try:
-        from plait.engines.cluster import Cluster
-    except ImportError as error:
-        raise ValueError("--engine ray needs Ray: pip install 'plait[ray]'.") from error
-    return Cluster(config, workers, prepare)
-
-
-ENGINES: dict[str, Callable[[Config, int | None], AbstractContextManager[Engine]]] = {
-    "simulate": _simulation,
-    "ray": _cluster,
-}
-
-
-def carry_out(engine: Engine, config: Config, folder: RunFolder | None) -> Iterator[Event]:
-    """Run to the end; the result is left in the engine and, if there is one, in the folder.
-
-    Args:
-        engine: At the clients' common start.
-        config: What the folder says was run.
-        folder: As `RunFolder.open` returns it.
-
-    Yields:
-        As `run`.
-
-    Raises:
-        ValueError: Training diverged.
-        OSError: The folder can't be written.
-    """
-    done: list[Event] = []
-    if folder:
-        # Only now: a config that can't run leaves nothing behind.
-        folder.create(config)
-        done = folder.rewind()
-        if folder.checkpoint_file.exists():
-            engine.restore(folder.checkpoint_file)
-    yield from done
-    first_round = sum(isinstance(event, RoundDone) for event in done)
-    events = list(done)
-    for event in engine.rounds(first_round):
-        events.append(event)
-        if folder:
-            # Saved before it is announced: whoever stops listening here can resume from here.
-            folder.record(event)
-            if _completes_round(event, config) and config.saves_after(event.round):
-                engine.save(folder.checkpoint_file, event.round + 1)
-        yield event
-    if folder:
-        engine.save_adapters(folder.path / "adapters")
-        folder.finish(summarize(config, events))
 
 
 def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
@@ -191,9 +66,15 @@ def load_events(path: Path) -> list[Event]:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """The files of one run.
+
+    Attributes:
+        path: The folder.
+        rounds_before: The rounds of the run that is there, which may be fewer than are wanted now.
+    """
 
     path: Path
+    rounds_before: int = 0
 
     @property
     def summary_file(self) -> Path:
@@ -215,35 +96,52 @@ class RunFolder:
         """Rounds behind the checkpoint; 0 without one."""
         return rounds_done(self.checkpoint_file)
 
+    def finished(self, config: Config) -> bool:
+        """Whether it holds the result of as many rounds as a config has."""
+        return self.summary_file.exists() and self.rounds_before == config.rounds
+
     @classmethod
     def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
         """Take a folder for a run, or take it up again; nothing is written yet.
 
+        A run may go on with more rounds than it had.
+
         Raises:
-            ValueError: It is in use, or was made by another config.
+            ValueError: It is in use, was made by another config, or can't go on.
         """
-        folder = cls(path)
-        if (path / "config.json").exists():
-            if not resume:
-                raise ValueError(
-                    f"{path} already holds a run; take another --out, or --resume to go on with it."
-                )
-            before, now = load_config(path).to_json(), config.to_json()
-            changed = [key for key in now if before[key] != now[key]]
-            if changed:
-                raise ValueError(
-                    f"{path} holds a run with other settings ({', '.join(changed)}); resume with "
-                    "the same ones, or take another --out."
-                )
-            return folder
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} is not an empty folder; take another --out.")
+        if not (path / "config.json").exists():
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ValueError(f"{path} is not an empty folder; take another --out.")
+            return cls(path, config.rounds)
+        if not resume:
+            raise ValueError(
+                f"{path} already holds a run; take another --out, or --resume to go on with it."
+            )
+        there = load_config(path)
+        before, now = there.to_json(), config.to_json()
+        changed = [key for key in now if before[key] != now[key]]
+        if changed == ["rounds"] and config.rounds > there.rounds:
+            changed = []
+        if changed:
+            raise ValueError(
+                f"{path} holds a run with other settings ({', '.join(changed)}); resume with "
+                "the same ones, or more rounds, or take another --out."
+            )
+        folder = cls(path, there.rounds)
+        finished_before = folder.summary_file.exists() and not folder.finished(config)
+        if finished_before and not folder.checkpoint_file.exists():
+            raise ValueError(
+                f"{path} holds a finished run without its last state, so it can't go on with more "
+                "rounds; take another --out."
+            )
         return folder
 
     def create(self, config: Config) -> None:
-        """Make the folder, unless it is there already."""
+        """Make the folder; if a run goes on with more rounds, its figures so far are set aside."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "config.json").exists():
+        if self.rounds_before < config.rounds and self.summary_file.exists():
+            self.summary_file.replace(self.path / f"summary-{self.rounds_before}.json")
+        if self.rounds_before < config.rounds or not (self.path / "config.json").exists():
             text = json.dumps(config.to_json(), indent=2) + "\n"
             write_atomically(self.path / "config.json", text)
 
@@ -262,26 +160,22 @@ class RunFolder:
             load_rows(stack, self.checkpoint_file)
         return self.rewind()
 
-    def rewind(self) -> list[Event]:
+    def rewind(self, last_evaluation: bool = True) -> list[Event]:
         """The events up to the last checkpoint.
 
         What was recorded after it is dropped: it will be said again.
+
+        Args:
+            last_evaluation: Keep the evaluation after the checkpoint's last round.
         """
-        if not self.checkpoint_file.exists():
-            self.events_file.unlink(missing_ok=True)
-            return []
-        kept = [e for e in load_events(self.path) if getattr(e, "round", -1) < self.rounds_done]
+        end = self.rounds_done
+        there = load_events(self.path) if self.events_file.exists() else []
+        kept = [] if end == 0 else [e for e in there if getattr(e, "round", -1) < end]
+        if not last_evaluation:
+            kept = [e for e in kept if not (isinstance(e, Evaluated) and e.round == end - 1)]
         write_atomically(self.events_file, "".join(to_line(event) + "\n" for event in kept))
         return kept
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the figures; the checkpoint has done its duty."""
+        """Write the figures; the checkpoint stays, to go on from with more rounds."""
         write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
-        self.checkpoint_file.unlink(missing_ok=True)
-
-
-def _completes_round(event: Event, config: Config) -> TypeGuard[RoundDone | Evaluated]:
-    """Whether nothing more will be said of the event's round."""
-    if isinstance(event, RoundDone):
-        return not config.evaluates_after(event.round)
-    return isinstance(event, Evaluated) and event.round >= 0

@@ -2,12 +2,11 @@
 
     trainer = Trainer(model=model, tokenizer=tokenizer, train_dataset=[ward_a, ward_b, ward_c],
                       eval_dataset=held_out, config=Config(rounds=20))
-    for event in trainer.train():
+    for event in trainer:
         ...
-    trainer.save_adapters("adapters")
+    trainer.model("mean")
 
-It makes a `Job` of what it is given instead of what the config names. The rounds, the run folder
-and the events are those of `plait.run`.
+It makes a `Job` of what it is given instead of what the config names; all else is `Run`'s.
 """
 
 from __future__ import annotations
@@ -15,26 +14,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.data.objectives import CLASSIFICATION, REGRESSION, Objective
 from plait.data.tasks import METRICS, Rows, Task
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.job import Job, Materials, Rules, assemble
 from plait.engines.simulate import Simulation
-from plait.events import Event
 from plait.lookup import lookup
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.loading import Loaded
-from plait.model.peft_adapters import save_adapters
-from plait.runs.run_folder import RunFolder, carry_out
+from plait.runs.run import Run
 
 Row = Mapping[str, Any]
 
@@ -56,19 +54,19 @@ class Dataset(Protocol):
         ...
 
 
-class Trainer:
-    """Fine-tune one's own model over clients that have data sets of their own.
+class Trainer(Run):
+    """A run with one's own model, and data sets that the clients have.
 
     Attributes:
         config: The settings, with what follows from the objects: clients, task and backbone.
         job: The prepared run.
-        stack: The state of every client: the common start, and after `train` the result.
 
     Example:
         >>> trainer = Trainer(model=model, tokenizer=tokenizer, train_dataset=[a, b, c],
         ...                   eval_dataset=held_out, config=Config())  # doctest: +SKIP
-        >>> events = list(trainer.train(Path("runs/mine")))  # doctest: +SKIP
-        >>> trainer.save_adapters("adapters")  # doctest: +SKIP
+        >>> for event in trainer:  # doctest: +SKIP
+        ...     print(event)
+        >>> trainer.save("runs/mine")  # doctest: +SKIP
     """
 
     def __init__(
@@ -80,6 +78,9 @@ class Trainer:
         eval_dataset: Dataset,
         config: Config,
         metric: str | None = None,
+        out: Path | str | None = None,
+        resume: bool = False,
+        machine: Machine = THIS_MACHINE,
     ) -> None:
         """Tokenise the rows and freeze a copy of the model.
 
@@ -91,10 +92,13 @@ class Trainer:
             eval_dataset: The rows that every client's model is judged on.
             config: The settings. Those that name data, its partition or the model don't apply.
             metric: A key of `METRICS`; accuracy, or Pearson's correlation where labels are scores.
+            out: A run folder, for `plait report` and the like; nothing is written without one.
+            resume: Go on from the folder's checkpoint, with the same objects.
+            machine: Where and how fast.
 
         Raises:
             ValueError: Rows without text or label, labels that the model has no output for, a
-                model that is none of transformers', or settings that can't run.
+                model that is none of transformers', settings that can't run, or a folder in use.
         """
         if not isinstance(model, PreTrainedModel | MeanPooledClassifier):
             raise ValueError(
@@ -104,39 +108,15 @@ class Trainer:
         if not len(train_dataset):
             raise ValueError("train_dataset is empty; give a list with a data set for each client.")
         name = getattr(model, "name_or_path", "") or type(model).__name__
-        self.config = dataclasses.replace(
-            config, clients=len(train_dataset), task="own", backbone=name
-        )
-        self.job = _job(model, tokenizer, train_dataset, eval_dataset, self.config, metric)
-        self.stack = self.job.initial_stack()
+        config = dataclasses.replace(config, clients=len(train_dataset), task="own", backbone=name)
+        super().__init__(config, out, resume=resume, machine=machine)
+        self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, metric, machine)
+        self._model = model
+        self._open = lambda *_: nullcontext(Simulation(self.job, self.job.initial_stack()))
 
-    def train(self, out: Path | str | None = None, resume: bool = False) -> Iterator[Event]:
-        """Run all rounds from the common start; `stack` then holds the result.
-
-        Args:
-            out: A run folder, for `plait report` and the like; nothing is written without one.
-            resume: Go on from the folder's checkpoint, with the same objects.
-
-        Yields:
-            As `plait.run`.
-
-        Raises:
-            ValueError: The folder is in use or holds a finished run, or training diverged.
-            OSError: The folder can't be written.
-        """
-        folder = None if out is None else RunFolder.open(Path(out), self.config, resume)
-        if folder and folder.summary_file.exists():
-            raise ValueError(f"{out} holds a finished run; its adapters are in {out}/adapters.")
-        self.stack = self.job.initial_stack()
-        yield from carry_out(Simulation(self.job, self.stack), self.config, folder)
-
-    def save_adapters(self, out: Path | str) -> None:
-        """Write `client-0` ... and `mean` under `out`, each a PEFT folder for your model.
-
-        Raises:
-            OSError: The folder can't be written.
-        """
-        save_adapters(self.job.backbone, self.stack, self.config, Path(out))
+    def base(self) -> Any:
+        """A copy of the model that was given."""
+        return copy.deepcopy(self._model).eval()
 
 
 def _job(
@@ -146,6 +126,7 @@ def _job(
     eval_dataset: Dataset,
     config: Config,
     metric: str | None,
+    machine: Machine,
 ) -> Job:
     begin = time.perf_counter()
     rules = Rules.of(config)
@@ -153,10 +134,8 @@ def _job(
     read = _Reader(tokenizer, config, _objective(model), int(model.config.num_labels))
     hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
     held_out = read.all(eval_dataset, "eval_dataset")
-    backbone = Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config)
-    train, held_out = (
-        backbone.with_hidden(tokens, config.cache_gib) for tokens in (_join(hands), held_out)
-    )
+    backbone = Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config, machine)
+    train, held_out = map(backbone.with_hidden, (_join(hands), held_out))
     task = _task(model, train, held_out, metric)
     ends = np.cumsum([len(hand) for hand in hands])
     shares = np.split(np.arange(len(train)), ends[:-1])

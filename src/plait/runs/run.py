@@ -1,0 +1,203 @@
+"""A run: an iterator of events, and what they leave, in memory or in a folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from peft import PeftModel
+
+from plait.config import THIS_MACHINE, Config, Machine
+from plait.data.objectives import OBJECTIVES
+from plait.engines.job import prepare
+from plait.engines.rounds import Engine, all_rounds
+from plait.engines.simulate import Simulation
+from plait.events import Evaluated, Event, RoundDone, Started, summarize
+from plait.lookup import lookup
+from plait.model.loading import load_model
+from plait.runs.run_folder import RunFolder, load_events, load_summary
+
+
+def _simulation(config: Config, machine: Machine) -> AbstractContextManager[Engine]:
+    job = prepare(config, machine)
+    return nullcontext(Simulation(job, job.initial_stack()))
+
+
+def _cluster(config: Config, machine: Machine) -> AbstractContextManager[Engine]:
+    try:
+        from plait.engines.cluster import Cluster
+    except ImportError as error:
+        raise ValueError("--engine ray needs Ray: pip install 'plait[ray]'.") from error
+    return Cluster(config, machine, partial(prepare, machine=machine))
+
+
+ENGINES: dict[str, Callable[[Config, Machine], AbstractContextManager[Engine]]] = {
+    "simulate": _simulation,
+    "ray": _cluster,
+}
+
+
+class Run(Iterator[Event]):
+    """An experiment. To iterate over it carries it out; what comes out is its events.
+
+    Attributes:
+        config: What is run.
+        machine: Where and how fast.
+        folder: Its files; None if it is in memory alone.
+        events: What it has said so far, with what was recorded before it was resumed.
+
+    Example:
+        >>> run = Run(Config(task="trec", rounds=2))  # doctest: +SKIP
+        >>> for event in run:  # doctest: +SKIP
+        ...     print(event)
+        >>> run.summary["accuracy_client_mean"]  # doctest: +SKIP
+        >>> model = run.model("mean")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path | str | None = None,
+        *,
+        resume: bool = False,
+        machine: Machine = THIS_MACHINE,
+    ) -> None:
+        """Nothing is computed or written yet.
+
+        Args:
+            config: What to run.
+            out: The run folder; without one everything stays in memory.
+            resume: Go on from the folder's checkpoint, perhaps with more rounds than it had; a
+                folder without one is started anew, and a finished one only yields its events.
+            machine: Where and how fast.
+
+        Raises:
+            ValueError: The folder is in use, or belongs to another config.
+        """
+        self.config, self.machine = config, machine
+        self.folder = None if out is None else RunFolder.open(Path(out), config, resume)
+        self.events: list[Event] = []
+        self._open = lookup(ENGINES, machine.engine, "engine")
+        self._engine: Engine | None = None
+        self._going = self._carry_out()
+
+    def __next__(self) -> Event:
+        """The next event.
+
+        Raises:
+            ValueError: The config can't run, training diverged, or workers die again and again.
+            OSError: The folder can't be written.
+        """
+        event = next(self._going)
+        self.events.append(event)
+        return event
+
+    def _carry_out(self) -> Iterator[Event]:
+        folder, config = self.folder, self.config
+        if folder and folder.finished(config):
+            yield from load_events(folder.path)
+            return
+        with self._open(config, self.machine) as engine:
+            self._engine = engine
+            done: list[Event] = []
+            if folder:
+                # Only now: a config that can't run leaves nothing behind.
+                folder.create(config)
+                done = folder.rewind(last_evaluation=folder.rounds_before == config.rounds)
+                if folder.checkpoint_file.exists():
+                    engine.restore(folder.checkpoint_file)
+            yield from done
+            yield from self._rounds(engine, done)
+            if folder:
+                engine.save_adapters(folder.path / "adapters")
+                folder.finish(summarize(config, self.events))
+
+    def _rounds(self, engine: Engine, done: list[Event]) -> Iterator[Event]:
+        """The rounds that are left; recorded, and saved now and then, where there is a folder."""
+        folder, last = self.folder, self.config.rounds - 1
+        first = sum(isinstance(event, RoundDone) for event in done)
+        evaluated = any(isinstance(e, Evaluated) and e.round == first - 1 for e in done)
+        due = first > 0 and engine.schedule.after(first - 1) and not evaluated
+        for event in all_rounds(engine, first, evaluate_first=due):
+            if folder:
+                # Saved before it is announced: whoever stops listening here can resume from here.
+                folder.record(event)
+                if isinstance(event, RoundDone) and (
+                    self.machine.saves_after(event.round) or event.round == last
+                ):
+                    engine.save(folder.checkpoint_file, event.round + 1)
+            yield event
+
+    # -- the result
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The figures of the finished run.
+
+        Raises:
+            ValueError: It isn't finished.
+        """
+        self._need_end()
+        if self.folder:
+            return load_summary(self.folder.path)
+        return summarize(self.config, self.events)
+
+    def model(self, client: int | Literal["mean"] = "mean") -> PeftModel:
+        """A client's model, or the averaged one, ready to use.
+
+        Raises:
+            ValueError: The run isn't finished, there is no such client, or the workers of a cluster
+                took the state with them.
+        """
+        with TemporaryDirectory() as scratch:
+            adapters = self._adapters(Path(scratch))
+            name = client if client == "mean" else f"client-{client}"
+            if not (adapters / name).is_dir():
+                raise ValueError(
+                    f"There is no client {client}; take 0 to {self.config.clients - 1}."
+                )
+            return PeftModel.from_pretrained(self.base(), str(adapters / name)).eval()
+
+    def save(self, out: Path | str) -> None:
+        """Write what the run left into a new folder, as if it had been its `out`.
+
+        Raises:
+            ValueError: The run isn't finished, or the folder is in use.
+            OSError: The folder can't be written.
+        """
+        folder = RunFolder.open(Path(out), self.config, resume=False)
+        with TemporaryDirectory() as scratch:
+            adapters = self._adapters(Path(scratch))
+            folder.create(self.config)
+            shutil.copytree(adapters, folder.path / "adapters")
+        for event in self.events:
+            folder.record(event)
+        if self._engine:
+            self._engine.save(folder.checkpoint_file, self.config.rounds)
+        folder.finish(self.summary)
+
+    def base(self) -> Any:
+        """The model without any adapter."""
+        started = next(event for event in self.events if isinstance(event, Started))
+        outputs = OBJECTIVES[started.objective].num_outputs(started.label_names)
+        return load_model(self.config, outputs).model.eval()
+
+    def _adapters(self, scratch: Path) -> Path:
+        """Where the PEFT folders lie; written into `scratch` if they are nowhere yet."""
+        self._need_end()
+        if self.folder:
+            return self.folder.path / "adapters"
+        if not isinstance(self._engine, Simulation):
+            raise ValueError("The cluster's workers are gone; give the run a folder (out=...).")
+        self._engine.save_adapters(scratch)
+        return scratch
+
+    def _need_end(self) -> None:
+        last = self.config.rounds - 1
+        if not any(isinstance(e, Evaluated) and e.round == last for e in self.events):
+            raise ValueError("The run isn't finished: loop over it first, `for event in run: ...`.")
