@@ -15,6 +15,6 @@ METHODS["fedsa"] = lambda _config: Method(
 # --8<-- [end:row]
 
 config = dataclasses.replace(plait.build_preset("smoke"), method="fedsa")
-*_, last_round, last_evaluation = plait.run(config)
+*_, last_round, last_evaluation = plait.Run(config)
 print(f"{last_round.shared} travelled, {last_round.sent_bytes} bytes in the last round")
 print(f"accuracy {sum(last_evaluation.scores) / config.clients:.3f}")

@@ -22,6 +22,6 @@ PARTITIONS["halving"] = PartitionRow(halving, "Each client has half of the one b
 # --8<-- [end:row]
 
 config = dataclasses.replace(plait.build_preset("smoke"), label_skew="halving", clients=4)
-started, *_ = plait.run(config)
+started, *_ = plait.Run(config)
 for client, counts in enumerate(started.label_counts):
     print(f"client {client}: {sum(counts)} rows, by label {counts}")

@@ -21,6 +21,6 @@ TASKS["parity"] = TaskRow(parity, "Is a number even?")
 # --8<-- [end:row]
 
 config = dataclasses.replace(plait.build_preset("smoke"), task="parity")
-started, *_, last_evaluation = plait.run(config)
+started, *_, last_evaluation = plait.Run(config)
 print(f"{started.task}: {started.label_names}, majority {started.majority:.3f}")
 print(f"accuracy {sum(last_evaluation.scores) / config.clients:.3f}")

@@ -21,6 +21,6 @@ TOPOLOGIES["path"] = TopologyRow(path, "neighbours in a row", weighted=False)
 # --8<-- [end:row]
 
 config = dataclasses.replace(plait.build_preset("smoke"), topology="path", clients=4)
-started, *_, last_evaluation = plait.run(config)
+started, *_, last_evaluation = plait.Run(config)
 print(f"rho {started.rho:.3f}: so much of the disagreement is left after a round")
 print(f"accuracy {sum(last_evaluation.scores) / config.clients:.3f}")

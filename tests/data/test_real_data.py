@@ -18,7 +18,7 @@ GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 
 def result(config):
     """The first event and the last evaluation of a run."""
-    events = list(plait.run(config))
+    events = list(plait.Run(config))
     started = next(event for event in events if isinstance(event, Started))
     return started, next(event for event in reversed(events) if isinstance(event, Evaluated))
 

@@ -105,7 +105,7 @@ def test_a_run_on_own_data_and_model_gives_an_adapter_that_load_base_carries(tmp
         backbone=str(folder), label_skew="iid", clients=3, rounds=2, local_steps=1,
         batch_size=4, rank=2, topology="ring",
     )  # fmt: skip
-    *_, last = plait.run(config, tmp_path / "run")
+    *_, last = plait.Run(config, tmp_path / "run")
 
     base = plait.load_base(tmp_path / "run")
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / "client-1").eval()
