@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from typing import Any, Literal
 
 from torch import Tensor
 from xxhash import xxh3_128
 
-from plait.factors import VALUE, Factor, Slot, slot_name, slots_name
+from plait.factors import VALUE, Factor, Slot, slots_name
 from plait.lora import Layout
 from plait.peers.message_body import DTYPE, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
@@ -152,10 +153,12 @@ class Identity:
         return layout_digest(self.layout)
 
     @cached_property
-    def _slots(self) -> dict[str, Slot]:
-        """Name -> slot, of all that a message may hold, in the order in which it holds them."""
+    def _slots(self) -> dict[str, tuple[Slot, ...]]:
+        """Every set of slots that a message may hold, by its name."""
         slots = [(kind, factor) for kind in self.kinds for factor in (*Factor.AB, Factor.HEAD)]
-        return {slot_name(slot): slot for slot in slots}
+        sizes = range(1, len(slots) + 1)
+        sets = (some for size in sizes for some in combinations(slots, size))
+        return {slots_name(some): some for some in sets}
 
     def check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
         """Refuse a header that isn't for this peer, or isn't from who it says.
