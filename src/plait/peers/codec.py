@@ -194,10 +194,8 @@ class Identity:
         Raises:
             Refused: It can't be, or is above the limit.
         """
-        slots = tuple(
-            slot for name, slot in self._slots.items() if name in header.factors.split("|")
-        )
-        if not slots or slots_name(slots) != header.factors:
+        slots = self._slots.get(header.factors)
+        if slots is None:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
         template = template_of(self.layout, slots)
         most = min(template.most_bytes, self.max_message_bytes)
