@@ -22,6 +22,8 @@ from plait.config import Config
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import METRICS, TASKS
 from plait.engines.steps import names
+from plait.figures import FIGURES
+from plait.markdown import markdown_table
 from plait.methods import METHODS
 from plait.mixing import MIXES
 from plait.presets import PRESETS
@@ -47,9 +49,8 @@ def on_page_content(content: str, **_others: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """A Markdown table and the end of its last line."""
+    return markdown_table(head, rows) + "\n"
 
 
 # -- settings, from the dataclasses of the command line
@@ -173,6 +174,16 @@ def mixes() -> str:
     return table(["mix", "conserves the mean", ""], rows)
 
 
+def figures() -> str:
+    """The figures: their names in `summary.json` and for loggers, empty where they are not."""
+    rows = [
+        [f"`{name}`" if one.take else "", one.take.__name__ if one.take else "",
+         f"`{one.logged.format(name)}`" if one.logged else "", one.title]
+        for name, one in FIGURES.items() if one.take or one.logged
+    ]  # fmt: skip
+    return table(["summary.json", "of all events", "logged as", ""], rows)
+
+
 def commands() -> str:
     """The commands."""
     return _summaries("command", {f"plait {n}": row for n, row in cli.COMMANDS.items()})
@@ -180,6 +191,7 @@ def commands() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
+    "figures": figures,
     "loggers": lambda: _summaries("logger", LOGGERS),
     "methods": methods,
     "options": options,

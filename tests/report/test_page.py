@@ -22,12 +22,13 @@ from plait.cli import report as cli_report
 from plait.cli.main import defaults, main
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.experiments.plan import load_plan
+from plait.figures import FIGURES
 from plait.report import charts
 from plait.report.meetings import topology
 from plait.report.page import PLOTLY, payload, plotly_js, report
-from plait.report.paper_figures import FIGURES
+from plait.report.paper_figures import PICTURES
 from plait.report.recorded_run import MOST_DRAWN, Track, meetings
-from plait.report.series import MEASURES, band, over_rounds, phases, remark, sent_megabytes
+from plait.report.series import band, over_rounds, phases, remark, sent_megabytes
 from plait.report.study import compare_command, find_studies, read_studies, run_command
 
 
@@ -142,7 +143,9 @@ def test_events_of_before_there_were_distances_are_read(tmp_path):
 
 def test_runs_that_have_not_come_as_far_leave_gaps():
     short = list(events(CONFIG, 0.8))[:6]
-    rounds, values = over_rounds([list(events(CONFIG, 0.8)), short], MEASURES["scores"])
+    rounds, values = over_rounds(
+        [list(events(CONFIG, 0.8)), short], FIGURES["accuracy_client_mean"]
+    )
     assert rounds.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert np.isnan(values[1]).sum() == 4
     mean, low, high = band(values)
@@ -275,7 +278,7 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
     drawn = topology(study.tracks[0][1])
     assert drawn["step"] == 2
     assert drawn["rounds"] == [1, 3, 5, 6]
-    chart = charts.over_rounds_chart(study.said, MEASURES["scores"])
+    chart = charts.over_rounds_chart(study.said, FIGURES["accuracy_client_mean"], "accuracy")
     assert chart["data"][0]["x"] == [0.0, 3.0, 6.0]
 
 
@@ -333,7 +336,7 @@ def test_report_and_figures_are_written(tmp_path, monkeypatch, capsys):
     for form, start in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         out = tmp_path / form
         assert main(["figures", str(tmp_path / "cmp"), f"--out={out}", f"--format={form}"]) == 0
-        assert {path.stem for path in out.iterdir()} == set(FIGURES)
+        assert {path.stem for path in out.iterdir()} == set(PICTURES)
         assert all(path.read_bytes().startswith(start) for path in out.iterdir())
 
 
@@ -424,5 +427,5 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
 def test_what_is_zero_is_not_called_unknown():
     ffa = dataclasses.replace(CONFIG, method="ffa")
     said = {"adf": [list(events(CONFIG, 0.8))], "ffa": [list(events(ffa, 0.8))]}
-    assert remark(said, MEASURES["cross_term"]) == "0 throughout: ffa"
-    assert remark(said, MEASURES["apart"]) == remark(said, MEASURES["scores"]) == ""
+    assert remark(said, FIGURES["cross_term"]) == "0 throughout: ffa"
+    assert remark(said, FIGURES["apart"]) == remark(said, FIGURES["accuracy_client_mean"]) == ""

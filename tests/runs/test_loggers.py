@@ -18,9 +18,10 @@ import pytest
 from conftest import save_encoder
 from fake_runs import events
 from plait.config import Config
-from plait.events import Started, from_line, summarize
+from plait.events import Started, from_line
 from plait.experiments.comparison import Cell
 from plait.experiments.executors import Ended, here
+from plait.figures import summarize
 from plait.runs import loggers
 from plait.runs.loggers import LOGGERS, logged, numbers, require
 

@@ -118,7 +118,7 @@ class Export:
 def _run(args: list[str]) -> None:
     given = _parse(Run, "run", args, Run(settings=defaults(args)))
     from plait.cli.progress import watch
-    from plait.events import summarize
+    from plait.figures import summarize
     from plait.runs.loggers import logged
     from plait.runs.run_folder import run
 

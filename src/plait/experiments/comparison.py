@@ -37,15 +37,11 @@ from plait.methods import build_method
 from plait.runs.loggers import require
 from plait.runs.run_folder import load_events, load_summary
 
-FIGURES = (
-    "accuracy_client_min",
-    "accuracy_averaged_model",
-    "loss_client_mean",
-    "cross_term",
-    "sent_bytes",
-    "wall_seconds",
-)
-"""What the table shows of a summary beside the score."""
+SHOWN = (
+    "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "cross_term",
+    "sent_bytes", "wall_seconds",
+)  # fmt: skip
+"""The figures in the table beside the score."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +235,6 @@ def significance(one: Difference, num_seeds: int) -> str:
     return f"{word} over {num_seeds} paired seeds (p = {one.p_holm:.2g}, Holm)"
 
 
-def figures(outcome: Outcome) -> dict[str, float]:
+def table_figures(outcome: Outcome) -> dict[str, float]:
     """Means over seeds of what the table shows beside the score."""
-    return {key: float(np.mean(outcome.values(key))) for key in FIGURES}
+    return {key: float(np.mean(outcome.values(key))) for key in SHOWN}

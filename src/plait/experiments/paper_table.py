@@ -17,6 +17,7 @@ import numpy as np
 
 from plait.config import Config
 from plait.experiments.significance import Difference, Estimate, differences, estimate, stands_out
+from plait.markdown import markdown_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -249,9 +250,8 @@ def markdown(blocks: Sequence[Block]) -> str:
     """For a page."""
     parts = []
     for block in blocks:
-        for head, *rows in _grids(block, "**{}**"):
-            lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        grids = _grids(block, "**{}**")
+        parts += [markdown_table(head, rows, numbers=True) for head, *rows in grids]
     return "\n\n".join([*parts, *notes(blocks)]) + "\n"
 
 

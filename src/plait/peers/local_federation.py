@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from plait.config import Config
+from plait.events import Evaluated
+from plait.figures import FIGURES
 from plait.machine.files import write_atomically
 from plait.methods import build_method
 from plait.mixing import mean
@@ -33,6 +35,10 @@ from plait.topology import build_schedule
 
 POLL_S = 0.2
 GRACE_S = 20.0
+OF_CLIENTS = (
+    "accuracy_client_mean", "accuracy_client_std", "accuracy_client_min", "loss_client_mean"
+)  # fmt: skip
+"""The figures of an evaluation that peers have together; nobody has the averaged model."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,12 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         shutil.copytree(folder / "adapters" / name, adapters / name)
     _average(adapters, len(folders))
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
-    scores = np.array([summary["accuracy"] for summary in summaries])
+    together = Evaluated(
+        round=federation.config.rounds - 1, rows=0, seconds=0.0,
+        scores=[summary["accuracy"] for summary in summaries],
+        losses=[summary["loss"] for summary in summaries],
+        averaged_score=math.nan, averaged_loss=math.nan,
+    )  # fmt: skip
     shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
     incidents = {
         name: summary["incidents"]
@@ -157,10 +168,7 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     summary = {key: summaries[0][key] for key in shared} | {
         "clients": len(folders),
         "topology": federation.config.topology,
-        "accuracy_client_mean": float(scores.mean()),
-        "accuracy_client_std": float(scores.std()),
-        "accuracy_client_min": float(scores.min()),
-        "loss_client_mean": float(np.mean([summary["loss"] for summary in summaries])),
+        **{name: FIGURES[name].value(together) for name in OF_CLIENTS},
         "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
         "incidents": incidents,
     }

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from plait.experiments.significance import Difference, Estimate
+from plait.figures import FIGURES, Figure
 from plait.report.recorded_run import MOST_DRAWN, Track
 from plait.report.series import (
     FILLS,
-    MEASURES,
     STYLES,
     Array,
-    Measure,
     Said,
     band,
     last_scores,
@@ -37,18 +36,20 @@ Chart = dict[str, Any]
 """What plotly.js takes: `data` and `layout`, and `alt`, which says in words what is drawn."""
 
 
-def over_rounds_chart(groups: Mapping[str, Said], measure: Measure, unit: str = "") -> Chart:
-    """A measure of every label over the rounds, with the range of its runs as a band."""
+def over_rounds_chart(groups: Mapping[str, Said], figure: Figure, metric: str) -> Chart:
+    """A figure of every label over the rounds, with the range of its runs as a band."""
     traces: list[Chart] = []
     for (label, runs), (color, dash) in zip(groups.items(), cycle(STYLES), strict=False):
-        traces += _banded(label, *over_rounds(runs, measure), color, dash)
-    why = remark(groups, measure)
+        traces += _banded(label, *over_rounds(runs, figure), color, dash)
+    why = remark(groups, figure)
     layout = {
         "xaxis": _axis("rounds done"),
-        "yaxis": _axis(unit or measure.unit, log=measure.log and any(map(_positive, traces))),
+        "yaxis": _axis(
+            figure.unit.format(metric=metric), log=figure.log and any(map(_positive, traces))
+        ),
         "annotations": [_remark(why)] if why else [],
     }
-    return _chart(traces, layout, f"{measure.title} over the rounds")
+    return _chart(traces, layout, f"{figure.title} over the rounds")
 
 
 def _banded(label: str, x: Array, values: Array, color: str, dash: str) -> list[Chart]:
@@ -71,7 +72,7 @@ def bytes_chart(groups: Mapping[str, Said], metric: str) -> Chart:
     """What was sent against what was reached."""
     traces = []
     for (label, runs), (color, dash) in zip(groups.items(), cycle(STYLES), strict=False):
-        _, values = over_rounds(runs, MEASURES["scores"])
+        _, values = over_rounds(runs, FIGURES["accuracy_client_mean"])
         sent = sent_megabytes(runs)[: values.shape[1]]
         traces += _banded(label, sent, values, color, dash)
     layout = {"xaxis": _axis("sent by all clients, MB"),
@@ -157,13 +158,12 @@ def consensus_chart(track: Track) -> Chart:
     """Consensus distance of A and of B and the cross term of a run, its phases shaded."""
     traces = []
     styles = (("consensus_A", STYLES[0]), ("consensus_B", STYLES[1]), ("cross_term", STYLES[2]))
-    names = {"consensus_A": "Ξ of A", "consensus_B": "Ξ of B", "cross_term": "cross term ‖C‖"}
     for name, (color, _) in styles:
-        rounds, values = over_rounds([track.events], MEASURES[name])
+        rounds, values = over_rounds([track.events], FIGURES[name])
         keep = _thinned(len(rounds))
         dash = "dot" if name == "cross_term" else "solid"
         line = {"color": color, "width": 2, "dash": dash}
-        traces.append(_line(names[name], rounds[keep], values[0][keep], line))
+        traces.append(_line(FIGURES[name].title, rounds[keep], values[0][keep], line))
     stretches = phases(track.events)
     words = "shaded: A trains; not shaded: B trains"
     unknown = bool(stretches) and not any(one.after for one in track.rounds)

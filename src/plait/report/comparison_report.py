@@ -12,9 +12,18 @@ from typing import Any
 
 from rich.table import Table
 
-from plait.experiments.comparison import Conclusion, Outcome, figures, significance, verdict
+from plait.experiments.comparison import (
+    SHOWN,
+    Conclusion,
+    Outcome,
+    significance,
+    table_figures,
+    verdict,
+)
 from plait.experiments.significance import Difference, Estimate
+from plait.figures import FIGURES
 from plait.machine.files import write_atomically
+from plait.markdown import markdown_table
 from plait.report.paper_figures import curves
 from plait.report.series import started
 
@@ -36,21 +45,18 @@ def table(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dic
     """Label -> its line of the table; the head is the line of the empty label."""
     reference, metric = outcomes[0].entry.label, outcomes[0].summaries[0]["metric"]
     against = {one.rival: one for one in differences}
-    head = ["method", metric, "worst", "averaged", "lr", f"{reference} - this"]
-    lines = {"": [*head, "loss", "cross term", "MB sent", "seconds"]}
+    heads = [FIGURES[name].head for name in SHOWN]
+    lines = {"": ["method", metric, *heads[:2], "lr", f"{reference} - this", *heads[2:]]}
     for outcome in outcomes:
-        label, lr, shown = outcome.entry.label, outcome.entry.lr, figures(outcome)
+        label, lr = outcome.entry.label, outcome.entry.lr
+        shown = [FIGURES[name].shown(value) for name, value in table_figures(outcome).items()]
         lines[label] = [
             label,
             _with_reach(outcome.score, "0.3f"),
-            f"{shown['accuracy_client_min']:.3f}",
-            f"{shown['accuracy_averaged_model']:.3f}",
+            *shown[:2],
             f"{lr:g}{EDGE if outcome.at_grid_edge else ''}",
             _against(against[label]) if label in against else "",
-            f"{shown['loss_client_mean']:.3f}",
-            f"{shown['cross_term']:.2g}",
-            f"{shown['sent_bytes'] / 1e6:.1f}",
-            f"{shown['wall_seconds']:.0f}",
+            *shown[2:],
         ]
     return lines
 
@@ -106,9 +112,7 @@ def _rich(head: list[str], lines: list[list[str]], part: slice) -> Table:
 def markdown(conclusion: Conclusion) -> str:
     """The table and its notes as Markdown."""
     head, *lines = table(conclusion.outcomes, conclusion.differences).values()
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "\n\n".join([text, *notes(conclusion)]) + "\n"
+    return "\n\n".join([markdown_table(head, lines, numbers=True), *notes(conclusion)]) + "\n"
 
 
 def to_json(conclusion: Conclusion) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def to_json(conclusion: Conclusion) -> dict[str, Any]:
                 "lr_at_grid_edge": one.at_grid_edge,
                 "accuracy_client_mean": one.score.mean,
                 "interval": [one.score.low, one.score.high],
-                **figures(one),
+                **table_figures(one),
                 "runs": one.summaries,
             }
             for one in conclusion.outcomes

@@ -8,22 +8,21 @@ run has said something. templates/page.js shows a payload, wherever it came from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
+from plait.figures import FIGURES, taken
 from plait.report import charts
 from plait.report.charts import Chart
 from plait.report.comparison_report import notes, table
 from plait.report.meetings import topology
 from plait.report.recorded_run import Track
-from plait.report.series import MEASURES, Said, started
+from plait.report.series import Said, started
 from plait.report.study import Study, settings
 
 if TYPE_CHECKING:
@@ -31,8 +30,13 @@ if TYPE_CHECKING:
 
 Payload = dict[str, Any]
 
+COLUMNS = {name: one for name, one in FIGURES.items() if one.head}
 PLOTLY = "vendor/plotly-cartesian-4.1.1.min.js"
-MEASURES_OF_CONVERGENCE = ("scores", "worst", "averaged", "loss")
+OVER_ROUNDS = (
+    "accuracy_client_mean", "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean",
+    "apart", "cross_term",
+)  # fmt: skip
+"""The figures that are drawn over the rounds."""
 
 
 def report(studies: Sequence[Study]) -> str:
@@ -93,6 +97,7 @@ def payload(study: Study) -> Payload:
         "headline": _headline(study, conclusion),
         "table": _results(outcomes, study, conclusion),
         "notes": notes(conclusion)[1:] if conclusion else [],
+        "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
         "runs": [_run_row(label, track) for label, track in study.tracks],
         "settings": settings(study.config),
         "commands": study.commands(),
@@ -166,31 +171,11 @@ def _results(
 
 
 def _run_row(label: str, track: Track) -> list[str]:
-    """The figures of a run as in its `summary.json`; those so far while it goes on."""
-    figures = track.summary
+    """The figures of a run as in its `summary.json`; those so far, and known, until it is there."""
+    found = track.summary or taken(track.events)
+    shown = [one.shown(found.get(name, math.nan)) for name, one in COLUMNS.items()]
     done = f"{len(track.rounds)}/{track.config.rounds}"
-    shown = [
-        f"{figures['accuracy_client_mean']:.4f}",
-        f"{figures['accuracy_client_min']:.4f}",
-        f"{figures['accuracy_averaged_model']:.4f}",
-        f"{figures['loss_client_mean']:.4f}",
-        f"{figures['consensus_A']:.3g}",
-        f"{figures['consensus_B']:.3g}",
-        f"{figures['cross_term']:.3g}",
-        f"{figures['sent_bytes'] / 1e6:.1f}",
-        str(timedelta(seconds=round(figures["wall_seconds"]))),
-    ] if figures else _so_far(track)  # fmt: skip
     return [label, str(track.config.seed), done, *shown]
-
-
-def _so_far(track: Track) -> list[str]:
-    """What can be said of a run before its first round is done, or of peers, who see less."""
-    if not track.evaluations:
-        return [""] * 9
-    last = track.evaluations[-1]
-    sent = sum(one.sent_bytes for one in track.rounds) / 1e6
-    scores = [f"{np.mean(last.scores):.4f}", f"{min(last.scores):.4f}", ""]
-    return [*scores, f"{np.mean(last.losses):.4f}", "", "", "", f"{sent:.1f}", ""]
 
 
 # -- the charts
@@ -212,13 +197,10 @@ def _charts(
     if differences:
         reference = outcomes[0].entry.label
         found["differences"] = charts.differences_chart(differences, reference, metric)
-    for name in MEASURES_OF_CONVERGENCE:
-        unit = MEASURES[name].unit if name == "loss" else f"{metric}, {MEASURES[name].unit}"
-        found[name] = charts.over_rounds_chart(said, MEASURES[name], unit)
+    for name in OVER_ROUNDS:
+        found[name] = charts.over_rounds_chart(said, FIGURES[name], metric)
     found["bytes"] = charts.bytes_chart(said, metric)
     found["clients"] = charts.clients_chart(said, metric)
-    found["apart"] = charts.over_rounds_chart(said, MEASURES["apart"])
-    found["cross_term"] = charts.over_rounds_chart(said, MEASURES["cross_term"])
     return found
 
 

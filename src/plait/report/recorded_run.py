@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, summarize
+from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line
+from plait.figures import summarize
 from plait.metrics import MOST_PAIRED
 
 MOST_DRAWN = MOST_PAIRED

@@ -24,7 +24,8 @@ from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
 from plait.engines.job import prepare
 from plait.engines.simulate import Simulation
-from plait.events import Evaluated, Event, RoundDone, from_line, summarize, to_line
+from plait.events import Evaluated, Event, RoundDone, from_line, to_line
+from plait.figures import summarize
 from plait.lookup import lookup
 from plait.lora import Stack
 from plait.machine.files import write_atomically
