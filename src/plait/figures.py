@@ -34,7 +34,7 @@ def last(value: Value, events: Sequence[Sequence[Event]]) -> float:
     return value(events[-1][-1])
 
 
-def total(value: Value, events: Sequence[Sequence[Event]]) -> float:
+def summed(value: Value, events: Sequence[Sequence[Event]]) -> float:
     """The sum over all events."""
     return sum(sum(map(value, kind)) for kind in events)
 
@@ -143,19 +143,19 @@ FIGURES: dict[str, Figure] = {
         "The same of one round's W", (RoundDone,), lambda e: e.rho, logged="round/rho"
     ),
     "sent_bytes": Figure(
-        "Sent by all clients", (RoundDone,), lambda e: e.sent_bytes, total, "round/{}",
+        "Sent by all clients", (RoundDone,), lambda e: e.sent_bytes, summed, "round/{}",
         head="MB sent", form=".1f", scale=1e6, unit="bytes",
     ),
     "worker_bytes": Figure(
-        "What a cluster's workers handed each other", (RoundDone,), lambda e: e.worker_bytes, total
+        "What a cluster's workers handed each other", (RoundDone,), lambda e: e.worker_bytes, summed
     ),
     "train_seconds": Figure(
-        "Local training", (RoundDone,), lambda e: e.train_seconds, total, "time/{}"
+        "Local training", (RoundDone,), lambda e: e.train_seconds, summed, "time/{}"
     ),
-    "mix_seconds": Figure("Mixing", (RoundDone,), lambda e: e.mix_seconds, total, "time/{}"),
-    "eval_seconds": Figure("Evaluation", (Evaluated,), lambda e: e.seconds, total, "time/{}"),
+    "mix_seconds": Figure("Mixing", (RoundDone,), lambda e: e.mix_seconds, summed, "time/{}"),
+    "eval_seconds": Figure("Evaluation", (Evaluated,), lambda e: e.seconds, summed, "time/{}"),
     "wall_seconds": Figure(
-        "All of it, preparing included", (Started, RoundDone, Evaluated), seconds, total,
+        "All of it, preparing included", (Started, RoundDone, Evaluated), seconds, summed,
         head="seconds", form=".0f",
     ),
 }  # fmt: skip

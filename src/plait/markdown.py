@@ -11,10 +11,10 @@ def markdown_table(
     """A Markdown table, with its columns but the first flush right where they are numbers.
 
     Example:
-        >>> print(markdown_table(["method", "score"], [["adf", "0.8"]], numbers=True))
+        >>> print(markdown_table(["method", "score"], [["mine", "0.8"]], numbers=True))
         | method | score |
         | --- | ---: |
-        | adf | 0.8 |
+        | mine | 0.8 |
     """
     rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

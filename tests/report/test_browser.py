@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fake_folders import begin_run, write_comparison
-from plait.report.page import report
+from plait.report.page import html_report
 from plait.report.study import read_studies
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -63,7 +63,7 @@ def comparison(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page") / "cmp"
     with pytest.MonkeyPatch.context() as patch:
         write_comparison(folder, patch)
-    (folder / "report.html").write_text(report(read_studies([folder])))
+    (folder / "report.html").write_text(html_report(read_studies([folder])))
     return folder
 
 

@@ -25,7 +25,7 @@ from plait.experiments.plan import load_plan
 from plait.figures import FIGURES
 from plait.report import charts
 from plait.report.meetings import topology
-from plait.report.page import PLOTLY, payload, plotly_js, report
+from plait.report.page import PLOTLY, html_report, payload, plotly_js
 from plait.report.paper_figures import PICTURES
 from plait.report.recorded_run import MOST_DRAWN, Track, meetings
 from plait.report.series import band, over_rounds, phases, remark, sent_megabytes
@@ -284,7 +284,7 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
 
 def test_a_thousand_clients_stay_small(tmp_path):
     config = dataclasses.replace(CONFIG, clients=1000, rounds=20)
-    html = report(read(write_run(tmp_path / "run", config)))
+    html = html_report(read(write_run(tmp_path / "run", config)))
     assert len(html) - len(plotly_js()) < 400_000
     assert "of 1000 clients" in html
 
@@ -294,7 +294,7 @@ def test_a_thousand_clients_stay_small(tmp_path):
 
 def test_the_tables_numbers_are_those_of_summary_json(tmp_path, monkeypatch):
     write_comparison(tmp_path / "cmp", monkeypatch)
-    head, *lines = described(report(read(tmp_path / "cmp")))
+    head, *lines = described(html_report(read(tmp_path / "cmp")))
     summary = json.loads((tmp_path / "cmp" / "summary.json").read_text())
     against = {one["rival"]: one for one in summary["differences"]}
     assert len(lines) == len(summary["methods"])
@@ -313,13 +313,13 @@ def test_nothing_in_a_run_can_become_a_part_of_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"task": bad, "backbone": bad}))
-    html = report(read(folder))
+    html = html_report(read(folder))
     assert "alert(1)" in html
     assert "<script>alert" not in html
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(tmp_path):
-    html = report(read(write_run(tmp_path / "run")))
+    html = html_report(read(write_run(tmp_path / "run")))
     outside = html.replace(plotly_js(), "")
     assert "default-src 'none'" in outside
     assert not re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", outside)
@@ -359,7 +359,7 @@ def test_the_page_needs_jinja(monkeypatch, tmp_path):
     _environment.cache_clear()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"pip install 'plait\[report\]'"):
-        report(read(write_run(tmp_path / "run")))
+        html_report(read(write_run(tmp_path / "run")))
     _environment.cache_clear()
 
 

@@ -77,7 +77,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Block:
+class TableBlock:
     """The part of the table in which all axes but the task and T are the same.
 
     Attributes:
@@ -91,7 +91,7 @@ class Block:
     columns: list[Column]
 
 
-def blocks(frame: pd.DataFrame, reference: str | None = None) -> list[Block]:
+def blocks(frame: pd.DataFrame, reference: str | None = None) -> list[TableBlock]:
     """The blocks of a sweep's rows, as `results.collect` makes them.
 
     Args:
@@ -137,7 +137,7 @@ def _line_names(shown: pd.DataFrame, axes: list[str]) -> list[str]:
 def _at_edge(frame: pd.DataFrame, shown: pd.DataFrame) -> list[bool]:
     """Whether each row's rate is the lowest or highest of those searched for its method and task.
 
-    The control has no search: its rate is half of ADF's.
+    A control has no search: its rate follows from that of the method it controls.
     """
     tuning = frame[frame["kind"] == "tuning"]
     rates = tuning.groupby(["method", "task"])["lr"].agg(["min", "max"])
@@ -151,7 +151,7 @@ def _title(apart: Sequence[str], values: tuple[Any, ...]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
 
 
-def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> Block:
+def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> TableBlock:
     tasks = list(dict.fromkeys(rows["task"]))
     scores: dict[str, dict[str, Scores]] = {task: {line: {} for line in lines} for task in tasks}
     finished = rows[rows["state"] == "finished"]
@@ -164,7 +164,7 @@ def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> 
     columns = [
         Column(name, of, reference, edges.get(name, frozenset())) for name, of in scores.items()
     ]
-    return Block(title, lines, columns)
+    return TableBlock(title, lines, columns)
 
 
 def _mean(of_tasks: list[Scores]) -> Scores:
@@ -181,7 +181,7 @@ LATEX = (
 )  # fmt: skip
 
 
-def _grids(block: Block, bold: str) -> list[Grid]:
+def _grids(block: TableBlock, bold: str) -> list[Grid]:
     """The scores, and the differences of the reference to the others."""
     head = [block.title, *(column.name for column in block.columns)]
     scores = [[line, *(_score(c, line, bold) for c in block.columns)] for line in block.lines]
@@ -210,7 +210,7 @@ def _with_reach(one: Estimate, form: str) -> str:
     return f"{one.mean:{form}}{reach}"
 
 
-def notes(blocks: Sequence[Block]) -> list[str]:
+def table_notes(blocks: Sequence[TableBlock]) -> list[str]:
     """What has to be known to read the table."""
     columns = [column for block in blocks for column in block.columns]
     counts = sorted({len(v) for column in columns for v in column.scores.values()})
@@ -230,10 +230,10 @@ def notes(blocks: Sequence[Block]) -> list[str]:
     return found
 
 
-def text(blocks: Sequence[Block]) -> str:
+def as_text(blocks: Sequence[TableBlock]) -> str:
     """For a terminal."""
     parts = [_aligned(grid) for block in blocks for grid in _grids(block, "**{}**")]
-    return "\n".join([*parts, *notes(blocks)]) + "\n"
+    return "\n".join([*parts, *table_notes(blocks)]) + "\n"
 
 
 def _aligned(grid: Grid) -> str:
@@ -246,16 +246,16 @@ def _aligned(grid: Grid) -> str:
     return "\n".join(rows) + "\n"
 
 
-def markdown(blocks: Sequence[Block]) -> str:
+def as_markdown(blocks: Sequence[TableBlock]) -> str:
     """For a page."""
     parts = []
     for block in blocks:
         grids = _grids(block, "**{}**")
         parts += [markdown_table(head, rows, numbers=True) for head, *rows in grids]
-    return "\n\n".join([*parts, *notes(blocks)]) + "\n"
+    return "\n\n".join([*parts, *table_notes(blocks)]) + "\n"
 
 
-def latex(blocks: Sequence[Block]) -> str:
+def as_latex(blocks: Sequence[TableBlock]) -> str:
     """For a paper; needs the package booktabs."""
     parts = []
     for block in blocks:
@@ -266,7 +266,7 @@ def latex(blocks: Sequence[Block]) -> str:
                 rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule",
                 *lines[1:], r"\bottomrule", r"\end{tabular}",
             ]))  # fmt: skip
-    return "\n\n".join([*parts, *(f"% {note}" for note in notes(blocks))]) + "\n"
+    return "\n\n".join([*parts, *(f"% {note}" for note in table_notes(blocks))]) + "\n"
 
 
 def _escaped(cell: str) -> str:
@@ -275,7 +275,7 @@ def _escaped(cell: str) -> str:
     return cell
 
 
-def comma_separated(blocks: Sequence[Block]) -> str:
+def as_csv(blocks: Sequence[TableBlock]) -> str:
     """Every figure, a line for each cell of the table."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -309,9 +309,9 @@ def _against(column: Column, line: str) -> list[Any]:
     return [column.reference, of.mean, of.low, of.high, of.p, one.p_holm, one.significant]
 
 
-FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {
-    "text": text,
-    "markdown": markdown,
-    "latex": latex,
-    "csv": comma_separated,
+FORMATS: dict[str, Callable[[Sequence[TableBlock]], str]] = {
+    "text": as_text,
+    "markdown": as_markdown,
+    "latex": as_latex,
+    "csv": as_csv,
 }

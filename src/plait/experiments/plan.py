@@ -18,10 +18,10 @@ from typing import Any
 from plait.config import Config
 from plait.lookup import lookup
 from plait.machine.files import write_atomically
-from plait.methods import METHODS
+from plait.methods import METHODS, Control
+from plait.presets import PresetRow
 
 PLAN = "plan.json"
-MATCHED = "dec-lora (matched)"
 FIRST_TUNING_SEED = 1000
 
 
@@ -54,7 +54,7 @@ class Plan:
         out: The folder of all runs.
         lrs: Learning rates by method; `config.lr` for methods that are not here.
         lr_grid: If there are any, the rates to search for methods without one in `lrs`.
-        matched_control: Add Dec-LoRA at half of ADF's learning rate.
+        matched_control: Add the control of each method that has one.
         resume: Reuse finished runs, go on with begun ones.
 
     Raises:
@@ -62,7 +62,7 @@ class Plan:
     """
 
     config: Config
-    methods: tuple[str, ...] = ("adf", "dec-lora", "ffa", "rolora")
+    methods: tuple[str, ...] = tuple(PresetRow.methods.split(","))
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path
     lrs: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -95,8 +95,18 @@ class Plan:
     @property
     def labels(self) -> tuple[str, ...]:
         """The lines of the table."""
-        matched = self.matched_control and "adf" in self.methods
-        return (*self.methods, MATCHED) if matched else self.methods
+        return (*self.methods, *self.controls)
+
+    @property
+    def controls(self) -> dict[str, tuple[str, Control]]:
+        """Label -> the compared method that this line is the control of, and the control."""
+        found: dict[str, tuple[str, Control]] = {}
+        for method in self.methods if self.matched_control else ():
+            if control := METHODS[method](self.config).control:
+                label = f"{control.method} (matched)"
+                label = f"{control.method} (matched-{method})" if label in found else label
+                found[label] = method, control
+        return found
 
     @property
     def searched(self) -> tuple[str, ...]:

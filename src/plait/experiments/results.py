@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.experiments.executors import Ended, Executor, Failure
+from plait.experiments.executors import CellEnded, Executor, Failure
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
@@ -52,7 +52,7 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
     for cell in todo:
         (cell.folder / FAILURE).unlink(missing_ok=True)
     for cell, said in executor(todo):
-        if not isinstance(said, Ended):
+        if not isinstance(said, CellEnded):
             continue
         failure = said.failure
         cell.folder.mkdir(parents=True, exist_ok=True)

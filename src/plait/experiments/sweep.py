@@ -24,7 +24,7 @@ from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
 from plait.experiments.plan import Cell, Plan, reported_cell, slug, tuning_cells
 from plait.machine.files import write_atomically
-from plait.methods import build_method
+from plait.methods import build_method, settled
 from plait.presets import changed, read_settings, start_from
 from plait.topology import TOPOLOGIES, build_schedule
 
@@ -130,8 +130,8 @@ def effective(config: Config, base: Config) -> Config:
     """The config, with settings that make no difference to its run as they are in `base`.
 
     Example:
-        >>> effective(Config(method="ffa", switch_every=10), Config()).switch_every
-        5
+        >>> effective(Config(topology="ring", p=0.5), Config()).p
+        0.1
     """
     like = dataclasses.replace(config, lr=base.lr, eval_split=base.eval_split)
     return dataclasses.replace(
@@ -151,7 +151,9 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
     silent = not any(method.share(t) for t in rounds)
     if silent or method.topology:
         unused.append("topology")
-    if silent or not TOPOLOGIES[method.topology or config.topology].uses_p:
+    if silent or method.weights:
+        unused.append("weights")
+    if silent or not TOPOLOGIES[settled(config).topology].uses_p:
         unused.append("p")
     return tuple(unused)
 
@@ -180,8 +182,7 @@ def load_sweep(file: Path, out: Path, small: bool = False) -> Sweep:
         sweep = _from_values(values, out)
         for plan in sweep.plans:
             for method in plan.methods:
-                build_method(dataclasses.replace(plan.config, method=method))
-            build_schedule(plan.config)
+                build_schedule(settled(dataclasses.replace(plan.config, method=method)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
     return sweep

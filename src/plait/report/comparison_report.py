@@ -41,7 +41,7 @@ def write_report(conclusion: Conclusion) -> None:
 # -- the table
 
 
-def table(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dict[str, list[str]]:
+def cells(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dict[str, list[str]]:
     """Label -> its line of the table; the head is the line of the empty label."""
     reference, metric = outcomes[0].entry.label, outcomes[0].summaries[0]["metric"]
     against = {one.rival: one for one in differences}
@@ -88,14 +88,18 @@ def notes(conclusion: Conclusion) -> list[str]:
         found.append(f"{STAR.strip()}: significant at .05 after Holm's correction.")
     if any(one.at_grid_edge for one in outcomes):
         found.append(f"{EDGE}: at the edge of --lr-grid; a rate beyond it may be better.")
-    if len(outcomes) < len(plan.labels):
-        found.append("dec-lora's rate is half of adf's: it is its own matched control.")
-    return found
+    labels = [one.entry.label for one in outcomes]
+    return found + [
+        f"{method}'s matched control, {control.method} at {control.lr_factor:g} times its rate, is "
+        "a line already."
+        for label, (method, control) in plan.controls.items()
+        if label not in labels
+    ]
 
 
 def rich_tables(conclusion: Conclusion) -> list[Table]:
     """The table for a terminal: the scores, and under them the rest, each 80 columns wide."""
-    head, *lines = table(conclusion.outcomes, conclusion.differences).values()
+    head, *lines = cells(conclusion.outcomes, conclusion.differences).values()
     return [_rich(head, lines, part) for part in (slice(1, 6), slice(6, None))]
 
 
@@ -111,7 +115,7 @@ def _rich(head: list[str], lines: list[list[str]], part: slice) -> Table:
 
 def markdown(conclusion: Conclusion) -> str:
     """The table and its notes as Markdown."""
-    head, *lines = table(conclusion.outcomes, conclusion.differences).values()
+    head, *lines = cells(conclusion.outcomes, conclusion.differences).values()
     return "\n\n".join([markdown_table(head, lines, numbers=True), *notes(conclusion)]) + "\n"
 
 

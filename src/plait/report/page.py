@@ -19,7 +19,7 @@ from plait.experiments.comparison import Conclusion, Outcome, verdict
 from plait.figures import FIGURES, taken
 from plait.report import charts
 from plait.report.charts import Chart
-from plait.report.comparison_report import notes, table
+from plait.report.comparison_report import cells, notes
 from plait.report.meetings import topology
 from plait.report.recorded_run import Track
 from plait.report.series import Said, started
@@ -39,7 +39,7 @@ OVER_ROUNDS = (
 """The figures that are drawn over the rounds."""
 
 
-def report(studies: Sequence[Study]) -> str:
+def html_report(studies: Sequence[Study]) -> str:
     """One HTML file with everything in it.
 
     Raises:
@@ -164,7 +164,7 @@ def _results(
     if not outcomes:
         return []
     found = conclusion.differences if conclusion else study.differences()
-    lines = list(table(outcomes, found).values())
+    lines = list(cells(outcomes, found).values())
     if len(outcomes) == 1:  # nothing to subtract from
         lines = [line[:5] + line[6:] for line in lines]
     return lines

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plait.figures import FIGURES
 from plait.report.series import (
-    STYLES,
-    Array,
+    LINE_STYLES,
     Said,
+    Series,
     band,
     last_scores,
     over_rounds,
@@ -119,7 +119,7 @@ def _draw_scores(axes: Axes, runs: Groups) -> None:
 
 def _draw(axes: Axes, runs: Groups, name: str) -> None:
     figure = FIGURES[name]
-    for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
+    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
         _draw_band(axes, label, *over_rounds(said, figure), color, dash)
     if figure.log and axes.dataLim.y1 > 0:
         axes.set_yscale("log")
@@ -128,7 +128,7 @@ def _draw(axes: Axes, runs: Groups, name: str) -> None:
 
 
 def _draw_bytes(axes: Axes, runs: Groups) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
+    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
         _, values = over_rounds(said, FIGURES["accuracy_client_mean"])
         _draw_band(axes, label, sent_megabytes(said)[: values.shape[1]], values, color, dash)
     axes.set_xlabel("sent by all clients, MB")
@@ -136,7 +136,7 @@ def _draw_bytes(axes: Axes, runs: Groups) -> None:
 
 
 def _draw_clients(axes: Axes, runs: Groups) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
+    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
         shares, values = last_scores(said)
         _draw_band(axes, label, shares, values, color, dash)
     axes.set_xlabel("clients from the worst to the best, %")
@@ -147,7 +147,7 @@ def _draw_consensus(axes: Axes, runs: Groups) -> None:
     """A and B of the first label, the phases of its first run shaded."""
     label, said = next(iter(runs.items()))
     for name, (color, _), dash in zip(
-        ("consensus_A", "consensus_B"), STYLES, ("solid", "dash"), strict=False
+        ("consensus_A", "consensus_B"), LINE_STYLES, ("solid", "dash"), strict=False
     ):
         rounds, values = over_rounds(said, FIGURES[name])
         _draw_band(axes, f"{FIGURES[name].title}, {label}", rounds, values, color, dash)
@@ -176,7 +176,7 @@ PICTURES: dict[str, Callable[[Axes, Groups], None]] = {
 # -- parts
 
 
-def _draw_band(axes: Axes, label: str, x: Array, values: Array, color: str, dash: str) -> None:
+def _draw_band(axes: Axes, label: str, x: Series, values: Series, color: str, dash: str) -> None:
     mean, low, high = band(values)
     if len(values) > 1:
         axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)

@@ -27,7 +27,7 @@ MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
 
 Pairs = np.ndarray[Any, np.dtype[np.uint16]]
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+Float32s = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Meetings:
     """
 
     pairs: Pairs
-    weights: Floats
+    weights: Float32s
     count: int
-    apart: Floats
+    apart: Float32s
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Track:
         return summarize(self.config, self.events) if enough else None
 
 
-class Federation(Track):
+class JoinedPeers(Track):
     """The peers of one federation as one run; each wrote a folder of what it saw of itself alone.
 
     A round is taken up when every peer that is still there has done it. The distances between
@@ -248,7 +248,7 @@ def _pairs(triples: Sequence[tuple[int, int, float]]) -> tuple[np.ndarray, np.nd
     return np.sort(table[:, :2].astype(int), axis=1), table[:, 2]
 
 
-def _once(ends: np.ndarray, weights: np.ndarray) -> tuple[Pairs, Floats]:
+def _once(ends: np.ndarray, weights: np.ndarray) -> tuple[Pairs, Float32s]:
     """Each pair of (E, 2) once, with the largest of its weights (E,)."""
     numbers, place = np.unique(ends[:, 0] * MOST_DRAWN + ends[:, 1], return_inverse=True)
     largest = np.zeros(len(numbers), dtype=np.float32)

@@ -16,13 +16,13 @@ import numpy as np
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import FIGURES, Figure
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Series = np.ndarray[Any, np.dtype[np.float64]]
 Said = Sequence[Sequence[Event]]
 """The events of each run of a label."""
 
 # Okabe and Ito's colours: told apart with any kind of colour vision. The dashes tell the lines
 # apart without any.
-STYLES = (
+LINE_STYLES = (
     ("#0072B2", "solid"),
     ("#D55E00", "dash"),
     ("#009E73", "dashdot"),
@@ -40,7 +40,7 @@ FLOOR = 1e-9
 """Distances below this are rounding: a factor that all clients hold in common."""
 
 
-def over_rounds(runs: Said, figure: Figure) -> tuple[Array, Array]:
+def over_rounds(runs: Said, figure: Figure) -> tuple[Series, Series]:
     """Rounds done (R,) and the figure of each run (S, R), NaN where a run has not come yet."""
     chosen = [[event for event in events if isinstance(event, figure.kinds)] for events in runs]
     longest = max(chosen, key=len, default=[])
@@ -68,7 +68,7 @@ def remark(groups: Mapping[str, Said], figure: Figure) -> str:
     return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in words.items() if labels)
 
 
-def band(values: Array) -> tuple[Array, Array, Array]:
+def band(values: Series) -> tuple[Series, Series, Series]:
     """Mean, lowest and highest (R,) of the runs (S, R) that have come to each round."""
     there = ~np.isnan(values)
     any_there = there.any(axis=0)
@@ -81,7 +81,7 @@ def band(values: Array) -> tuple[Array, Array, Array]:
     return mean, low, high
 
 
-def sent_megabytes(runs: Said) -> Array:
+def sent_megabytes(runs: Said) -> Series:
     """(R,) what all clients of one run had sent up to each evaluation, mean over the runs, in MB.
 
     The first is before the first round.
@@ -92,7 +92,7 @@ def sent_megabytes(runs: Said) -> Array:
     return np.array(total[np.searchsorted(rounds, done, side="right")])
 
 
-def last_scores(runs: Said) -> tuple[Array, Array]:
+def last_scores(runs: Said) -> tuple[Series, Series]:
     """The clients' last scores from the worst to the best, of each run that has any.
 
     Returns:
