@@ -174,14 +174,19 @@ def mixes() -> str:
     return table(["mix", "conserves the mean", ""], rows)
 
 
-def figures() -> str:
-    """The figures: their names in `summary.json` and for loggers, empty where they are not."""
+def summary_figures() -> str:
+    """The figures of `summary.json`, and how they are taken from the events."""
+    taken = [[f"`{k}`", one.title, one.take.__name__] for k, one in FIGURES.items() if one.take]
+    return table(["figure", "", "of all events"], taken)
+
+
+def logged_figures() -> str:
+    """The figures that loggers get, by the event that they are of."""
     rows = [
-        [f"`{name}`" if one.take else "", one.take.__name__ if one.take else "",
-         f"`{one.logged.format(name)}`" if one.logged else "", one.title]
-        for name, one in FIGURES.items() if one.take or one.logged
+        [f"`{one.logged.format(k)}`", one.title, f"`{one.kinds[0].__name__}`"]
+        for k, one in FIGURES.items() if one.logged
     ]  # fmt: skip
-    return table(["summary.json", "of all events", "logged as", ""], rows)
+    return table(["logged as", "", "with each"], rows)
 
 
 def commands() -> str:
@@ -191,7 +196,8 @@ def commands() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
-    "figures": figures,
+    "figures": summary_figures,
+    "logged": logged_figures,
     "loggers": lambda: _summaries("logger", LOGGERS),
     "methods": methods,
     "options": options,

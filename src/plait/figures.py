@@ -140,7 +140,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "rho": Figure("Disagreement that survives a round", (Started,), lambda e: e.rho, first),
     "rho_of_round": Figure(
-        "The same of one round's W", (RoundDone,), lambda e: e.rho, logged="round/rho"
+        "Disagreement that the round's W leaves", (RoundDone,), lambda e: e.rho, logged="round/rho"
     ),
     "sent_bytes": Figure(
         "Sent by all clients", (RoundDone,), lambda e: e.sent_bytes, summed, "round/{}",
