@@ -176,7 +176,7 @@ def mixes() -> str:
 
 def summary_figures() -> str:
     """The figures of `summary.json`, and how they are taken from the events."""
-    taken = [[f"`{k}`", one.title, one.take.__name__] for k, one in FIGURES.items() if one.take]
+    taken = [[f"`{k}`", one.title, one.take] for k, one in FIGURES.items() if one.take]
     return table(["figure", "", "of all events"], taken)
 
 

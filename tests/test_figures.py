@@ -14,7 +14,7 @@ import plait
 from fake_runs import events
 from plait.config import Config
 from plait.events import Evaluated, RoundDone, Started
-from plait.figures import FIGURES, of_event, summarize, taken
+from plait.figures import FIGURES, TAKES, summarize, taken
 from plait.metrics import LayerState
 from plait.runs.loggers import numbers
 
@@ -35,6 +35,10 @@ LOGGED = {
     "eval/accuracy_client_min", "eval/accuracy_averaged_model", "eval/loss_client_mean",
     "eval/loss_averaged_model", "time/eval_seconds",
 }  # fmt: skip
+
+
+def of_event(event) -> dict[str, float]:
+    return {k: one.value(event) for k, one in FIGURES.items() if isinstance(event, one.kinds)}
 
 
 def test_layers_are_put_together_by_definition():
@@ -76,6 +80,7 @@ def test_every_figure_is_of_an_event_and_has_a_use():
         assert one.title, name
         assert set(one.kinds) <= {Started, RoundDone, Evaluated}
         assert one.take or one.logged or one.unit, name
+        assert one.take in ("", *TAKES)
 
 
 def test_a_cell_has_the_unit_of_its_column():

@@ -9,57 +9,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from plait.config import Config
-from plait.events import KINDS, Evaluated, Event, RoundDone, Started, releases
+from plait.events import KINDS, Evaluated, Event, Incident, RoundDone, Started, releases
 from plait.metrics import LayerState
 from plait.privacy import spent
 
 Value = Callable[[Any], float]
 """A figure of one event."""
-Take = Callable[[Value, Sequence[Sequence[Event]]], float]
-"""A figure of a run, from the events that have it, kind by kind."""
-
-
-def first(value: Value, events: Sequence[Sequence[Event]]) -> float:
-    """As the first event has it."""
-    return value(events[0][0])
-
-
-def last(value: Value, events: Sequence[Sequence[Event]]) -> float:
-    """As the last event has it."""
-    return value(events[-1][-1])
-
-
-def summed(value: Value, events: Sequence[Sequence[Event]]) -> float:
-    """The sum over all events."""
-    return sum(sum(map(value, kind)) for kind in events)
+TAKES: dict[str, Callable[[Value, Sequence[Sequence[Event]]], float]] = {
+    "first": lambda value, events: value(events[0][0]),
+    "last": lambda value, events: value(events[-1][-1]),
+    "sum": lambda value, events: sum(sum(map(value, kind)) for kind in events),
+}
+"""How the summary takes a figure from the events that have it, kind by kind."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of `FIGURES`.
+    """A row of `FIGURES`; in `head` and `unit`, `{metric}` stands for the task's metric.
 
     Attributes:
         title: Its name for people.
+        value: It, of one event; NaN of a peer, which sees itself alone and not all clients.
         kinds: The events that have it.
-        value: It, of one of them; NaN of a peer, which sees itself alone and not all clients.
-        take: How the summary takes it; None where the summary has it not.
+        take: One of `TAKES`; empty where the summary has it not.
         logged: Its name for loggers, `{}` standing for its own; empty where it isn't logged.
-        head: Its column in tables; `{metric}` stands for the task's metric.
+        head: Its column in tables.
         form: How tables write it.
         scale: What one unit of `head` is.
-        unit: Its axis in charts; `{metric}` stands for the task's metric.
+        unit: Its axis in a chart of its own.
         log: Whether it spans orders of magnitude.
     """
 
     title: str
-    kinds: tuple[type[Event], ...]
     value: Value
-    take: Take | None = None
+    kinds: tuple[type[Event], ...] = (RoundDone,)
+    take: str = ""
     logged: str = ""
     head: str = ""
     form: str = ".3f"
@@ -74,97 +64,80 @@ class Figure:
 
 def seconds(event: Event) -> float:
     """What an event took, in seconds."""
-    match event:
-        case RoundDone():
-            return event.train_seconds + event.mix_seconds
-        case Started() | Evaluated():
-            return event.seconds
-    return 0.0
+    if isinstance(event, RoundDone):
+        return event.train_seconds + event.mix_seconds
+    return 0.0 if isinstance(event, Incident) else event.seconds
 
 
-def _over_layers(value: Callable[[LayerState], float]) -> Callable[[RoundDone], float]:
+def _over_layers(value: Callable[[LayerState], float]) -> Value:
     return lambda event: sum(map(value, event.after)) if event.after else math.nan
 
 
-_cross_term_squared = _over_layers(lambda layer: layer.cross_term**2)
+_squared_cross_terms = _over_layers(lambda layer: layer.cross_term**2)
+_setting = partial(Figure, kinds=(Started,), take="first")
+_evaluated = partial(Figure, kinds=(Evaluated,), take="last", logged="eval/{}")
+_distance = partial(Figure, take="last", logged="round/{}", form=".2g", log=True)
+_time = partial(Figure, take="sum", logged="time/{}")
 
 FIGURES: dict[str, Figure] = {
-    "majority": Figure("Always giving the same answer", (Started,), lambda e: e.majority, first),
-    "accuracy_client_mean": Figure(
-        "Clients' own models", (Evaluated,), lambda e: float(np.mean(e.scores)), last, "eval/{}",
+    "majority": _setting("Always giving the same answer", lambda e: e.majority),
+    "accuracy_client_mean": _evaluated(
+        "Clients' own models", lambda e: float(np.mean(e.scores)),
         head="{metric}", unit="{metric}, client mean",
     ),
-    "accuracy_client_std": Figure(
-        "Standard deviation over clients", (Evaluated,), lambda e: float(np.std(e.scores)), last,
-        "eval/{}",
+    "accuracy_client_std": _evaluated(
+        "Standard deviation over clients", lambda e: float(np.std(e.scores))
     ),
-    "accuracy_client_min": Figure(
-        "Worst client", (Evaluated,), lambda e: min(e.scores), last, "eval/{}",
-        head="worst", unit="{metric}, worst client",
+    "accuracy_client_min": _evaluated(
+        "Worst client", lambda e: min(e.scores), head="worst", unit="{metric}, worst client"
     ),
-    "accuracy_averaged_model": Figure(
-        "Averaged model", (Evaluated,), lambda e: e.averaged_score, last, "eval/{}",
+    "accuracy_averaged_model": _evaluated(
+        "Averaged model", lambda e: e.averaged_score,
         head="averaged", unit="{metric}, of the mean factors",
     ),
-    "loss_client_mean": Figure(
-        "Loss", (Evaluated,), lambda e: float(np.mean(e.losses)), last, "eval/{}",
-        head="loss", unit="held-out loss, client mean",
+    "loss_client_mean": _evaluated(
+        "Loss", lambda e: float(np.mean(e.losses)), head="loss", unit="held-out loss, client mean"
     ),
-    "loss_averaged_model": Figure(
-        "Loss of the averaged model", (Evaluated,), lambda e: e.averaged_loss, last, "eval/{}"
-    ),
+    "loss_averaged_model": _evaluated("Loss of the averaged model", lambda e: e.averaged_loss),
     "train_loss_client_mean": Figure(
-        "Training loss", (RoundDone,), lambda e: float(np.mean(e.train_losses)),
-        logged="train/loss_client_mean",
+        "Training loss", lambda e: float(np.mean(e.train_losses)), logged="train/loss_client_mean"
     ),
     "train_loss_client_max": Figure(
-        "Highest training loss of a client", (RoundDone,), lambda e: max(e.train_losses),
-        logged="train/loss_client_max",
+        "Highest training loss", lambda e: max(e.train_losses), logged="train/loss_client_max"
     ),
-    "cross_term": Figure(
-        "Cross term after mixing", (RoundDone,), lambda e: math.sqrt(_cross_term_squared(e)), last,
-        "round/{}", head="cross term", form=".2g", unit="‖C‖<sub>F</sub>, all layers", log=True,
+    "cross_term": _distance(
+        "Cross term after mixing", lambda e: math.sqrt(_squared_cross_terms(e)),
+        head="cross term", unit="‖C‖<sub>F</sub>, all layers",
     ),
-    "consensus_A": Figure(
-        "Ξ of A", (RoundDone,), _over_layers(lambda layer: layer.consensus_A), last, "round/{}",
-        head="Ξ of A", form=".2g", unit="Ξ, all layers", log=True,
+    "consensus_A": _distance(
+        "Ξ of A", _over_layers(lambda layer: layer.consensus_A), head="Ξ of A"
     ),
-    "consensus_B": Figure(
-        "Ξ of B", (RoundDone,), _over_layers(lambda layer: layer.consensus_B), last, "round/{}",
-        head="Ξ of B", form=".2g", unit="Ξ, all layers", log=True,
+    "consensus_B": _distance(
+        "Ξ of B", _over_layers(lambda layer: layer.consensus_B), head="Ξ of B"
     ),
     "apart": Figure(
-        "Disagreement after mixing", (RoundDone,),
+        "Disagreement after mixing",
         _over_layers(lambda layer: layer.consensus_A + layer.consensus_B),
         unit="Ξ<sub>A</sub> + Ξ<sub>B</sub>, all layers", log=True,
     ),
-    "rho": Figure("Disagreement that survives a round", (Started,), lambda e: e.rho, first),
-    "rho_of_round": Figure(
-        "Disagreement that the round's W leaves", (RoundDone,), lambda e: e.rho, logged="round/rho"
-    ),
+    "rho": _setting("Disagreement that a round leaves, at worst", lambda e: e.rho),
+    "rho_of_round": Figure("The same of this round", lambda e: e.rho, logged="round/rho"),
     "sent_bytes": Figure(
-        "Sent by all clients", (RoundDone,), lambda e: e.sent_bytes, summed, "round/{}",
-        head="MB sent", form=".1f", scale=1e6, unit="bytes",
+        "Sent by all clients", lambda e: e.sent_bytes, take="sum", logged="round/{}",
+        head="MB sent", form=".1f", scale=1e6,
     ),
     "worker_bytes": Figure(
-        "What a cluster's workers handed each other", (RoundDone,), lambda e: e.worker_bytes, summed
+        "What a cluster's workers handed each other", lambda e: e.worker_bytes, take="sum"
     ),
-    "train_seconds": Figure(
-        "Local training", (RoundDone,), lambda e: e.train_seconds, summed, "time/{}"
-    ),
-    "mix_seconds": Figure("Mixing", (RoundDone,), lambda e: e.mix_seconds, summed, "time/{}"),
-    "eval_seconds": Figure("Evaluation", (Evaluated,), lambda e: e.seconds, summed, "time/{}"),
-    "wall_seconds": Figure(
-        "All of it, preparing included", (Started, RoundDone, Evaluated), seconds, summed,
-        head="seconds", form=".0f",
+    "train_seconds": _time("Local training", lambda e: e.train_seconds),
+    "mix_seconds": _time("Mixing", lambda e: e.mix_seconds),
+    "eval_seconds": _time("Evaluation", seconds, (Evaluated,)),
+    "wall_seconds": _time(
+        "All of it, preparing included", seconds, (Started, RoundDone, Evaluated),
+        logged="", head="seconds", form=".0f",
     ),
 }  # fmt: skip
 """Name -> figure, in the order of `summary.json`."""
-
-
-def of_event(event: Event) -> dict[str, float]:
-    """Name -> figure of one event, all that it has."""
-    return {k: one.value(event) for k, one in FIGURES.items() if isinstance(event, one.kinds)}
 
 
 def taken(events: Sequence[Event]) -> dict[str, float]:
@@ -173,7 +146,7 @@ def taken(events: Sequence[Event]) -> dict[str, float]:
         kind: [event for event in events if isinstance(event, kind)] for kind in KINDS.values()
     }
     return {
-        name: one.take(one.value, [there[kind] for kind in one.kinds])
+        name: TAKES[one.take](one.value, [there[kind] for kind in one.kinds])
         for name, one in FIGURES.items()
         if one.take and all(there[kind] for kind in one.kinds)
     }

@@ -128,9 +128,6 @@ def build_method(config: Config) -> Method:
 def settled(config: Config) -> Config:
     """The config with the topology and the weights that its method is defined on.
 
-    Raises:
-        ValueError: See `build_method`.
-
     Example:
         >>> settled(Config(method="fedavg", weights="laplacian")).weights
         'metropolis'

@@ -23,14 +23,7 @@ import numpy as np
 
 from plait.events import Event
 from plait.experiments.executors import CellEnded, CellSaid, Executor, executor_for, num_jobs
-from plait.experiments.plan import (
-    Cell,
-    Entry,
-    Plan,
-    reported_cell,
-    save_plan,
-    tuning_cells,
-)
+from plait.experiments.plan import Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
 from plait.experiments.significance import Difference, Estimate, differences, estimate
 from plait.methods import build_method
 from plait.runs.loggers import require

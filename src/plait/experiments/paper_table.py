@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plait.config import Config
-from plait.experiments.significance import Difference, Estimate, differences, estimate, stands_out
+from plait.experiments.significance import (
+    STAR,
+    Difference,
+    Estimate,
+    differences,
+    estimate,
+    stands_out,
+)  # fmt: skip
 from plait.markdown import markdown_table
 
 if TYPE_CHECKING:
@@ -177,7 +184,7 @@ def _mean(of_tasks: list[Scores]) -> Scores:
 
 Grid = list[list[str]]
 LATEX = (
-    ("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (" *", r"$^*$"), (EDGE, r"$^\dagger$")
+    ("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (STAR, r"$^*$"), (EDGE, r"$^\dagger$")
 )  # fmt: skip
 
 
@@ -194,20 +201,12 @@ def _grids(block: TableBlock, bold: str) -> list[Grid]:
 def _score(column: Column, line: str, bold: str) -> str:
     if not column.scores[line]:
         return "-"
-    text = _with_reach(column.estimates[line], ".3f") + EDGE * (line in column.at_edge)
+    text = column.estimates[line].shown() + EDGE * (line in column.at_edge)
     return bold.format(text) if column.best == line else text
 
 
 def _difference(column: Column, rival: str) -> str:
-    if rival not in column.differences:
-        return "-"
-    one = column.differences[rival]
-    return _with_reach(one.estimate, "+.3f") + (" *" if one.significant else "")
-
-
-def _with_reach(one: Estimate, form: str) -> str:
-    reach = "" if one.high is None else f" ± {one.high - one.mean:.3f}"
-    return f"{one.mean:{form}}{reach}"
+    return column.differences[rival].shown if rival in column.differences else "-"
 
 
 def table_notes(blocks: Sequence[TableBlock]) -> list[str]:
@@ -283,14 +282,8 @@ def as_csv(blocks: Sequence[TableBlock]) -> str:
     for block in blocks:
         for column in block.columns:
             for line, one in column.estimates.items():
-                scores = [
-                    len(column.scores[line]),
-                    one.mean,
-                    one.low,
-                    one.high,
-                    column.best == line,
-                ]
-                row = [block.title, column.name, line, *scores, *_against(column, line)]
+                own = [len(column.scores[line]), one.mean, one.low, one.high, column.best == line]
+                row = [block.title, column.name, line, *own, *_against(column, line)]
                 writer.writerow(row)
     return out.getvalue()
 

@@ -22,6 +22,7 @@ from plait.methods import METHODS, Control
 from plait.presets import PresetRow
 
 PLAN = "plan.json"
+KEPT = ("methods", "seeds", "lrs", "lr_grid", "matched_control")
 FIRST_TUNING_SEED = 1000
 
 
@@ -83,14 +84,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """What to compare as plain JSON values; where it is, and whether to resume, is left out."""
-        return {
-            "config": self.config.to_json(),
-            "methods": list(self.methods),
-            "seeds": list(self.seeds),
-            "lrs": dict(self.lrs),
-            "lr_grid": list(self.lr_grid),
-            "matched_control": self.matched_control,
-        }
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {"config": self.config.to_json()} | json.loads(json.dumps(kept))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -129,15 +124,12 @@ def load_plan(out: Path) -> Plan:
     if not (out / PLAN).is_file():
         raise ValueError(f"{out} holds no comparison: there is no {PLAN} in it.")
     values = json.loads((out / PLAN).read_text())
-    return Plan(
-        config=Config.from_json(values["config"]),
-        methods=tuple(values["methods"]),
-        seeds=tuple(values["seeds"]),
-        out=out,
-        lrs=values["lrs"],
-        lr_grid=tuple(values["lr_grid"]),
-        matched_control=values["matched_control"],
-    )
+    return Plan(config=Config.from_json(values.pop("config")), out=out, **as_given(values))
+
+
+def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `Plan` that a file has, its lists as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in KEPT}
 
 
 def save_plan(plan: Plan) -> None:

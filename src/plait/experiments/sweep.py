@@ -22,17 +22,14 @@ from typing import Any
 from plait.config import Config
 from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
-from plait.experiments.plan import Cell, Plan, reported_cell, slug, tuning_cells
+from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
 from plait.machine.files import write_atomically
 from plait.methods import build_method, settled
 from plait.presets import changed, read_settings, start_from
 from plait.topology import TOPOLOGIES, build_schedule
 
 FILE = "sweep.toml"
-KEYS = (
-    "preset", "methods", "seeds", "lrs", "lr_grid", "matched_control",
-    "settings", "axes", "search_at", "small",
-)  # fmt: skip
+KEYS = ("preset", *KEPT, "settings", "axes", "search_at", "small")
 NOT_SHARED = ("method", "seed", "lr", "eval_split")
 """Settings that are of a run, not of a comparison."""
 
@@ -215,12 +212,8 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
     plans = [
         Plan(
             config=dataclasses.replace(config, **dict(zip(axes, combination, strict=True))),
-            methods=tuple(values.get("methods", Plan.methods)),
-            seeds=tuple(values.get("seeds", Plan.seeds)),
-            lrs=values.get("lrs", {}),
-            lr_grid=tuple(values.get("lr_grid", ())),
-            matched_control=values.get("matched_control", Plan.matched_control),
             out=out,
+            **as_given(values),
         )
         for combination in itertools.product(*axes.values())
     ]

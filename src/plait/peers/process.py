@@ -283,7 +283,7 @@ class Process:
         config, found = self.job.config, taken(self.done)
         last = [event for event in self.done if isinstance(event, Evaluated)][-1]
         rounds = [event for event in self.done if isinstance(event, RoundDone)]
-        incidents = [event for event in self.done if isinstance(event, Incident)]
+        incidents = [event.kind for event in self.done if isinstance(event, Incident)]
         return {
             "peer": self.settings.name,
             "client": self.me,
@@ -295,10 +295,7 @@ class Process:
             "loss": found["loss_client_mean"],
             "rows": last.rows,
             "sent_bytes": found["sent_bytes"],
-            "incidents": {
-                kind: sum(1 for incident in incidents if incident.kind == kind)
-                for kind in sorted({incident.kind for incident in incidents})
-            },
+            "incidents": {kind: incidents.count(kind) for kind in sorted(set(incidents))},
             "train_seconds": found["train_seconds"],
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),

@@ -12,22 +12,15 @@ from typing import Any
 
 from rich.table import Table
 
-from plait.experiments.comparison import (
-    SHOWN,
-    Conclusion,
-    Outcome,
-    significance,
-    table_figures,
-    verdict,
-)
-from plait.experiments.significance import Difference, Estimate
+from plait.experiments.comparison import Conclusion, Outcome, significance, table_figures, verdict
+from plait.experiments.significance import STAR, Difference
 from plait.figures import FIGURES
 from plait.machine.files import write_atomically
 from plait.markdown import markdown_table
 from plait.report.paper_figures import curves
 from plait.report.series import started
 
-STAR, EDGE = " *", "†"
+EDGE = "†"
 
 
 def write_report(conclusion: Conclusion) -> None:
@@ -45,29 +38,20 @@ def cells(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dic
     """Label -> its line of the table; the head is the line of the empty label."""
     reference, metric = outcomes[0].entry.label, outcomes[0].summaries[0]["metric"]
     against = {one.rival: one for one in differences}
-    heads = [FIGURES[name].head for name in SHOWN]
+    heads = [FIGURES[name].head for name in table_figures(outcomes[0])]
     lines = {"": ["method", metric, *heads[:2], "lr", f"{reference} - this", *heads[2:]]}
     for outcome in outcomes:
         label, lr = outcome.entry.label, outcome.entry.lr
         shown = [FIGURES[name].shown(value) for name, value in table_figures(outcome).items()]
         lines[label] = [
             label,
-            _with_reach(outcome.score, "0.3f"),
+            outcome.score.shown(),
             *shown[:2],
             f"{lr:g}{EDGE if outcome.at_grid_edge else ''}",
-            _against(against[label]) if label in against else "",
+            against[label].shown if label in against else "",
             *shown[2:],
         ]
     return lines
-
-
-def _with_reach(one: Estimate, form: str) -> str:
-    reach = "" if one.high is None else f" ± {one.high - one.mean:.3f}"
-    return f"{one.mean:{form}}{reach}"
-
-
-def _against(one: Difference) -> str:
-    return _with_reach(one.estimate, "+.3f") + (STAR if one.significant else "")
 
 
 def notes(conclusion: Conclusion) -> list[str]:

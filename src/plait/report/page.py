@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
+from plait.experiments.significance import Difference
 from plait.figures import FIGURES, taken
 from plait.report import charts
 from plait.report.charts import Chart
@@ -32,11 +33,6 @@ Payload = dict[str, Any]
 
 COLUMNS = {name: one for name, one in FIGURES.items() if one.head}
 PLOTLY = "vendor/plotly-cartesian-4.1.1.min.js"
-OVER_ROUNDS = (
-    "accuracy_client_mean", "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean",
-    "apart", "cross_term",
-)  # fmt: skip
-"""The figures that are drawn over the rounds."""
 
 
 def html_report(studies: Sequence[Study]) -> str:
@@ -89,13 +85,14 @@ def payload(study: Study) -> Payload:
     metric = begun.metric if begun else "score"
     conclusion = study.conclusion()
     outcomes = conclusion.outcomes if conclusion else study.outcomes()
+    against = conclusion.differences if conclusion else study.differences()
     context = {
         "study": study,
         "begun": begun,
         "metric": metric,
         "facts": _facts(study, begun),
         "headline": _headline(study, conclusion),
-        "table": _results(outcomes, study, conclusion),
+        "table": _results(outcomes, against),
         "notes": notes(conclusion)[1:] if conclusion else [],
         "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
         "runs": [_run_row(label, track) for label, track in study.tracks],
@@ -107,7 +104,7 @@ def payload(study: Study) -> Payload:
         "title": study.title,
         "finished": study.finished,
         "pieces": {name: _piece(name, context) for name in pieces},
-        "charts": _charts(said, metric, outcomes, study, conclusion),
+        "charts": _charts(said, metric, outcomes, against),
         "runs": [_run(key, track, metric) for key, track in _keys(study).items()],
     }
 
@@ -158,12 +155,9 @@ def _headline(study: Study, conclusion: Conclusion | None) -> str:
     return f"{runs} run{'s' if runs > 1 else ''}, {done} rounds, all done."
 
 
-def _results(
-    outcomes: Sequence[Outcome], study: Study, conclusion: Conclusion | None
-) -> list[list[str]]:
+def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[list[str]]:
     if not outcomes:
         return []
-    found = conclusion.differences if conclusion else study.differences()
     lines = list(cells(outcomes, found).values())
     if len(outcomes) == 1:  # nothing to subtract from
         lines = [line[:5] + line[6:] for line in lines]
@@ -182,23 +176,19 @@ def _run_row(label: str, track: Track) -> list[str]:
 
 
 def _charts(
-    said: dict[str, Said],
-    metric: str,
-    outcomes: Sequence[Outcome],
-    study: Study,
-    conclusion: Conclusion | None,
+    said: dict[str, Said], metric: str, outcomes: Sequence[Outcome], against: Sequence[Difference]
 ) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
-    differences = conclusion.differences if conclusion else study.differences()
     if len(outcomes) > 1:
         scores = {one.entry.label: one.score for one in outcomes}
         unit = f"{metric}, client mean"
         found["estimates"] = charts.intervals_chart(scores, unit, zero=False)
-    if differences:
+    if against:
         reference = outcomes[0].entry.label
-        found["differences"] = charts.differences_chart(differences, reference, metric)
-    for name in OVER_ROUNDS:
-        found[name] = charts.over_rounds_chart(said, FIGURES[name], metric)
+        found["differences"] = charts.differences_chart(against, reference, metric)
+    for name, figure in FIGURES.items():
+        if figure.unit:
+            found[name] = charts.over_rounds_chart(said, figure, metric)
     found["bytes"] = charts.bytes_chart(said, metric)
     found["clients"] = charts.clients_chart(said, metric)
     return found

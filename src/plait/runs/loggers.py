@@ -19,7 +19,7 @@ from typing import Any
 
 from plait.config import Config
 from plait.events import Evaluated, Event, RoundDone, Started
-from plait.figures import FIGURES, of_event, summarize
+from plait.figures import FIGURES, summarize
 from plait.lookup import lookup
 from plait.markdown import markdown_table
 
@@ -45,8 +45,8 @@ def numbers(event: Event) -> tuple[int, dict[str, float]]:
         (4, 0.5)
     """
     step = event.round + 1 if isinstance(event, RoundDone | Evaluated) else 0
-    found = of_event(event).items()
-    return step, {FIGURES[k].logged.format(k): x for k, x in found if FIGURES[k].logged}
+    there = {k: one for k, one in FIGURES.items() if one.logged and isinstance(event, one.kinds)}
+    return step, {one.logged.format(k): one.value(event) for k, one in there.items()}
 
 
 def logged(
