@@ -155,12 +155,11 @@ def taken(events: Sequence[Event]) -> dict[str, float]:
 def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
     """What `summary.json` holds of a finished run: settings, figures, and spent privacy."""
     events = list(events)
-    started = next(event for event in events if isinstance(event, Started))
     rounds = [event for event in events if isinstance(event, RoundDone)]
     settings = ("method", "task", "seed", "rounds", "clients", "topology")
     return {
         **{name: getattr(config, name) for name in settings},
-        "metric": started.metric,
+        "metric": next(e.metric for e in events if isinstance(e, Started)),
         **taken(events),
         "config_digest": config.digest(),
         **spent(config, releases(rounds)),

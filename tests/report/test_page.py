@@ -22,10 +22,10 @@ from plait.cli import report as cli_report
 from plait.cli.main import defaults, main
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.experiments.plan import load_plan
-from plait.figures import FIGURES
+from plait.figures import FIGURES, summarize
 from plait.report import charts
 from plait.report.meetings import topology
-from plait.report.page import PLOTLY, html_report, payload, plotly_js
+from plait.report.page import COLUMNS, PLOTLY, _run_row, html_report, payload, plotly_js
 from plait.report.paper_figures import PICTURES
 from plait.report.recorded_run import MOST_DRAWN, Track, meetings
 from plait.report.series import band, over_rounds, phases, remark, sent_megabytes
@@ -100,19 +100,22 @@ def test_kinds_of_events_from_elsewhere_are_passed_over(tmp_path):
     assert len(track.rounds) == CONFIG.rounds
 
 
-def test_the_summary_so_far_becomes_the_written_one(tmp_path):
+def test_a_run_that_goes_on_shows_what_is_known_of_it(tmp_path):
     go_on = begin_run(tmp_path / "run")
     track = Track.open(tmp_path / "run")
-    go_on()
+    assert _run_row("", track)[3:] == [""] * len(COLUMNS)
+    go_on(), go_on()
     track.read()
-    assert track.summary is None
+    assert _run_row("", track)[3:7] == ["0.500", "0.400", "0.520", "0.500"]
     while go_on():
         pass
     track.read()
-    so_far = track.summary
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(so_far))
-    assert track.summary == json.loads(json.dumps(so_far))
+    so_far = _run_row("", track)
+    assert "" not in so_far[3:]
+    assert track.summary is None
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summarize(CONFIG, track.events)))
     assert track.finished
+    assert _run_row("", track) == so_far
 
 
 def test_meetings_forget_the_direction_and_the_clients_that_are_not_drawn():

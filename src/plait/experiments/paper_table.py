@@ -247,10 +247,8 @@ def _aligned(grid: Grid) -> str:
 
 def as_markdown(blocks: Sequence[TableBlock]) -> str:
     """For a page."""
-    parts = []
-    for block in blocks:
-        grids = _grids(block, "**{}**")
-        parts += [markdown_table(head, rows, numbers=True) for head, *rows in grids]
+    grids = [grid for block in blocks for grid in _grids(block, "**{}**")]
+    parts = [markdown_table(head, rows, numbers=True) for head, *rows in grids]
     return "\n\n".join([*parts, *table_notes(blocks)]) + "\n"
 
 

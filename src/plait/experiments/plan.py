@@ -85,7 +85,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """What to compare as plain JSON values; where it is, and whether to resume, is left out."""
         kept = {name: getattr(self, name) for name in KEPT}
-        return {"config": self.config.to_json()} | json.loads(json.dumps(kept))
+        return {"config": self.config.to_json(), **json.loads(json.dumps(kept))}
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -146,10 +146,7 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
     if all((method.train(t), method.share(t)) == (other.train(t), other.share(t)) for t in rounds):
         unused.append("switch_every")
     silent = not any(method.share(t) for t in rounds)
-    if silent or method.topology:
-        unused.append("topology")
-    if silent or method.weights:
-        unused.append("weights")
+    unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
     if silent or not TOPOLOGIES[settled(config).topology].uses_p:
         unused.append("p")
     return tuple(unused)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from plait.config import Config
 from plait.events import Evaluated
-from plait.figures import FIGURES
+from plait.figures import taken
 from plait.machine.files import write_atomically
 from plait.methods import build_method
 from plait.mixing import mean
@@ -35,10 +35,6 @@ from plait.topology import build_schedule
 
 POLL_S = 0.2
 GRACE_S = 20.0
-OF_CLIENTS = (
-    "accuracy_client_mean", "accuracy_client_std", "accuracy_client_min", "loss_client_mean"
-)  # fmt: skip
-"""The figures of an evaluation that peers have together; nobody has the averaged model."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +150,10 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     _average(adapters, len(folders))
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
     together = Evaluated(
-        round=federation.config.rounds - 1, rows=0, seconds=0.0,
+        round=federation.config.rounds - 1, rows=0, seconds=math.nan,
         scores=[summary["accuracy"] for summary in summaries],
         losses=[summary["loss"] for summary in summaries],
-        averaged_score=math.nan, averaged_loss=math.nan,
+        averaged_score=math.nan, averaged_loss=math.nan,  # which nobody has
     )  # fmt: skip
     shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
     incidents = {
@@ -168,7 +164,7 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     summary = {key: summaries[0][key] for key in shared} | {
         "clients": len(folders),
         "topology": federation.config.topology,
-        **{name: FIGURES[name].value(together) for name in OF_CLIENTS},
+        **{key: value for key, value in taken([together]).items() if not math.isnan(value)},
         "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
         "incidents": incidents,
     }

@@ -41,12 +41,10 @@ def over_rounds_chart(groups: Mapping[str, Said], figure: Figure, metric: str) -
     traces: list[Chart] = []
     for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
         traces += _banded(label, *over_rounds(runs, figure), color, dash)
-    why = remark(groups, figure)
+    why, unit = remark(groups, figure), figure.unit.format(metric=metric)
     layout = {
         "xaxis": _axis("rounds done"),
-        "yaxis": _axis(
-            figure.unit.format(metric=metric), log=figure.log and any(map(_positive, traces))
-        ),
+        "yaxis": _axis(unit, log=figure.log and any(map(_positive, traces))),
         "annotations": [_remark(why)] if why else [],
     }
     return _chart(traces, layout, f"{figure.title} over the rounds")
@@ -89,10 +87,8 @@ def clients_chart(groups: Mapping[str, Said], metric: str) -> Chart:
     for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
         shares, values = last_scores(runs)
         traces += _banded(label, shares, values, color, dash) if len(shares) else []
-    layout = {
-        "xaxis": _axis("clients from the worst to the best, %"),
-        "yaxis": _axis(f"{metric} of a client"),
-    }
+    layout = {"xaxis": _axis("clients from the worst to the best, %"),
+              "yaxis": _axis(f"{metric} of a client")}  # fmt: skip
     return _chart(traces, layout, "Clients' last scores, sorted from the worst to the best")
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from plait.config import Config
 from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line
-from plait.figures import summarize
 from plait.metrics import MOST_PAIRED
+from plait.runs.run_folder import load_summary
 
 MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
@@ -135,12 +135,8 @@ class Track:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Its figures: the written ones, or those so far; None before the first round's."""
-        if self.finished:
-            figures: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
-            return figures
-        enough = self.rounds and self.evaluations and self.rounds[-1].after
-        return summarize(self.config, self.events) if enough else None
+        """Its figures, once they are written."""
+        return load_summary(self.path) if self.finished else None
 
 
 class JoinedPeers(Track):
