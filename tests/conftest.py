@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from plait.data.tasks import Rows, Task
 from plait.data.tokens import Tokens
 from plait.engines.job import Job
 from plait.events import Started
-from plait.methods import build_method
+from plait.methods import build_method, settled
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.kernels.compiled import kernels
@@ -70,12 +69,11 @@ def tiny_job(config: Config) -> Job:
     tokens = random_tokens()
     rows = Rows(texts=(("",),) * len(tokens), labels=tokens.labels, keys=None)
     task = Task("random", rows, rows, rows, ("a", "b", "c"), "accuracy")
-    method = build_method(config)
-    config = dataclasses.replace(config, topology=method.topology or config.topology)
+    config = settled(config)
     return Job(
         config=config,
         task=task,
-        method=method,
+        method=build_method(config),
         schedule=build_schedule(config),
         backbone=Backbone(Loaded(tiny_model("bert"), None, ()), config),
         train=tokens,

@@ -18,8 +18,9 @@ from plait.config import Config
 from plait.engines.job import Rules
 from plait.engines.simulate import Simulation, simulate
 from plait.engines.steps import train_round
-from plait.events import Evaluated, RoundDone, summarize
+from plait.events import Evaluated, RoundDone
 from plait.factors import VALUE, Factor
+from plait.figures import summarize
 from plait.peers.process import KEY_BYTES, noise_of
 from plait.privacy import clipped, epsilon, privatise, secret_noise, seeded_noise
 from plait.runs.run_folder import RunFolder, carry_out

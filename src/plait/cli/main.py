@@ -69,7 +69,7 @@ class Compare(Start):
     lr_grid: str = ""
     """Search these rates for each method without one in --lrs, on the validation split."""
     no_matched_control: Flag = False
-    """Leave out Dec-LoRA at half of ADF's learning rate, which moves as far as ADF does."""
+    """Leave out the controls of methods, such as Dec-LoRA at half of ADF's learning rate."""
     out: Path | None = None
     """The folder of the comparison; `runs/<task>-compare` if not given."""
     resume: Flag = False

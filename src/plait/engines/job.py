@@ -19,7 +19,7 @@ from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
-from plait.methods import Method, build_method
+from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
 from plait.model.loading import draws_head, load_model
 from plait.privacy import check_accounting
@@ -34,7 +34,7 @@ class Job:
     """A prepared run.
 
     Attributes:
-        config: With the topology that the method is defined on, where it has one.
+        config: With the topology and weights that the method is defined on, where it has any.
         task: The data as text.
         method: What trains and what travels.
         schedule: Round -> W (N, N).
@@ -120,11 +120,10 @@ class Rules:
 
     @classmethod
     def of(cls, config: Config) -> Rules:
-        """The rules of a config, with the topology that its method is defined on."""
+        """The rules of a config, with the topology and weights that its method is defined on."""
         check_accounting(config)
-        method = build_method(config)
-        config = dataclasses.replace(config, topology=method.topology or config.topology)
-        return cls(config, method, build_schedule(config))
+        config = settled(config)
+        return cls(config, build_method(config), build_schedule(config))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ from plait.data.tasks import Task, load_task
 from plait.engines.checkpoint import load_beside
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
+from plait.figures import taken
 from plait.lora import Stack
+from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
@@ -279,29 +281,23 @@ class Process:
         LOG.info("done: %s%s", adapter, spent)
 
     def _summary(self) -> dict[str, Any]:
-        config = self.job.config
+        config, found = self.job.config, taken(self.done)
         last = [event for event in self.done if isinstance(event, Evaluated)][-1]
         rounds = [event for event in self.done if isinstance(event, RoundDone)]
-        incidents = [event for event in self.done if isinstance(event, Incident)]
+        incidents = [event.kind for event in self.done if isinstance(event, Incident)]
         return {
             "peer": self.settings.name,
             "client": self.me,
-            "method": config.method,
-            "task": config.task,
-            "seed": config.seed,
-            "rounds": config.rounds,
+            **{key: getattr(config, key) for key in ("method", "task", "seed", "rounds")},
             "rounds_done": len(rounds),
             "metric": self.job.started.metric,
             "majority": self.job.started.majority,
-            "accuracy": last.scores[0],
-            "loss": last.losses[0],
+            "accuracy": found["accuracy_client_mean"],
+            "loss": found["loss_client_mean"],
             "rows": last.rows,
-            "sent_bytes": sum(event.sent_bytes for event in rounds),
-            "incidents": {
-                kind: sum(1 for incident in incidents if incident.kind == kind)
-                for kind in sorted({incident.kind for incident in incidents})
-            },
-            "train_seconds": sum(event.train_seconds for event in rounds),
+            "sent_bytes": found["sent_bytes"],
+            "incidents": {kind: incidents.count(kind) for kind in sorted(set(incidents))},
+            "train_seconds": found["train_seconds"],
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
         }
@@ -351,7 +347,7 @@ def check_members(federation: Federation) -> None:
         (changing, "peers that join or leave"),
         (federation.limits.symmetric_loss, "symmetric_loss"),
     ):
-        if needs and not topology_row(federation.config).symmetric:
+        if needs and not topology_row(settled(federation.config)).symmetric:
             raise ValueError(
                 f"{what} need a symmetric topology; {federation.config.topology} with "
                 f"weights {federation.config.weights} is not."
