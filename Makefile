@@ -49,9 +49,10 @@ test-faults: $(STAMP) ## Faults between real peer processes: kills, cut links, b
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
 
 # One recipe rather than four prerequisites, so that `make -j` keeps the order and the tests are last.
-check: $(STAMP) ## Everything that CI checks: format, lint, types, tests
+check: $(STAMP) ## Everything that CI checks: format, lint, imports, types, tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports --no-cache >/dev/null || { $(BIN)/lint-imports --no-cache; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pytest --cov
 
