@@ -23,6 +23,7 @@ from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
 from plait.cli import sweep as cli_sweep
 from plait.config import Config
+from plait.data.sources import check_files
 from plait.lookup import lookup
 from plait.presets import PRESETS, PresetRow, start_from
 
@@ -117,6 +118,7 @@ class Export:
 
 def _run(args: list[str]) -> None:
     given = _parse(Run, "run", args, Run(settings=defaults(args)))
+    check_files(given.settings)
     from plait.cli.progress import watch
     from plait.events import summarize
     from plait.runs.loggers import logged
@@ -136,6 +138,7 @@ def _compare(args: list[str]) -> None:
     preset = PRESETS.get(_start_of(args).preset, PresetRow(Config, ""))
     start = Compare(settings=defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = _parse(Compare, "compare", args, start)
+    check_files(given.settings)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
     from plait.experiments.executors import num_jobs

@@ -136,8 +136,9 @@ def prepare(config: Config, own: Task | None = None) -> Job:
         if not draws_head(config):
             shared["seed"] = 0
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
+        task = _shared_task(Config(**shared | {"eval_split": "test"}))
+        shares = deal(task.train, task.num_labels, config)  # before a model is loaded for nothing
         materials = share(Config(**shared))
-        shares = deal(materials.task.train, materials.task.num_labels, config)
     else:
         materials = _materials(own, config, tokenize)
         shares = [np.arange(len(own.train))] * config.clients
@@ -168,8 +169,9 @@ def _first_event(
 
 
 MATERIAL = (
-    "task", "glue_dir", "train_file", "dev_file", "text_columns", "label_column", "key_column",
-    "max_length", "backbone", "pooling", "head", "rank", "alpha", "target_modules", "top_layers",
+    "task", "glue_dir", "train_file", "dev_file", "text_columns", "label_column", "objective",
+    "key_column", "encoding", "delimiter", "skip_bad_rows", "max_length", "backbone", "pooling",
+    "head", "rank", "alpha", "target_modules", "top_layers",
     "eval_split", "dtype", "device", "cache_gib", "seed",
 )  # fmt: skip
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
@@ -177,9 +179,15 @@ of them where a head is drawn from it."""
 
 
 @lru_cache(maxsize=1)
+def _shared_task(config: Config) -> Task:
+    """The task by name; kept for as long as its materials are."""
+    return load_task(config)
+
+
+@lru_cache(maxsize=1)
 def _shared_materials(config: Config) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
-    return _materials(load_task(config), config, stored_tokens)
+    return _materials(_shared_task(config), config, stored_tokens)
 
 
 @lru_cache(maxsize=1)

@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from plait.config import Config
+from plait.machine.text_files import read_text
 from plait.presets import fits
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A peer's name is a DNS label, so that it can stand in a certificate."""
 
-LOCAL_SETTINGS = ("glue_dir", "train_file", "dev_file", "device", "chunk_tokens")
+LOCAL_SETTINGS = (
+    "glue_dir", "train_file", "dev_file", "encoding", "delimiter", "skip_bad_rows", "device",
+    "chunk_tokens",
+)  # fmt: skip
 """Settings of a run in which the peers of a federation may differ."""
 
 Table = TypeVar("Table")
@@ -284,8 +288,8 @@ def is_loopback(host: str) -> bool:
 
 def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not TOML, or not UTF-8
+        values = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:
