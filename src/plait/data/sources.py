@@ -293,7 +293,7 @@ def read_file(
     examples: list[Example] = []
     faults: dict[str, list[int]] = defaultdict(list)
     for number, cells, fault in table.rows:
-        if fault := fault or _fault(cells, columns):
+        if fault := fault or _fault(cells, columns, label_column):
             faults[fault].append(number)
         else:
             *texts, label = (str(cells[column]) for column in columns[: len(text_columns) + 1])
@@ -331,19 +331,26 @@ def _refuse_mixed(table: Table, label: str) -> None:
         )
 
 
-def _fault(cells: Mapping[str, object], columns: Sequence[str]) -> str:
+def _fault(cells: Mapping[str, object], columns: Sequence[str], label: str) -> str:
     """What rows like this one have or have not; empty if each column holds one value."""
-    return next(filter(None, (_cell_fault(cells.get(c), c) for c in columns)), "")
+    for column in columns:
+        if problem := _problem(cells.get(column), may_be_bool=column == label):
+            return problem.format(repr(column))
+    return ""
 
 
-def _cell_fault(cell: object, column: str) -> str:
-    if isinstance(cell, str):
-        return "" if cell.strip() else f"have no {column!r}"
-    if cell is None:
-        return f"have no {column!r}"
-    if isinstance(cell, list | dict | tuple | bytes):
-        kind = {list: "a list", bytes: "bytes"}.get(type(cell), "an object")
-        return f"have {kind} as {column!r}, where one string or number is expected"
+def _problem(cell: object, *, may_be_bool: bool) -> str:
+    match cell:
+        case None:
+            return "have no {}"
+        case str():
+            halves = not cell.isascii() and any("\ud800" <= letter <= "\udfff" for letter in cell)
+            return "have half a character as {}" if halves else "" if cell.strip() else "have no {}"
+        case list() | dict() | bytes():
+            kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(cell)]
+            return f"have {kind} as {{}}, where one string or number is expected"
+        case bool() if not may_be_bool:
+            return "have true or false as {}, where a string is expected"
     return ""
 
 

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,8 +195,8 @@ def _detector(
 ) -> Callable[[Sequence[str]], bool]:
     """Tells rows between two stray quotes from a text of several lines.
 
-    They all have the fields of a row, and most have a label that other rows have, or a number
-    where all labels are numbers.
+    They all have the fields of a row, and most have a label that other rows or lines have, or a
+    number where all labels are numbers.
     """
     at, width = columns.index(label), _width(columns)
     known = {x.fields[at] for x in records if x.num_lines == 1 and len(x.fields) > at}
@@ -205,8 +206,9 @@ def _detector(
         rows = [line.rstrip("\r\n").split(delimiter) for line in lines]
         if any(len(row) < width for row in rows):
             return False
-        labelled = sum(row[at] in known or (numbers and is_number(row[at])) for row in rows)
-        return 2 * labelled > len(rows)
+        times = Counter(row[at] for row in rows if row[at].strip())
+        labels = (x for x in times if x in known or times[x] > 1 or (numbers and is_number(x)))
+        return 2 * sum(times[label] for label in labels) > len(rows)
 
     return swallows
 
