@@ -53,7 +53,7 @@ Three things to try:
 class Start:
     """Where the settings of a command come from."""
 
-    settings: tyro.conf.OmitArgPrefixes[Config]
+    settings: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
     preset: str | None = None
     """Start from a named experiment; `plait presets` lists them. Other flags change it."""
     config: Path | None = None

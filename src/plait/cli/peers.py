@@ -51,7 +51,7 @@ class Up:
     """Start from a named experiment; `plait presets` lists them. Other flags change it."""
     config: Path | None = None
     """Start from a TOML file, or from a run's config.json. Other flags change it."""
-    settings: tyro.conf.OmitArgPrefixes[Config]
+    settings: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class InitFederation:
     """Start from a named experiment; `plait presets` lists them. Other flags change it."""
     config: Path | None = None
     """Start from a TOML file, or from a run's config.json. Other flags change it."""
-    settings: tyro.conf.OmitArgPrefixes[Config]
+    settings: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
 
 
 # -- the commands
