@@ -23,6 +23,8 @@ from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from plait.machine.text_files import read_text
+
 HUB_TIMEOUT_S = 3.0
 LEAST_DISK_GIB = 5.0
 SOON = timedelta(days=30)
@@ -246,7 +248,7 @@ def check_peer(file: Path) -> Iterator[Finding]:
     """A peer's certificate, key and port, as its `peer.toml` names them."""
     about = file.parent.name
     try:
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+        settings = tomllib.loads(read_text(file))
         yield _certificate(about, file.parent / settings["certificate"])
         yield _key(about, file.parent / settings["key"])
         yield _listen(about, settings["listen"])

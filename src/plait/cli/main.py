@@ -23,6 +23,7 @@ from plait.cli import report as cli_report
 from plait.cli import sweep as cli_sweep
 from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of
 from plait.config import Config
+from plait.data.sources import check_files
 from plait.lookup import lookup
 from plait.presets import PRESETS, PresetRow
 
@@ -98,6 +99,7 @@ class Export:
 
 def _run(args: list[str]) -> None:
     given = parse(Run, "run", args, Run(**defaults(args)))
+    check_files(given.settings)
     from plait.cli.progress import watch
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
@@ -114,6 +116,7 @@ def _compare(args: list[str]) -> None:
     preset = PRESETS.get(start_of(args).preset, PresetRow(Config, ""))
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
+    check_files(given.settings)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
     from plait.experiments.executors import num_jobs

@@ -156,8 +156,9 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
         if not draws_head(config):
             shared["seed"] = 0
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
+        task = _shared_task(Config(**shared | {"eval_split": "test"}))
+        shares = deal(task, config)  # before a model is loaded for nothing
         materials = share(Config(**shared), machine)
-        shares = deal(materials.task, config)
     else:
         materials = _materials(own, config, machine, tokenize)
         shares = [np.arange(len(own.train))] * config.clients
@@ -192,16 +193,24 @@ def _first_event(
 
 
 MATERIAL = (
-    names_of(FileSettings) | names_of(ModelSettings) | {"task", "max_length", "eval_split", "seed"}
+    names_of(FileSettings)
+    | names_of(ModelSettings)
+    | {"task", "objective", "max_length", "eval_split", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
 
 
 @lru_cache(maxsize=1)
+def _shared_task(config: Config) -> Task:
+    """The task by name; kept for as long as its materials are."""
+    return load_task(config)
+
+
+@lru_cache(maxsize=1)
 def _shared_materials(config: Config, machine: Machine) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
-    return _materials(load_task(config), config, machine, stored_tokens)
+    return _materials(_shared_task(config), config, machine, stored_tokens)
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,7 @@ from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
 from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
 from plait.machine.files import write_atomically
+from plait.machine.text_files import read_text
 from plait.methods import build_method, settled
 from plait.presets import changed, read_settings, start_from
 from plait.topology import TOPOLOGIES, build_schedule
@@ -243,4 +244,4 @@ def claim(sweep: Sweep, file: Path) -> None:
     if out.exists() and not (out / FILE).exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder and holds no sweep; take another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / FILE, file.read_text(encoding="utf-8"))
+    write_atomically(out / FILE, read_text(file))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from plait.config import Config, FileSettings, Machine, names_of
+from plait.machine.text_files import read_text
 from plait.presets import fits
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -292,8 +293,8 @@ def is_loopback(host: str) -> bool:
 
 def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not TOML, or not UTF-8
+        values = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:

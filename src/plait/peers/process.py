@@ -364,6 +364,8 @@ def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
             f"{settings.name} has a train_file of its own, so the federation must name the classes "
             'for all: put labels = ["...", "..."] at the top of federation.toml.'
         )
+    if config.objective == "auto":  # they have been named, whatever one peer's rows look like
+        config = dataclasses.replace(config, objective="classification")
     own = relabelled(load_task(config), federation.labels)
     return prepare(config, settings.machine, own)
 
