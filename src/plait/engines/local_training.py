@@ -24,9 +24,9 @@ from plait.config import Config
 from plait.data.tokens import Batch, Tokens
 from plait.factors import Factor
 from plait.lora import Dropout, Stack
-from plait.machine import devices
-from plait.machine.devices import chunk_tokens, moved
+from plait.machine.devices import moved
 from plait.model.backbone import Backbone
+from plait.model.backend import Backend
 from plait.model.memory import tokens_at_once
 from plait.rng import stream, torch_stream
 
@@ -83,7 +83,10 @@ def local_phase(
             for factor in active:
                 lr = config.head_lr if factor is Factor.HEAD else config.lr
                 taken = stack.steps[factor] + step
-                _step(leaves[factor], *moments[factor], taken, lr, config.weight_decay)
+                _step(
+                    backbone.backend, leaves[factor], *moments[factor], taken, lr,
+                    config.weight_decay,
+                )  # fmt: skip
                 leaves[factor].grad = None
         for factor in active:
             stack.factors[factor][rows] = leaves[factor].detach()
@@ -92,8 +95,8 @@ def local_phase(
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
-    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
-    at_once = min(chunk_tokens(config.chunk_tokens, backbone.device), most / workers)
+    workers = int(min(backbone.backend.workers(), len(clients), max(1, most / tokens_each.mean())))
+    at_once = min(backbone.backend.chunk_tokens(config.chunk_tokens), most / workers)
     on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
@@ -135,11 +138,6 @@ def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> li
         found[most][i : i + 1] = back
         loads[most] -= over[i, j]
         loads[least] += over[i, j]
-
-
-def cores(device: torch.device) -> int:
-    """How many chunks can be computed at once: PyTorch's threads, or one on an accelerator."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def on_cores(
@@ -221,15 +219,18 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
 
 
 def _step(
-    leaf: Tensor, first: Tensor, second: Tensor, taken: int, lr: float, weight_decay: float
+    backend: Backend,
+    leaf: Tensor,
+    first: Tensor,
+    second: Tensor,
+    taken: int,
+    lr: float,
+    weight_decay: float,
 ) -> None:
     """One AdamW step on a factor (n, P) and its moments, in place, with Hugging Face's defaults."""
     assert leaf.grad is not None
     parts = [leaf.detach(), leaf.grad, first, second]
-    # Each client's row by itself: the last few entries of a tensor are rounded otherwise than those
-    # before them, and which are the last must not depend on who else is here.
-    at_once = devices.all_at_once(leaf.device)
-    values, grads, firsts, seconds = ([part] if at_once else list(part) for part in parts)
+    values, grads, firsts, seconds = map(backend.optimizer_rows, parts)
     with torch.no_grad():
         adamw(
             values,
@@ -265,7 +266,7 @@ def evaluate(
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
-    at_once = chunk_tokens(config.chunk_tokens, backbone.device)
+    at_once = backbone.backend.chunk_tokens(config.chunk_tokens)
     texts_at_once = max(1, int(at_once / tokens.lengths.mean() / 8))
     pieces = [
         (texts, chunk)
@@ -280,7 +281,7 @@ def evaluate(
         with torch.no_grad():
             return backbone.logits(batch, mine).cpu()
 
-    parts = on_cores(logits_of, pieces, cores(backbone.device))
+    parts = on_cores(logits_of, pieces, backbone.backend.workers())
     logits = torch.empty(num_clients, len(order), parts[0].shape[-1])
     for (texts, chunk), part in zip(pieces, parts, strict=True):
         logits[torch.tensor(chunk)[:, None], torch.from_numpy(texts)] = part
