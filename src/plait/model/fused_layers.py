@@ -78,7 +78,7 @@ class Pieces:
     """
 
     def __init__(self, batch: Batch) -> None:
-        """Cut a batch without padding: in large pieces for one thread, in small ones for several."""
+        """Cut a batch without padding: for one thread in large pieces, for several in small."""
         most = PIECE_TOKENS if torch.get_num_threads() == 1 else PORTION_TOKENS
         portions: list[int] = []  # their first texts
         pieces: list[int] = []  # their first portions
