@@ -237,7 +237,7 @@ class AcceleratorBackend(Backend):
 
     def head(self, head: nn.Module, _frozen: bool) -> StackedHead:
         """All clients at once."""
-        return vmap(partial(functional_call, head))  # type: ignore[no-any-return]
+        return vmap(partial(functional_call, head))
 
     def optimizer_rows(self, part: Tensor) -> list[Tensor]:
         """All clients at once."""
