@@ -255,6 +255,9 @@ class Machine:
     fewer at once where they need more. Not limited when not given."""
     save_every: int = 10
     """Rounds between checkpoints."""
+    backend: str | None = None
+    """How to compute: `kernels`, `operators`, `accelerator`, or `slow`, which is plain, for
+    debugging; the fastest that is there when not given."""
     engine: Engine = "simulate"
     """Compute in this process, or on a Ray cluster: RAY_ADDRESS's, or one started here."""
     workers: int | None = None

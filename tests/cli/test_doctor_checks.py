@@ -44,7 +44,7 @@ def test_missing_extras_are_notes(monkeypatch):
 
 def test_kernels_and_where_they_cannot_be_compiled(compiler, monkeypatch):
     assert doctor.check_kernels().mark == "ok"
-    monkeypatch.setattr("plait.model.kernels.compiled._kernels", lambda _dtype: None)
+    monkeypatch.setattr("plait.model.kernels.compiled.kernels", lambda _dtype: None)
     assert (doctor.check_kernels().mark, doctor.check_kernels().fix[:11]) == ("note", "install gcc")
 
 

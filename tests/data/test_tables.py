@@ -351,7 +351,8 @@ def test_every_file_may_begin_with_a_mark(tmp_path, encoding, end):
     assert read_contacts(written("edges.txt", "0 1\n"), 2).tolist() == [[0, 1]]
     mixtures = written("mix.json", "[[1, 0],\n [0, 1]]")
     data = Rows((("a",), ("b",)), np.array([0, 1]))
-    assert len(deal(data, 2, Config(clients=2, label_skew=str(mixtures)))) == 2
+    task = Task("two", data, data, data, ("a", "b"), "accuracy")
+    assert len(deal(task, Config(clients=2, label_skew=str(mixtures)))) == 2
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl"])

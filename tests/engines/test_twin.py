@@ -19,13 +19,12 @@ from plait.model.loading import Loaded
 from twin import all_logits, twin_evaluation, twin_local_phase
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
-PACKED = ("bert", "roberta", "electra", "mean-pooled")
 PHASES = (Factor.A, Factor.B, Factor.AB)
 
 
-def setup(architecture, config, tokens, packed=True):
+def setup(architecture, config, tokens, backend=None):
     model = tiny_model(architecture)
-    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, packed)
+    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, backend)
     stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
     # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
     # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
@@ -94,12 +93,12 @@ def test_evaluation_equals_peft(architecture, ragged_tokens):
 
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("architecture", PACKED)
-def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_backend_equals_the_slow_one(architecture, dropout, ragged_tokens):
     config = Config(clients=4, local_steps=3, batch_size=5, rank=4, lora_dropout=dropout)
     results = []
-    for packed in (True, False):
-        _, backbone, stack, shares, _ = setup(architecture, config, ragged_tokens, packed)
+    for backend in (None, "slow"):
+        _, backbone, stack, shares, _ = setup(architecture, config, ragged_tokens, backend)
         losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config)
         results.append((losses, stack.factors[Factor.B]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
@@ -111,7 +110,7 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
 def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monkeypatch):
     if units and not bfloat16_units():
         pytest.skip("this CPU doesn't multiply in bfloat16")
-    monkeypatch.setattr("plait.model.frozen_linear.bfloat16_units", lambda: units)
+    monkeypatch.setattr("plait.model.backend.bfloat16_units", lambda: units)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         config = Config(clients=4, local_steps=5, batch_size=5, rank=4, lr=5e-3, dtype=dtype)

@@ -25,6 +25,7 @@ from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, star
 from plait.config import Config
 from plait.data.sources import check_files
 from plait.lookup import lookup
+from plait.machine.process import configure_process
 from plait.presets import PRESETS, PresetRow
 
 if TYPE_CHECKING:
@@ -219,12 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for an error, 2 for usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     status = 0
-    # OpenMP's threads spin while they wait for each other, by default so long that a run slows
-    # down tenfold where another process wants the cores too. Read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # Activations come and go in megabytes: in pages of 4 KB, finding them takes up to a tenth of a
-    # step. With this, torch asks Linux for pages of 2 MB.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    configure_process()
     try:
         if not args:
             _greet()

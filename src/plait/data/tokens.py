@@ -84,12 +84,12 @@ def tokenize(
 class Batch:
     """The texts of one step for n clients, packed.
 
-    The last few of the T tokens may be filler, under one in sixty: they belong to no text, and make
-    T one of few numbers, since oneDNN prepares its products anew for each.
+    The last few of the T tokens may be padding, under one in sixty: they belong to no text, and
+    make T one of few numbers, since oneDNN prepares its products anew for each.
 
     Attributes:
         num_clients: n.
-        num_tokens: T less the filler.
+        num_tokens: T less the padding.
         source: (T,) int64, each token's place in the split's flat arrays.
         ids: (T,) int64.
         types: (T,) int64.
@@ -132,13 +132,13 @@ class Batch:
 
     def by_client(self, *arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """What each client has of some arrays: its tokens of (T, ...), its own part of (n, ...)."""
-        counts = [*self.counts, len(self.ids) - self.num_tokens]  # the filler is nobody's
+        counts = [*self.counts, len(self.ids) - self.num_tokens]  # the padding is nobody's
         rows = (a.split(counts)[:-1] if len(a) == len(self.ids) else a.unbind() for a in arrays)
         return zip(*rows, strict=True)
 
     @cached_property
     def slots(self) -> Tensor:
-        """(T,) each token's place in a rectangle with a row for each client; without filler."""
+        """(T,) each token's place in a rectangle with a row for each client; without padding."""
         counts = np.array(self.counts)
         begins = np.arange(len(counts)) * counts.max() - np.cumsum(counts) + counts
         places = np.arange(self.num_tokens) + np.repeat(begins, counts)
@@ -150,22 +150,22 @@ class Batch:
         return blank.index_copy_(0, self.slots, x).view(self.num_clients, -1, x.shape[1])
 
 
-def pack(tokens: Tokens, rows: np.ndarray, filled: bool = True) -> Batch:
+def pack(tokens: Tokens, rows: np.ndarray, padded: bool = True) -> Batch:
     """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients.
 
     Args:
         tokens: The split.
         rows: Which texts.
-        filled: With filler at the end.
+        padded: With padding at the end.
     """
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
     num_tokens = int(lengths.sum())
-    filler = -num_tokens % _grain(num_tokens) if filled else 0
+    padding = -num_tokens % _grain(num_tokens) if padded else 0
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
-    positions, source = (np.pad(array, (0, filler)) for array in (positions, source))
+    positions, source = (np.pad(array, (0, padding)) for array in (positions, source))
     sizes = lengths.reshape(rows.shape)
     return Batch(
         num_clients=len(rows),

@@ -24,9 +24,9 @@ from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tokens import Batch, Tokens
 from plait.factors import VALUE, Factor
 from plait.lora import Dropout, Stack
-from plait.machine import devices
-from plait.machine.devices import chunk_tokens, moved
+from plait.machine.devices import moved
 from plait.model.backbone import Backbone
+from plait.model.backend import Backend
 from plait.model.memory import tokens_at_once
 from plait.optimizers import ADAMW, Optimizer
 from plait.rng import stream, torch_stream
@@ -89,7 +89,10 @@ def local_phase(
             for factor in active:
                 lr = config.head_lr if factor is Factor.HEAD else config.lr
                 taken = stack.steps[factor] + step
-                _step(optimizer, leaves[factor], kept[factor], taken, lr, config.weight_decay)
+                _step(
+                    backbone.backend, optimizer, leaves[factor], kept[factor], taken, lr,
+                    config.weight_decay,
+                )  # fmt: skip
                 leaves[factor].grad = None
         for factor in active:
             for kind, slot in (kept[factor] | {VALUE: leaves[factor].detach()}).items():
@@ -98,8 +101,8 @@ def local_phase(
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
-    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
-    at_once = min(chunk_tokens(backbone.machine.chunk_tokens, backbone.device), most / workers)
+    workers = int(min(backbone.backend.workers(), len(clients), max(1, most / tokens_each.mean())))
+    at_once = min(backbone.chunk_tokens, most / workers)
     on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
     for factor in active:
         stack.steps[factor] += config.local_steps
@@ -141,11 +144,6 @@ def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> li
         found[most][i : i + 1] = back
         loads[most] -= over[i, j]
         loads[least] += over[i, j]
-
-
-def cores(device: torch.device) -> int:
-    """How many chunks can be computed at once: PyTorch's threads, or one on an accelerator."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def on_cores(
@@ -213,6 +211,7 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
 
 
 def _step(
+    backend: Backend,
     optimizer: Optimizer,
     leaf: Tensor,
     kept: dict[str, Tensor],
@@ -222,12 +221,7 @@ def _step(
 ) -> None:
     """One step on a factor (n, P) and what is kept beside it, in place."""
     assert leaf.grad is not None
-
-    def rows(x: Tensor) -> list[Tensor]:
-        # Each client's row by itself: the last few entries of a tensor are rounded otherwise than
-        # those before them, and which are the last must not depend on who else is here.
-        return [x] if devices.all_at_once(leaf.device) else list(x)
-
+    rows = backend.optimizer_rows
     beside = {kind: rows(slot) for kind, slot in kept.items()}
     optimizer.update(rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, weight_decay)
 
@@ -253,7 +247,7 @@ def evaluate(
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
-    at_once = chunk_tokens(backbone.machine.chunk_tokens, backbone.device)
+    at_once = backbone.chunk_tokens
     texts_at_once = max(1, int(at_once / tokens.lengths.mean() / 8))
     pieces = [
         (texts, chunk)
@@ -269,7 +263,7 @@ def evaluate(
             outputs = backbone.logits(batch, mine).cpu()
             return objective.losses(outputs, batch.labels.cpu()), objective.answer(outputs)
 
-    parts = on_cores(judge, pieces, cores(backbone.device))
+    parts = on_cores(judge, pieces, backbone.backend.workers())
     losses, answers = (parts[0][k].new_empty(num_clients, len(order)) for k in (0, 1))
     for (texts, chunk), (some_losses, some_answers) in zip(pieces, parts, strict=True):
         place = torch.tensor(chunk)[:, None], torch.from_numpy(texts)

@@ -22,6 +22,7 @@ from plait.config import THIS_MACHINE, Machine
 from plait.events import Event, Started
 from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
+from plait.machine.process import configure_process
 from plait.runs.loggers import logged
 from plait.runs.run import Run
 
@@ -174,9 +175,7 @@ class _Lane:
 
 def _serve(pipe: Connection, threads: int, loggers: Sequence[str], machine: Machine) -> None:
     """Carry out the cells that come, until the process that started this one is gone."""
-    import torch
-
-    torch.set_num_threads(threads)
+    configure_process(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
     parent = parent_process()
     assert parent is not None

@@ -29,10 +29,11 @@ class _Now(threading.local):
     keep: Dropout | None
 
 
-class HookedEncoder:
+class RectangleEncoder:
     """`base(...)` for the texts of n clients at once."""
 
-    any_width = False  # as PackedEncoder has it
+    padded = False  # as PackedEncoder has them
+    below = None
 
     def __init__(self, model: Any, base: Any, layout: Layout) -> None:
         """Hook the adapted layers of `model`; `base` is its encoder."""
@@ -70,7 +71,7 @@ class HookedEncoder:
             real = moved(mask.flatten().nonzero()[:, 0], device)
             index, client = moved(places_here, device), moved(texts // num_texts, device)
             self._now.of_text = {name: (all_A[name][client], all_B[name][client]) for name in all_A}
-            self._now.keep = dropout and _arranged(dropout, index)
+            self._now.keep = dropout and _in_rectangle(dropout, index)
             kinds = {"token_type_ids": types[index]} if self.has_types else {}
             attended = moved(mask.long(), device)
             out = self.base(input_ids=ids[index], attention_mask=attended, **kinds)
@@ -107,7 +108,7 @@ def _rectangle(starts: Tensor, lengths: Tensor, none: int) -> tuple[Tensor, Tens
     return torch.where(mask, starts[:, None] + columns, none), mask
 
 
-def _arranged(dropout: Dropout, index: Tensor) -> Dropout:
+def _in_rectangle(dropout: Dropout, index: Tensor) -> Dropout:
     """The packed dropout mask (T, d) in a group's rectangle (R_g, L_g, d)."""
 
     def keep(name: str, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.figures import taken
 from plait.lora import Stack
+from plait.machine.process import configure_process
 from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret
@@ -71,11 +72,15 @@ def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) 
         ValueError: The files ask for what can't be, or training diverged.
         OSError: The run folder can't be written.
     """
+    configure_process()
     log_to_stderr(name)
+    leave = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: leave.set())
     try:
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
-        with Process(federation, settings, insecure_loopback) as process:
+        with Process(federation, settings, leave, insecure_loopback) as process:
             return process.run()
     except (ValueError, OSError) as error:
         LOG.error("stopped: %s", error, extra={"kind": "stopped"})
@@ -95,17 +100,22 @@ class Process:
     """Everything that a peer has while it runs."""
 
     def __init__(
-        self, federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+        self,
+        federation: Federation,
+        settings: PeerSettings,
+        leave: threading.Event,
+        insecure_loopback: bool = False,
     ) -> None:
-        """Open the folder, prepare the run and take up the state; nothing listens yet."""
+        """Open the folder, prepare the run and take up the state; nothing listens yet.
+
+        Once `leave` is set, by whoever it may be, the peer goes.
+        """
         self.federation, self.settings = federation, settings
         self.me = federation.index(settings.name)
         self.member = federation.member(settings.name)
         check_members(federation)
         self.folder = open_folder(settings, settings.apply(federation.config))
-        self.leave = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.leave.set())
+        self.leave = leave
         self.job = prepare_peer(federation, settings)
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
