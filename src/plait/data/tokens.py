@@ -3,7 +3,8 @@
 Texts lie end to end in one flat array. A batch keeps them so: T real tokens, client after client,
 and no padding.
 
-Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), L a length.
+Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), Q places asked
+(one in each text), L a length.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Batch:
         positions: (T,) int64, each token's place in its own text.
         starts: (R,) int64, the place of each text's first token.
         lengths: (R,) int64.
-        labels: (R,) int64 or float32.
+        asked: (Q,) int64, the tokens whose hidden states are read: the first of each text.
+        targets: (Q,) int64 or float32, what the answer there should be.
         bounds: (n + 1,) int64, client i's tokens are those from bounds[i] to bounds[i + 1].
         sizes: (n, b) int64, the same as `lengths`, and on the host wherever the batch is.
         hidden: (T, d), the input of the first adapted layer, where it is known.
@@ -110,7 +112,8 @@ class Batch:
     positions: Tensor
     starts: Tensor
     lengths: Tensor
-    labels: Tensor
+    asked: Tensor
+    targets: Tensor
     bounds: Tensor
     sizes: np.ndarray
     hidden: Tensor | None
@@ -175,8 +178,9 @@ def pack(tokens: Tokens, rows: np.ndarray, padded: bool = True) -> Batch:
         types=torch.from_numpy(tokens.types[source].astype(np.int64)),
         positions=torch.from_numpy(positions),
         starts=torch.from_numpy(starts),
+        asked=torch.from_numpy(starts),
         lengths=torch.from_numpy(lengths),
-        labels=torch.from_numpy(tokens.labels[flat]),
+        targets=torch.from_numpy(tokens.labels[flat]),
         bounds=torch.from_numpy(np.cumsum([0, *sizes.sum(axis=1)])),
         sizes=sizes,
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],

@@ -82,7 +82,7 @@ def local_phase(
             batch = backbone.batch(tokens, texts[chunk, step])
             dropout = lora_dropout(batch, ids, position, config)
             outputs = backbone.logits(batch, leaves, dropout)
-            client_losses = objective.losses(outputs, batch.labels).mean(dim=1)
+            client_losses = objective.losses(outputs, batch.targets).mean(dim=1)
             client_losses.sum().backward()
             of_steps.append(client_losses.detach())
             _clip([leaves[factor].grad for factor in active], config.clip_norm)
@@ -261,7 +261,7 @@ def evaluate(
         mine = {factor: value[chunk] for factor, value in factors.items()}
         with torch.no_grad():
             outputs = backbone.logits(batch, mine).cpu()
-            return objective.losses(outputs, batch.labels.cpu()), objective.answer(outputs)
+            return objective.losses(outputs, batch.targets.cpu()), objective.answer(outputs)
 
     parts = on_cores(judge, pieces, backbone.backend.workers())
     losses, answers = (parts[0][k].new_empty(num_clients, len(order)) for k in (0, 1))

@@ -123,8 +123,8 @@ class Backbone:
             (n, b, C) float32.
         """
         A, B = factors[Factor.A], factors[Factor.B]
-        hidden = self.encoder(batch, A, B, dropout, self.head.first_tokens)
-        features = self.head.pool(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
+        features = self.head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
         with self._head_lock:
             return self._head_logits(features, factors).float()
 

@@ -109,25 +109,25 @@ class PackedEncoder:
         return FusedLayers(fused, self.layout.rank, self.layout.scale) if alike else None
 
     def __call__(
-        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, first_tokens: bool
+        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, asked_only: bool
     ) -> Tensor:
-        """The last hidden state (T, d) of the batch's clients, or (R, d) of their first tokens.
+        """The last hidden state (T, d) of the batch's clients, or (Q, d) where it asks.
 
         Args:
             batch: The packed texts of n clients.
             A: (n, P) their A factors.
             B: (n, P) their B factors.
             dropout: The LoRA branches' dropout.
-            first_tokens: Only these are wanted, so the last layer computes little else.
+            asked_only: Only what the batch asks for is wanted: the last layer computes little else.
         """
         h = self._below(batch) if batch.hidden is None else batch.hidden
         if self.fused and not dropout:
-            return self.fused(h, Pieces(batch), A, B, first_tokens)
+            return self.fused(h, Pieces(batch), A, B, asked_only)
         views = self.layout.views(Factor.A, A), self.layout.views(Factor.B, B)
         attend = self.backend.attention(batch, self.num_heads)
         for layer in self.layers[self.first_adapted : -1]:
             h = self._layer(layer, h, batch, attend, *views, dropout)
-        return self._layer(self.layers[-1], h, batch, attend, *views, dropout, first_tokens)
+        return self._layer(self.layers[-1], h, batch, attend, *views, dropout, asked_only)
 
     def _below(self, batch: Batch) -> Tensor:
         h = self.embed(batch)
@@ -158,7 +158,7 @@ class PackedEncoder:
         A: dict[str, Tensor],
         B: dict[str, Tensor],
         dropout: Dropout | None,
-        first_tokens: bool = False,
+        asked_only: bool = False,
     ) -> Tensor:
         def adapted(frozen: FrozenLinear, names: list[str], x: Tensor) -> Tensor:
             """The frozen layers of these names side by side, with the branches that there are."""
@@ -177,9 +177,9 @@ class PackedEncoder:
         qkv = adapted(layer.linears["qkv"], layer.qkv_names, h)
         context = attend(qkv)
         # Past attention tokens don't meet again.
-        if first_tokens and not layer.last_branches:
-            context, h = context[batch.starts], h[batch.starts]
+        if asked_only and not layer.last_branches:
+            context, h = context[batch.asked], h[batch.asked]
         h = layer.norm_1(adapted(layer.linears["merge"], [layer.merge_name], context).add_(h))
         up = layer.activation(adapted(layer.linears["up"], [layer.up_name], h))
         h = layer.norm_2(adapted(layer.linears["down"], [layer.down_name], up).add_(h))
-        return h[batch.starts] if first_tokens and layer.last_branches else h
+        return h[batch.asked] if asked_only and layer.last_branches else h

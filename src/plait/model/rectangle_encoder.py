@@ -55,9 +55,9 @@ class RectangleEncoder:
         return add_branch
 
     def __call__(
-        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, first_tokens: bool
+        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, asked_only: bool
     ) -> Tensor:
-        """The last hidden state (T, d) or (R, d), as `PackedEncoder.__call__`."""
+        """The last hidden state (T, d) or (Q, d), as `PackedEncoder.__call__`."""
         all_A, all_B = self.layout.views(Factor.A, A), self.layout.views(Factor.B, B)
         num_texts, device = batch.sizes.shape[1], batch.ids.device
         lengths = torch.from_numpy(batch.sizes.ravel())  # worked out on the host, which won't wait
@@ -78,7 +78,7 @@ class RectangleEncoder:
             hidden.append(out.last_hidden_state.flatten(0, 1)[real])
             places.append(places_here[mask])
         packed = torch.cat(hidden)[moved(torch.cat(places).argsort(), device)]
-        return packed[batch.starts] if first_tokens else packed
+        return packed[batch.asked] if asked_only else packed
 
 
 def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> list[Tensor]:
