@@ -15,7 +15,7 @@ from plait.events import Incident, RoundDone
 from plait.factors import Factor
 from plait.peers.codec import Question
 from plait.peers.exchange import Exchange, Left, Terms
-from plait.peers.inbox import Inbox, Letter, Task, Turn, Word
+from plait.peers.inbox import Inbox, Letter, LinkTask, Turn, Word
 from plait.peers.mailbox import OBSERVER, Desk
 from plait.peers.refusals import Reason, Refused
 from plait.peers.round_loop import Peer
@@ -50,7 +50,7 @@ def letter(digest: bytes = b"x") -> Letter:
 
 
 def message(round_: int = 0):
-    return SimpleNamespace(header=SimpleNamespace(round=round_))
+    return SimpleNamespace(header=SimpleNamespace(round=round_), values_bytes=8)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_a_neighbour_that_runs_ahead_loses_nothing():
         box.admit(0, round_, "AB"[round_ % 2], "AB", b"x")
         box.take(0, round_, letter())
     for _ in range(3):
-        assert box.left() == {2: {Task.ASK}}
+        assert box.left() == {2: {LinkTask.ASK}}
         assert list(box.close()) == [0]
-    assert box.left() == {0: {Task.ASK}, 2: {Task.ASK}}
+    assert box.left() == {0: {LinkTask.ASK}, 2: {LinkTask.ASK}}
 
 
 def test_a_message_that_was_asked_for_and_comes_again_late_is_no_fault():
@@ -136,10 +136,10 @@ def test_symmetric_the_lower_number_decides():
     for box, other in ((low, 2), (high, 0)):
         box.send(message())
         box.take(other, 0, letter())
-    assert low.left()[2] == {Task.PUSH}
-    assert high.left()[0] == {Task.PUSH, Task.ASK}
+    assert low.left()[2] == {LinkTask.PUSH}
+    assert high.left()[0] == {LinkTask.PUSH, LinkTask.ASK}
     high.delivered(0, 0)
-    assert high.left()[0] == {Task.ASK}, "it has to be told"
+    assert high.left()[0] == {LinkTask.ASK}, "it has to be told"
     assert low.answer(2, 0).agreed is None
     low.delivered(2, 0)
     assert 2 not in low.left()
@@ -170,7 +170,7 @@ def test_symmetric_without_word_of_it_neither_mixes():
 class Impatient(Exchange):
     """An exchange that fails where it would wait."""
 
-    def _left(self) -> dict[int, set[Task]]:
+    def _left(self) -> dict[int, set[LinkTask]]:
         left = super()._left()
         assert not left, "waits for them"
         return left

@@ -48,6 +48,7 @@ class Desk:
         self.refusals: list[tuple[str, Reason, str]] = []
         self.refusal: Refused | None = None
         self.message: Message | None = None
+        self.given: list[str] = []
 
     def admit(self, header: Header) -> None:
         if self.refusal:
@@ -60,6 +61,9 @@ class Desk:
         if self.refusal:
             raise self.refusal
         return Answer({"asked": question.kind, "by": question.sender}, self.message)
+
+    def gave(self, asker: str, message: Message) -> None:
+        self.given.append(asker)
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         self.refusals.append((sender, reason, detail))

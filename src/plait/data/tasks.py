@@ -201,9 +201,12 @@ def _glue(name: str, config: Config) -> Task:
     return _task(name, splits, GLUE[name].label_names, GLUE[name].metric)
 
 
-def _file(config: Config) -> Task:
+def _file(config: Config, labels: Sequence[str] | None = None) -> Task:
     train, dev = _own_rows(config, "train_file"), _own_rows(config, "dev_file")
-    label_names = _label_names([example.label for example in train])
+    label_names = tuple(labels) if labels else _label_names([example.label for example in train])
+    if labels:
+        _check_labels(train, label_names, "train_file")
+        _check_labels(dev, label_names, "dev_file")
     train, dev = (_relabel(examples, label_names) for examples in (train, dev))
     metric = "accuracy" if label_names else "pearson"
     return _task("file", (*_carve(train, dev), dev), label_names, metric)
@@ -240,6 +243,16 @@ def _label_names(labels: Sequence[Label]) -> tuple[str, ...]:
 def _name(label: Label) -> str:
     # A column with 0.0 and 1.0 in one file is a column with 0 and 1 in another.
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def _check_labels(examples: list[Example], labels: tuple[str, ...], setting: str) -> None:
+    """Not every peer has every class, and none has others than the federation names."""
+    unknown = sorted({_name(example.label) for example in examples} - set(labels))
+    if unknown:
+        raise ValueError(
+            f"{setting} has the labels {', '.join(unknown)}; federation.toml names "
+            f"{', '.join(labels)}."
+        )
 
 
 def _relabel(examples: list[Example], label_names: tuple[str, ...]) -> list[Example]:
@@ -284,12 +297,13 @@ TASKS: dict[str, TaskRow] = {
 }
 
 
-def load_task(config: Config) -> Task:
+def load_task(config: Config, labels: Sequence[str] | None = None) -> Task:
     """The task that `config.task` names.
 
     Args:
         config: Its `task`, and for some tasks `glue_dir`, `train_file`, `dev_file`,
             `text_columns`, `label_column` and `key_column`.
+        labels: Of one's own rows: the classes in their order, whichever of them the rows have.
 
     Raises:
         ValueError: An unknown task, or data that is not there or makes no sense.
@@ -298,4 +312,5 @@ def load_task(config: Config) -> Task:
         >>> load_task(Config(task="movies")).label_names
         ('negative', 'positive')
     """
-    return lookup(TASKS, config.task, "task").load(config)
+    row = lookup(TASKS, config.task, "task")
+    return row.load(config) if labels is None else _file(config, labels)

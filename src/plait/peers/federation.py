@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from plait.config import Config
 from plait.presets import fits
@@ -152,20 +152,24 @@ class Federation:
         return self.peers[self.index(name)]
 
     def digest(self) -> str:
-        """Sixteen hex digits that are equal when peers agree on all that must be agreed on.
+        """Sixteen hex digits that are equal when peers agree on all that must be agreed on."""
+        text = json.dumps(self.shared(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shared(self) -> dict[str, Any]:
+        """What must be agreed on, flat and as JSON has it.
 
         Settings that are a peer's own are left out, and where the peers are reached.
         """
         config = self.config.to_json()
         shared = {
             "federation": self.id,
-            "run": {key: config[key] for key in config if key not in LOCAL_SETTINGS},
+            **{key: config[key] for key in config if key not in LOCAL_SETTINGS},
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
         }
-        text = json.dumps(shared, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return cast("dict[str, Any]", json.loads(json.dumps(shared)))
 
 
 @dataclass(frozen=True, kw_only=True)

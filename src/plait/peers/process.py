@@ -10,13 +10,14 @@ it sent in the round before is saved with it: a neighbour may not have had it ye
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,30 @@ import torch
 from safetensors import SafetensorError
 
 from plait.config import Config
-from plait.data.tasks import Rows as TaskRows
-from plait.data.tasks import Task, load_task
+from plait.data.tasks import load_task
 from plait.engines.checkpoint import load_beside
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
+from plait.factors import Factor
 from plait.lora import Stack
 from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
 from plait.peers.exchange import Exchange, Left, Terms
-from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
-from plait.peers.inbox import Inbox, Rows
+from plait.peers.federation import (
+    Federation,
+    Limits,
+    Member,
+    PeerSettings,
+    load_federation,
+    load_peer,
+)
+from plait.peers.inbox import FactorRows, Inbox, Turn
+from plait.peers.joining import Entrance
 from plait.peers.mailbox import Desk, JsonLines
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
+from plait.peers.quorum import Quorum, middle
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
@@ -48,19 +58,22 @@ from plait.topology import topology_row
 
 LOG = logging.getLogger("plait.peer")
 
-GREET_AGAIN_S = 1.0
+MOST_TURNS = 1000
 KEY_BYTES = 32
 SENT = "sent"
 """In a checkpoint, the body of the last message, (bytes,) uint8."""
 
 
-def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) -> bool:
+def run_peer(
+    federation_file: Path, name: str, insecure_loopback: bool = False, trust: str | None = None
+) -> bool:
     """Take part in a federation until its last round; writes the peer's run folder.
 
     Args:
         federation_file: `federation.toml`; `<name>/peer.toml` lies beside it.
         name: Which peer this is.
         insecure_loopback: No TLS; refused for any address that is not of this machine.
+        trust: The peer whose word on the round, and whose state, are taken without a majority.
 
     Returns:
         Whether it is done; False if it was told to leave before (SIGTERM, SIGINT).
@@ -73,7 +86,7 @@ def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) 
     try:
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
-        with Process(federation, settings, insecure_loopback) as process:
+        with Process(federation, settings, insecure_loopback, trust) as process:
             return process.run()
     except (ValueError, OSError) as error:
         LOG.error("stopped: %s", error, extra={"kind": "stopped"})
@@ -93,7 +106,11 @@ class Process:
     """Everything that a peer has while it runs."""
 
     def __init__(
-        self, federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+        self,
+        federation: Federation,
+        settings: PeerSettings,
+        insecure_loopback: bool = False,
+        trust: str | None = None,
     ) -> None:
         """Open the folder, prepare the run and take up the state; nothing listens yet."""
         self.federation, self.settings = federation, settings
@@ -105,13 +122,17 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.leave.set())
         self.job = prepare_peer(federation, settings)
+        check_sizes(self.job, federation.limits)
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
         rounds = self.job.config.rounds
         inbox = Inbox(self.me, turn, rounds, limits.keep_rounds, limits.symmetric_loss)
-        self.desk = Desk(inbox, federation.names)
+        trusted = None if trust is None else federation.index(trust)
+        quorum = Quorum(voters=voters_of(federation.peers, self.me), trusted=trusted)
+        self.desk = Desk(inbox, federation.names, quorum)
+        self.desk.settings = federation.shared()
         self.transport = GrpcTransport(
             federation, settings, self.job.backbone.layout, self.desk,
             insecure_loopback=insecure_loopback,
@@ -128,12 +149,12 @@ class Process:
                 start_timeout_s=limits.start_timeout_s,
                 linger_s=limits.linger_s,
             ),
+            neighbours_of(turn, rounds),
         )
         self.exchange.leave = self.leave
         noise = noise_of(self.folder, self.job.config)
         self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
         self.end = min(rounds, self.member.leaves or rounds)
-        self.others = [k for k in range(len(federation.peers)) if k != self.me]
 
     def __enter__(self) -> Process:
         """Begin to listen."""
@@ -163,10 +184,10 @@ class Process:
             LOG.info("told to leave; round %d can be taken up again", self.desk.inbox.round)
             return False
         self._finish()
-        self.exchange.linger(self.others, self.end)
+        self.exchange.linger(self.exchange.neighbours, self.end)
         return True
 
-    def write(self, rows: Rows, round_: int, active: str, kind: str) -> Message:
+    def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
         """A message of this peer."""
         return encode(
             rows,
@@ -182,40 +203,33 @@ class Process:
     # -- where to begin
 
     def _begin(self) -> None:
-        """Find out where the others are; take a neighbour's state where there is none of one's own.
+        """Find out where the others are; begin from their states where there is none of one's own.
 
         A new process a few rounds behind does them all: it comes out where it would have been.
         """
         with self.desk.condition:
             self.desk.inbox.skip_to(self.first_round)
             self._remember(self.first_round - 1)
-        self.exchange.greet(self.others)
+        turn = self.desk.inbox.turn
+        entrance = Entrance(
+            self.exchange, self.member.joins, lambda done: state_of(self.job, turn, done)
+        )
         has_state = self.first_round > 0
-        late = self.desk.target() > self.desk.inbox.keep_rounds
-        if not has_state and (late or self.member.joins > 0):
-            self._join()
+        if not has_state and (self.member.joins > 0 or entrance.is_late()):
+            self._join(entrance)
+        if has_state:
+            self.exchange.greet(self.exchange.neighbours)
+        self.exchange.check_welcome()
 
-    def _join(self) -> None:
+    def _join(self, entrance: Entrance) -> None:
         """Wait until there is a state to begin from, and begin from it."""
-        while not self.leave.is_set():
-            self.exchange.greet(self.others)
-            target = self.desk.target()
-            ready = [p for p in self.others if self.desk.seen.get(p, 0) >= max(1, target)]
-            if target < self.member.joins or not ready:
-                self.leave.wait(GREET_AGAIN_S)
-                continue
-            for peer in ready:
-                reply = self.exchange.inquire(peer, "state")
-                if reply and reply.header and reply.factors and reply.header.kind == "state":
-                    self.first_round = min(max(reply.header.round, self.member.joins), self.end - 1)
-                    self.peer.adopt(reply.factors)
-                    name = self.desk.names[peer]
-                    self.desk.report(
-                        "joined", name, f"began at round {self.first_round} from {name}'s state"
-                    )
-                    return
-            self.leave.wait(GREET_AGAIN_S)
-        raise Left
+        target, states = entrance.find()
+        self.first_round = min(max(target, self.member.joins), self.end - 1)
+        own = {factor: self.stack.factors[factor][0].cpu() for factor in states[0]}
+        self.peer.adopt(middle(own, states))
+        names = ", ".join(self.desk.names[peer] for peer in sorted(entrance.states))
+        detail = f"began at round {self.first_round} from the states of {names}"
+        self.desk.report("joined", self.desk.name, detail)
 
     # -- what is kept
 
@@ -368,30 +382,49 @@ def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
             f"{settings.name} has a train_file of its own, so the federation must name the classes "
             'for all: put labels = ["...", "..."] at the top of federation.toml.'
         )
-    return prepare(config, relabelled(load_task(config), federation.labels))
+    if config.task != "file":
+        raise ValueError(
+            f"{settings.name} has a train_file of its own, and the task is {config.task}; put "
+            'task = "file" under [run] of federation.toml.'
+        )
+    return prepare(config, load_task(config, federation.labels))
 
 
-def relabelled(task: Task, labels: Sequence[str]) -> Task:
-    """A task with its classes numbered as the federation does; not every peer has every class.
+def neighbours_of(turn: Callable[[int], Turn], rounds: int) -> frozenset[int]:
+    """Whoever a peer exchanges messages with in some round; of very many the first decide."""
+    turns = [turn(t) for t in range(min(rounds, MOST_TURNS))]
+    return frozenset(peer for one in turns for peer in (*one.hears, *one.heard_by))
+
+
+def voters_of(members: Sequence[Member], me: int) -> Callable[[int], frozenset[int]]:
+    """Round -> the other members that have come as far: those of the round before it."""
+
+    @lru_cache(maxsize=1024)
+    def voters(round_: int) -> frozenset[int]:
+        took_part = (k for k, one in enumerate(members) if one.takes_part(max(0, round_ - 1)))
+        return frozenset(took_part) - {me}
+
+    return voters
+
+
+def state_of(job: Job, turn: Callable[[int], Turn], round_: int) -> tuple[str, str]:
+    """What a state after so many rounds says of itself: (active, factors)."""
+    rounds = range(min(round_, 2 * job.config.switch_every))
+    travelled = reduce(or_, map(job.shared, rounds), Factor.NONE)
+    return turn(max(0, round_ - 1)).active, str(travelled.name)
+
+
+def check_sizes(job: Job, limits: Limits) -> None:
+    """Refuse a run whose messages nobody would take.
 
     Raises:
-        ValueError: A class is not among `labels`.
+        ValueError: With both sizes.
     """
-    unknown = sorted(set(task.label_names) - set(labels))
-    if unknown or not task.label_names:
+    template = template_of(job.backbone.layout, job.travels)
+    most = len(template.head) + template.values_bytes
+    if most > limits.max_message_bytes:
         raise ValueError(
-            f"The training rows have {', '.join(unknown) or 'no classes'}; federation.toml names "
-            f"{', '.join(labels)}."
+            f"A message of this run has up to {most} bytes, and max_message_bytes is "
+            f"{limits.max_message_bytes}: nobody would take it. Raise max_message_bytes under "
+            "[limits] of federation.toml at every peer, or lower the rank."
         )
-    number = np.array([labels.index(name) for name in task.label_names])
-
-    def rows(split: TaskRows) -> TaskRows:
-        return dataclasses.replace(split, labels=number[split.labels])
-
-    return dataclasses.replace(
-        task,
-        train=rows(task.train),
-        validation=rows(task.validation),
-        test=rows(task.test),
-        label_names=tuple(labels),
-    )

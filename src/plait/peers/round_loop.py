@@ -26,11 +26,11 @@ from plait.mixing import neighbour_weights
 from plait.peers.codec import Message
 from plait.peers.exchange import Exchange, Left
 from plait.peers.federation import Member
-from plait.peers.inbox import Rows, Turn
+from plait.peers.inbox import FactorRows, Turn
 from plait.privacy import Noise
 from plait.topology import rho_of_round
 
-Write = Callable[[Rows, int, str, str], Message]
+Write = Callable[[FactorRows, int, str, str], Message]
 """(factors, round, active, kind) -> a message of this peer."""
 
 
@@ -119,7 +119,7 @@ class Peer:
         """Whether this client is evaluated after a round: as in a simulation, and when it ends."""
         return self.job.config.evaluates_after(round_) or round_ + 1 == self.end
 
-    def adopt(self, rows: Rows) -> None:
+    def adopt(self, rows: FactorRows) -> None:
         """Begin from a neighbour's state: one that lost its own, or joins late."""
         for factor, row in rows.items():
             self.stack.factors[factor] = row[None].to(self.job.backbone.device)
@@ -132,8 +132,9 @@ class Peer:
         Further back than what they keep, every message would come too late and so would every
         answer. The rounds between count as rounds in which this peer was not there.
         """
+        reached = self.exchange.whereabouts()
         with self.desk.condition:
-            behind, target = self.inbox.round, min(self.desk.target(), self.end - 1)
+            behind, target = self.inbox.round, min(reached, self.end - 1)
             if target <= behind + self.inbox.keep_rounds:
                 return behind
             self.inbox.skip_to(target)
@@ -163,7 +164,7 @@ class Peer:
             train_losses=[loss],
             edges=[(self.me, peer, float(turn.weights[peer])) for peer in heard],
             rho=rho_of_round(self.job.schedule(round_)),
-            sent_bytes=4 * sum(len(row) for row in mine.values()) * len(turn.heard_by),
+            sent_bytes=self.exchange.settle(),
             before=before,
             after=[],
             pairs_apart=pairs_apart,
@@ -171,7 +172,7 @@ class Peer:
             mix_seconds=time.perf_counter() - mixing,
         )
 
-    def _mix(self, turn: Turn, heard: dict[int, Rows]) -> tuple[list[LayerState], list[Pair]]:
+    def _mix(self, turn: Turn, heard: dict[int, FactorRows]) -> tuple[list[LayerState], list[Pair]]:
         """Mix with what came.
 
         Returns:

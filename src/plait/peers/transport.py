@@ -112,6 +112,9 @@ class Desk(Protocol):
     def answer(self, question: Question) -> Answer:
         """A peer asks; raise `Refused` for no answer."""
 
+    def gave(self, asker: str, message: Message) -> None:
+        """An answer's message has gone out whole."""
+
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Something from a peer was refused, here or by one of the above."""
 
@@ -281,6 +284,7 @@ class GrpcTransport:
             for piece in answer.message.pieces:
                 await context.write(piece)
             self.counts.sent_bytes[question.sender] += len(answer.message.body)
+            self._desk.gave(question.sender, answer.message)
 
     def _certified(self, context: Any) -> Names:
         """The names in the certificate of whoever calls; None without TLS."""
