@@ -31,8 +31,9 @@ from plait.peers.certificates import (
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Message, Question, encode
 from plait.peers.envelope import read_ack, write_header
 from plait.peers.federation import Limits, Member, load_federation, load_peer
+from plait.peers.guard import OPEN_CALLS
 from plait.peers.refusals import Reason, Refused
-from plait.peers.transport import DELIVER, HEADER, OPEN_CALLS, OPTIONS, GrpcTransport
+from plait.peers.transport import DELIVER, HEADER, OPTIONS, GrpcTransport
 
 LAYOUT = Layout((Site("query", 6, 4), Site("value", 6, 6)), rank=2, scale=2.0)
 LIMITS = Limits(round_timeout_s=1.0, max_message_bytes=1 << 20, norm_bound=1e3)
@@ -476,8 +477,10 @@ def test_what_is_above_the_limit_is_refused_by_grpc_itself(network, what):
 
 def test_someone_with_a_certificate_who_is_no_member_is_refused(network):
     pair = make_certificate(network.authority, "mallory")
-    ack = network.deliver(*wire(network.message(sender="mallory")), pair)
-    assert ack.reason is Reason.WRONG_SENDER
+    with pytest.raises(grpc.RpcError) as caught:
+        network.deliver(*wire(network.message(sender="mallory")), pair)
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert network.desks["bob"].sees(Reason.WRONG_SENDER)
 
 
 def test_what_the_desk_refuses_the_sender_hears(network):
@@ -521,9 +524,9 @@ def test_a_peer_may_have_a_few_calls_open_and_no_more(network):
         assert network.desks["bob"].sees(Reason.BUSY)
         carol = network.peers["carol"].send("bob", network.message(sender="carol"), SOON_S)
         stop.set()
-        reasons = [call.result().reason for call in calls]
+        codes = [error.code() for call in calls if (error := call.exception())]
     assert carol.accepted
-    assert Reason.BUSY in reasons
+    assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
 
 
 # -- peers that go and come back
