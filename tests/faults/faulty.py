@@ -21,8 +21,8 @@ import plait.peers.round_loop as engine
 from plait.machine import files
 from plait.peers import process as peers
 from plait.peers import transport
-from plait.peers.certificates import Pair
 from plait.peers.codec import Ack, Message
+from plait.peers.credentials import Pair
 from plait.peers.exchange import Exchange
 from plait.peers.inbox import Inbox
 from plait.peers.process import run_peer

@@ -26,7 +26,8 @@ from plait.config import Config
 from plait.engines.job import prepare
 from plait.engines.simulate import simulate
 from plait.events import Evaluated
-from plait.peers.certificates import Pair, init_federation
+from plait.peers.certificates import init_federation
+from plait.peers.credentials import Pair
 from plait.peers.federation import Limits, load_federation, load_peer
 
 NAMES = ("ada", "ben", "cai")

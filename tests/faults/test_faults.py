@@ -26,7 +26,8 @@ from faulty import ATTACKS, STAGES
 from proxy import Proxy
 from stage import LIMITS, NAMES, Faultless, Play, tiny_files
 
-from plait.peers.certificates import Pair, make_authority, make_certificate
+from plait.peers.certificates import make_authority, make_certificate
+from plait.peers.credentials import Pair
 from plait.peers.federation import load_federation
 
 pytestmark = pytest.mark.faults

@@ -22,13 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from plait.config import Config
 from plait.factors import Factor
 from plait.lora import Layout, Site
-from plait.peers.certificates import (
-    Pair,
-    init_federation,
-    make_authority,
-    make_certificate,
-)
+from plait.peers.certificates import init_federation, make_authority, make_certificate
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Message, Question, encode
+from plait.peers.credentials import Pair
 from plait.peers.envelope import read_ack, write_header
 from plait.peers.federation import Limits, Member, load_federation, load_peer
 from plait.peers.guard import OPEN_CALLS

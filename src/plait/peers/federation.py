@@ -27,6 +27,9 @@ from plait.presets import fits
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A peer's name is a DNS label, so that it can stand in a certificate."""
 
+HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
+"""A name, an IPv4 address, or an IPv6 address in brackets."""
+
 LOCAL_SETTINGS = ("glue_dir", "train_file", "dev_file", "device", "chunk_tokens")
 """Settings of a run in which the peers of a federation may differ."""
 
@@ -273,9 +276,22 @@ def split_address(address: str) -> tuple[str, int]:
         ('::1', 7600)
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"The address is {address!r}; write host:port, such as 10.0.0.1:7600.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    named = HOST.fullmatch(host)
+    if named and port.isdecimal() and 0 < int(port) < 65536:
+        return named["v6"] or host, int(port)
+    raise ValueError(f"The address is {address!r}; write host:port, such as {_right(address)}.")
+
+
+def _right(address: str) -> str:
+    """What somebody may have meant who wrote an address in another form."""
+    scheme, host, port = re.fullmatch(
+        r"(\w+://)?(.*?)(?::(\d{1,5}))?/?", address, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    if scheme and HOST.fullmatch(host) and port:
+        return f"{host}:{port}"
+    if host.count(":") > 1 and port and re.fullmatch(r"[0-9a-fA-F:.]+", host):
+        return f"[{host}]:{port}, an IPv6 host in brackets"
+    return "10.0.0.1:7600"
 
 
 def is_loopback(host: str) -> bool:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from plait.factors import Factor
 from plait.lora import Layout
-from plait.peers.certificates import read_credentials
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
+from plait.peers.credentials import read_credentials
 from plait.peers.envelope import (
     Assembly,
     read_ack,
@@ -257,7 +257,10 @@ class GrpcTransport:
                     ),
                 )
         except RuntimeError as error:
-            raise ValueError(f"Can't listen on {self._listen}: {error}") from error
+            raise ValueError(
+                f"Can't listen on {self._listen}: {error}. Stop what uses it, or change `listen` "
+                "in peer.toml."
+            ) from error
         assert port
         await server.start()
         self._server = server
