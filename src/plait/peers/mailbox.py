@@ -248,6 +248,23 @@ class Desk:
         return self.names.index(name)
 
 
+class Few(logging.Filter):
+    """The first lines of each place in the code, and no more: their number is others' doing."""
+
+    MOST = 20
+
+    def __init__(self) -> None:
+        """Nothing has been said yet."""
+        super().__init__()
+        self._said: Counter[tuple[str, int]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is one of the first of its place."""
+        place = (record.pathname, record.lineno)
+        self._said[place] += 1
+        return self._said[place] <= self.MOST
+
+
 class JsonLines(logging.Formatter):
     """A line of JSON for each record: time, level, message and what was given as `extra`."""
 

@@ -10,11 +10,13 @@ it sent in the round before is saved with it: a neighbour may not have had it ye
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from operator import or_
@@ -44,9 +46,10 @@ from plait.peers.federation import (
     load_federation,
     load_peer,
 )
+from plait.peers.guard import HANDSHAKE_S, raise_descriptor_limit
 from plait.peers.inbox import FactorRows, Inbox, Turn
 from plait.peers.joining import Entrance
-from plait.peers.mailbox import Desk, JsonLines
+from plait.peers.mailbox import Desk, Few, JsonLines
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
@@ -83,6 +86,7 @@ def run_peer(
         OSError: The run folder can't be written.
     """
     log_to_stderr(name)
+    raise_descriptor_limit()
     try:
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
@@ -100,6 +104,11 @@ def log_to_stderr(name: str) -> None:
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    # What the libraries say, of themselves or of what a stranger sends them: JSON, and not much.
+    root = logging.StreamHandler(sys.stderr)
+    root.setFormatter(JsonLines(name))
+    root.addFilter(Few())
+    logging.getLogger().handlers[:] = [root]
 
 
 class Process:
@@ -236,7 +245,7 @@ class Process:
     def _see(self, event: Event) -> None:
         """Record an event, and save the state where a round is complete."""
         self.done.append(event)
-        self.folder.record(event)
+        with_descriptors(lambda: self.folder.record(event))
         match event:
             case RoundDone():
                 self.desk.facts["phase"] = event.active
@@ -276,7 +285,7 @@ class Process:
         message = self.desk.inbox.mine(rounds_done - 1)
         sent = {SENT: torch.tensor(np.frombuffer(message.body, np.uint8))} if message else {}
         try:
-            self.folder.save(self.stack, rounds_done, **sent)
+            with_descriptors(lambda: self.folder.save(self.stack, rounds_done, **sent))
         except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
@@ -319,6 +328,18 @@ class Process:
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
         }
+
+
+def with_descriptors(write: Callable[[], None]) -> None:
+    """Write; where strangers hold all descriptors wait for the end of their handshakes."""
+    end = time.monotonic() + 4 * HANDSHAKE_S
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def open_folder(settings: PeerSettings, config: Config) -> RunFolder:
