@@ -386,6 +386,26 @@ def test_a_port_in_use_is_said(network):
         GrpcTransport(network.federation, taken, LAYOUT, Desk()).start()
 
 
+def test_settings_are_told_to_a_member_whose_digest_is_another(network):
+    network.peers["alice"].identity = dataclasses.replace(
+        network.peers["alice"].identity, config_digest="other"
+    )
+    try:
+        with pytest.raises(Refused, match="config_digest"):
+            network.peers["alice"].ask("bob", Question(kind="status"), SOON_S)
+        asked = network.peers["alice"].ask("bob", Question(kind="settings"), SOON_S)
+        assert asked.facts["asked"] == "settings"
+    finally:
+        network.stop("alice")
+
+
+def test_an_answer_that_went_out_is_told_to_the_desk(network):
+    desk = network.desks["bob"]
+    desk.message = network.message(sender="bob")
+    network.peers["alice"].ask("bob", Question(kind="round", round=3), SOON_S)
+    assert desk.given == ["alice"]
+
+
 # -- what a member may send
 
 
