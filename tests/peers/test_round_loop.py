@@ -387,7 +387,7 @@ def test_a_peer_that_all_neighbours_refuse_stops():
     peer.exchange.neighbours = frozenset({0, 2})
     peer.desk.refused("p2", Reason.WRONG_CONFIG, "lr")
     with pytest.raises(ValueError, match=r"No neighbour works with p1. p0: lr; p2: lr"):
-        peer.exchange.check_welcome()
+        peer.exchange.wait()
     peer.desk.heard_of(2, 0)
     peer.exchange.check_welcome()
 

@@ -104,13 +104,13 @@ class Exchange:
 
         Raises:
             Left: `leave` was set.
+            ValueError: Nobody takes what this peer sends.
         """
         pause = 0.02 if self.inbox.symmetric else self.terms.retry_s
         due = self._begin + pause
         while left := self._left():
             if self.leave.is_set():
                 raise Left
-            self.check_welcome()
             now = time.monotonic()
             if now >= due:
                 for peer, tasks in left.items():
@@ -122,6 +122,7 @@ class Exchange:
                 if self.inbox.left() == left:
                     # Half a second at most: a signal sets `leave` and notifies nobody.
                     self.desk.condition.wait(min(due - now, 0.5))
+        self.check_welcome()  # whoever refuses is not waited for
 
     def _left(self) -> dict[int, set[LinkTask]]:
         """What is still worth waiting for."""
@@ -187,13 +188,16 @@ class Exchange:
             ValueError: Every neighbour refuses for good, or does not run the same.
         """
         with self.desk.condition:
-            against = self._refusing | self.desk.foreign
-        if self.neighbours and self.neighbours <= against.keys():
-            said = "; ".join(f"{self.desk.names[k]}: {against[k]}" for k in sorted(self.neighbours))
-            raise ValueError(
-                f"No neighbour works with {self.desk.name}. {said}. All peers need the same "
-                "federation.toml and the same version of plait."
-            )
+            against = self.desk.foreign | self._refusing
+        if not self.neighbours or not self.neighbours <= against.keys():
+            return
+        for peer in self.neighbours - self._refusing.keys():  # refused here; it hasn't said why
+            against[peer] = self._what_differs(self.desk.names[peer]) or against[peer]
+        said = "; ".join(f"{self.desk.names[k]}: {against[k]}" for k in sorted(self.neighbours))
+        raise ValueError(
+            f"No neighbour works with {self.desk.name}. {said}. All peers need the same "
+            "federation.toml and the same version of plait."
+        )
 
     # -- before the first round and after the last
 
