@@ -223,10 +223,15 @@ def _glue(name: str, config: Config) -> Task:
     return _task(name, splits, row.label_names, row.metric, OBJECTIVES[row.objective])
 
 
-def _file(config: Config) -> Task:
+def _file(config: Config, labels: Sequence[str] | None = None) -> Task:
     train, dev = _own_rows(config, "train_file"), _own_rows(config, "dev_file")
-    labels = [str(example.label) for example in train]
-    label_names = () if _is_regression(labels, config.objective) else _label_names(labels)
+    written = [str(example.label) for example in train]
+    if labels:
+        _check_labels(train, labels, "train_file")
+        _check_labels(dev, labels, "dev_file")
+        label_names = tuple(labels)
+    else:
+        label_names = () if _is_regression(written, config.objective) else _label_names(written)
     train, dev = (_relabel(examples, label_names) for examples in (train, dev))
     objective = CLASSIFICATION if label_names else REGRESSION
     return _task("file", (*_carve(train, dev), dev), label_names, objective=objective)
@@ -293,6 +298,18 @@ def _whole(name: str) -> str:
     return re.sub(r"(?<=\d)\.0+$", "", name) if is_number(name) else name
 
 
+def _check_labels(examples: list[Example], labels: Sequence[str], setting: str) -> None:
+    """Not every peer has every class, and none has others than the federation names."""
+    whole = set(map(_whole, labels))
+    names = {str(example.label) for example in examples}
+    unknown = sorted((name for name in names if _whole(name) not in whole), key=_rank)
+    if unknown:
+        raise ValueError(
+            f"{setting} has the labels {', '.join(unknown)}; federation.toml names "
+            f"{', '.join(labels)}."
+        )
+
+
 def _relabel(examples: list[Example], label_names: tuple[str, ...]) -> list[Example]:
     """Labels as names of `label_names`, or as floats for regression."""
     if not label_names:
@@ -344,11 +361,12 @@ TASKS: dict[str, TaskRow] = {
 }
 
 
-def load_task(config: Config) -> Task:
+def load_task(config: Config, labels: Sequence[str] | None = None) -> Task:
     """The task that `config.task` names.
 
     Args:
         config: Its `task`, and for some tasks `glue_dir`, or the settings of `--task file`.
+        labels: Of one's own rows: the classes in their order, whichever of them the rows have.
 
     Raises:
         ValueError: An unknown task, or data that is not there or makes no sense.
@@ -357,4 +375,5 @@ def load_task(config: Config) -> Task:
         >>> load_task(Config(task="movies")).label_names
         ('negative', 'positive')
     """
-    return lookup(TASKS, config.task, "task").load(config)
+    row = lookup(TASKS, config.task, "task")
+    return row.load(config) if labels is None else _file(config, labels)

@@ -19,7 +19,7 @@ from xxhash import xxh3_128
 
 from plait.factors import VALUE, Factor, Slot, slots_name
 from plait.lora import Layout
-from plait.peers.message_body import DTYPE, Template, pack, template_of, unpack
+from plait.peers.message_body import DTYPE, LENGTH, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
 
 VERSION = 2
@@ -70,6 +70,11 @@ class Message:
     header: Header
     body: bytes = field(repr=False)
 
+    @property
+    def values_bytes(self) -> int:
+        """Bytes of the values, without the head that says where they lie."""
+        return len(self.body) - LENGTH.size - int(LENGTH.unpack_from(self.body)[0])
+
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """The body as it travels, cut once for all receivers."""
@@ -97,7 +102,8 @@ class Question:
     """What a peer asks another.
 
     Attributes:
-        kind: For its `status`, its factors of a `round`, or its `state`.
+        kind: For its `status`, its factors of a `round`, its `state`, or, whatever the digest of
+            one's own is, for the `settings` that all must share.
         round: Which round's factors.
         asker_round: Where the one who asks is.
         sender: Who asks; the transport fills in this one and the following.
@@ -107,7 +113,7 @@ class Question:
         version: Of the protocol.
     """
 
-    kind: Literal["status", "round", "state"]
+    kind: Literal["status", "round", "state", "settings"]
     round: int = 0
     asker_round: int = 0
     sender: str = ""
@@ -183,6 +189,8 @@ class Identity:
             "layout": (self.layout_digest, Reason.WRONG_SHAPE),
             "dtype": (DTYPE, Reason.WRONG_SHAPE),
         }
+        if getattr(header, "kind", "") == "settings":
+            del expected["config_digest"]  # one with others is told which they are
         for name, (ours, reason) in expected.items():
             theirs = getattr(header, name, ours)
             if theirs != ours:

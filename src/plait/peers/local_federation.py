@@ -14,11 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -76,11 +78,12 @@ def up(
     federation_file = init_federation(
         out / "federation", names, config, limits=limits, machine=machine
     )
-    processes = start(federation_file, names, out)
-    try:
-        yield from watch(processes, federation_file)
-    finally:
-        stop(processes)
+    with told_to_end():
+        processes = start(federation_file, names, out)
+        try:
+            yield from watch(processes, federation_file)
+        finally:
+            stop(processes)
     failed = [end for end in ended(processes, out) if end.code]
     if failed:
         raise ValueError(
@@ -88,6 +91,23 @@ def up(
             + f". The logs are {out}/<name>.log."
         )
     merge(federation_file, out)
+
+
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """SIGTERM, of a service manager or a job's time limit, ends the block as Ctrl-C does."""
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(
