@@ -84,7 +84,7 @@ def test_wider_layers_equal_transformers_own(compiler, ragged_tokens, width):
     )  # fmt: skip
     results = []
     for packed in (True, False):
-        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, packed)
+        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, packed=packed)
         stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
         torch.manual_seed(1)
         factors = {
