@@ -8,34 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_model
-from plait.config import THIS_MACHINE, Config, Machine
+from plait.config import Config, Machine
 from plait.engines.local_training import batch_rows, local_phase
 from plait.factors import Factor
-from plait.lora import initial_stack
 from plait.machine.devices import bfloat16_units, resolve_dtype
-from plait.model.backbone import TARGET_MODULES, Backbone
-from plait.model.loading import Loaded
-from twin import all_logits, twin_evaluation, twin_local_phase
-
-ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
-PACKED = ("bert", "roberta", "electra", "mean-pooled")
-PHASES = (Factor.A, Factor.B, Factor.AB)
-
-
-def setup(architecture, config, tokens, packed=True, machine=THIS_MACHINE):
-    model = tiny_model(architecture)
-    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, machine, packed)
-    stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
-    # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
-    # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
-    generator = torch.Generator().manual_seed(4)
-    for value in stack.factors.values():
-        value += 0.05 * torch.randn(value.shape, generator=generator).to(value.device)
-    shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), config.clients)
-    kind = model.config.model_type
-    targets = config.target_modules.split(",") if config.target_modules else TARGET_MODULES[kind]
-    return model, backbone, stack, shares, targets
+from twin import (
+    ARCHITECTURES,
+    PACKED,
+    PHASES,
+    all_logits,
+    setup,
+    twin_evaluation,
+    twin_local_phase,
+)
 
 
 @pytest.mark.usefixtures("ways")

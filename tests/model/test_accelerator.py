@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_twin import ARCHITECTURES, PHASES, setup
 
 from conftest import tiny_job
 from plait.config import Config, Machine
@@ -16,7 +15,7 @@ from plait.engines.local_training import local_phase
 from plait.engines.simulate import simulate
 from plait.events import Evaluated
 from plait.factors import Factor
-from twin import all_logits, twin_evaluation, twin_local_phase
+from twin import ARCHITECTURES, PHASES, all_logits, setup, twin_evaluation, twin_local_phase
 
 THERE = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 DEVICE = next((kind for kind, there in THERE.items() if there), "cuda")
@@ -45,9 +44,7 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluation_equals_peft(architecture, ragged_tokens):
-    model, backbone, stack, _, targets = setup(
-        architecture, CONFIG, ragged_tokens, machine=MACHINE
-    )
+    model, backbone, stack, _, targets = setup(architecture, CONFIG, ragged_tokens, machine=MACHINE)
     logits = all_logits(backbone, stack.factors, ragged_tokens)
     expected = twin_evaluation(model, backbone.layout, stack, ragged_tokens, CONFIG, targets)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)

@@ -8,7 +8,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_twin import setup
 from torch.autograd.graph import saved_tensors_hooks
 
 from plait.config import Config, Machine
@@ -18,6 +17,7 @@ from plait.engines.local_training import chunks, local_phase, on_cores
 from plait.factors import Factor
 from plait.machine.devices import chunk_tokens, free_bytes
 from plait.model.memory import activation_bytes, tokens_at_once
+from twin import setup
 
 CONFIG = Config(clients=5, local_steps=2, batch_size=4, rank=2)
 
