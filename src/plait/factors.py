@@ -35,7 +35,7 @@ def factors_of(slots: Iterable[Slot]) -> Factor:
 
 def factors_name(factors: Factor) -> str:
     """`B`, `A|B`, `A|B|HEAD`, or `-` for none."""
-    return (factors.name if factors else None) or "-"
+    return "|".join(str(factor.name) for factor in factors) or "-"
 
 
 def slots_name(slots: Iterable[Slot]) -> str:
