@@ -71,7 +71,7 @@ class Shape:
     def of(cls, work: Work, tokens: float) -> Shape:
         """A chunk of as many clients, of `tokens` a step, as come nearest to its height."""
         model, config = work.model.config, work.config
-        at_once = chunk_tokens(config.chunk_tokens, torch.device("cpu"))
+        at_once = chunk_tokens(work.machine.chunk_tokens, torch.device("cpu"))
         clients = max(1, min(len(work.clients), round(at_once / tokens)))
         return cls(
             height=round(clients * tokens), clients=clients, texts=config.batch_size,

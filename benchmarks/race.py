@@ -107,7 +107,7 @@ def padding(work: Work) -> float:
     """Share of the tokens computed in a step of all clients that are filler."""
     rows = np.stack([work.rows(client, 0) for client in work.clients])
     tokens = work.tokens.lengths[rows].sum(axis=1)
-    at_once = chunk_tokens(work.config.chunk_tokens, torch.device("cpu"))
+    at_once = chunk_tokens(work.machine.chunk_tokens, torch.device("cpu"))
     parts = chunks(tokens, at_once, torch.get_num_threads())
     filled = frozen_kernels(torch.empty(16, 16)) is None
     batches = [pack(work.tokens, rows[part], filled) for part in parts]
