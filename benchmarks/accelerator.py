@@ -24,6 +24,7 @@ from rich.table import Table
 from rivals import peft_steps, plait_steps
 from work import Steps, Work, config_of, load, work_of
 
+from plait.config import Machine
 from plait.machine.devices import resolve_device
 
 STEPS = 4
@@ -39,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    config = dataclasses.replace(config_of(args.glue_dir), device=device.type)
+    config, machine = config_of(args.glue_dir), Machine(device=device.type)
     tokens, minilm = load(config)
     models = {"minilm": minilm} | {name: random_model(name) for name in args.models}
     rows: list[dict[str, Any]] = []
     for name, model in models.items():
         for n in args.clients:
-            work = work_of(model, tokens, config, n)
+            work = work_of(model, tokens, config, n, machine)
             rows += [{"model": name, "clients": n, **row} for row in race(work, args.repeats)]
             console.print(table(rows[-4:]))
     card = torch.cuda.get_device_name() if device.type == "cuda" else device.type
@@ -60,7 +61,7 @@ def race(work: Work, repeats: int) -> list[dict[str, Any]]:
         typed = dataclasses.replace(work, config=dataclasses.replace(work.config, dtype=dtype))
         systems[f"plait {kind}"] = plait_steps(typed), len(work.clients)
         systems[f"peft {kind}"] = peft_steps(few, kind == "bf16"), len(few.clients)
-    on_cpu = dataclasses.replace(few, config=dataclasses.replace(few.config, device="cpu"))
+    on_cpu = dataclasses.replace(few, machine=dataclasses.replace(few.machine, device="cpu"))
     expected = plait_steps(on_cpu)(STEPS)
     apart = {
         name: float(np.abs(steps(STEPS)[: len(expected)] - expected).max())

@@ -71,9 +71,8 @@ class Shape:
     def of(cls, work: Work, tokens: float) -> Shape:
         """A chunk of as many clients, of `tokens` a step, as come nearest to its height."""
         model, config = work.model.config, work.config
-        at_once = build_backend(torch.device("cpu"), torch.float32).chunk_tokens(
-            config.chunk_tokens
-        )
+        backend = build_backend(torch.device("cpu"), torch.float32)
+        at_once = backend.chunk_tokens(work.machine.chunk_tokens)
         clients = max(1, min(len(work.clients), round(at_once / tokens)))
         return cls(
             height=round(clients * tokens), clients=clients, texts=config.batch_size,

@@ -107,8 +107,8 @@ def padding(work: Work) -> float:
     """Share of the tokens computed in a step of all clients that are padding."""
     rows = np.stack([work.rows(client, 0) for client in work.clients])
     tokens = work.tokens.lengths[rows].sum(axis=1)
-    backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config)
-    at_once = backbone.backend.chunk_tokens(work.config.chunk_tokens)
+    backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config, work.machine)
+    at_once = backbone.chunk_tokens
     parts = chunks(tokens, at_once, backbone.backend.workers())
     batches = [backbone.batch(work.tokens, rows[part]) for part in parts]
     return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)

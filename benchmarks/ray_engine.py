@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +26,10 @@ import numpy as np
 import ray
 import torch
 
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.cluster import Cluster
 from plait.engines.job import prepare
 from plait.engines.simulate import Simulation
-from plait.events import Event, RoundDone
 
 
 def main() -> None:
@@ -44,12 +43,16 @@ def main() -> None:
     args = parser.parse_args()
     config = Config(
         task=args.task, clients=args.clients, rounds=args.rounds + 1, topology=args.topology,
-        local_steps=args.local_steps, eval_every=args.rounds + 2, eval_rows=16, device="cpu",
+        local_steps=args.local_steps, eval_every=args.rounds + 2, eval_rows=16,
     )  # fmt: skip
+    machine = Machine(device="cpu", engine="ray", workers=args.workers)
     torch.set_num_threads(os.cpu_count() or 1)
-    job = prepare(config)
+    job = prepare(config, machine)
     begin = time.perf_counter()
-    with Cluster(config, args.workers, prepare) as cluster, tempfile.TemporaryDirectory() as folder:
+    with (
+        Cluster(config, machine, partial(prepare, machine=machine)) as cluster,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         figures: dict[str, Any] = {"start_seconds": time.perf_counter() - begin}
         figures |= race(config, Simulation(job, job.initial_stack()), cluster)
         begin = time.perf_counter()
@@ -61,13 +64,13 @@ def main() -> None:
 
 def race(config: Config, simulation: Simulation, cluster: Cluster) -> dict[str, float]:
     """Seconds per client-step of both, a round of the one and then a round of the other."""
-    engines = {"simulate": rounds(simulation), "ray": rounds(cluster)}
+    engines = {"simulate": simulation, "ray": cluster}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     sent: dict[str, list[int]] = {"sent_bytes": [], "worker_bytes": []}
     for number in range(config.rounds - 1):
-        for name, going in engines.items():
+        for name, engine in engines.items():
             begin = time.perf_counter()
-            done = next(going)
+            done = engine.round(number)
             # The first round warms up.
             seconds[name] += [time.perf_counter() - begin] if number else []
         for key, values in sent.items():
@@ -79,11 +82,6 @@ def race(config: Config, simulation: Simulation, cluster: Cluster) -> dict[str, 
         "ray_seconds_per_client_step": each["ray"],
         "ratio": each["ray"] / each["simulate"],
     } | {f"{key}_per_round": median(values) for key, values in sent.items()}
-
-
-def rounds(engine: Simulation | Cluster) -> Iterator[Event]:
-    """The rounds of an engine, whose first two events are its start and an evaluation."""
-    return (event for event in engine.rounds(0) if isinstance(event, RoundDone))
 
 
 def store_rate(size: int = 64 << 20) -> float:

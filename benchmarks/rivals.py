@@ -29,9 +29,9 @@ from plait.model.loading import Loaded
 
 def plait_steps(work: Work, stack: Stack | None = None) -> Steps:
     """plait's stacked engine; on a stack of one's own, where that is to be mixed too."""
-    backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config)
+    backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config, work.machine)
     stack = stack or work.stack()
-    tokens = backbone.with_hidden(work.tokens, work.config.cache_gib)
+    tokens = backbone.with_hidden(work.tokens)
 
     def steps(count: int) -> np.ndarray:
         config = dataclasses.replace(work.config, local_steps=count)
@@ -72,7 +72,7 @@ def peft_steps(work: Work, bfloat16: bool = False, length: int | None = None) ->
 
     In bfloat16 the frozen weights are stored so, since autocast would cast them in every step.
     """
-    config, device = work.config, resolve_device(work.config.device)
+    config, device = work.config, resolve_device(work.machine.device)
     model = copy.deepcopy(work.model).to(torch.bfloat16 if bfloat16 else torch.float32)
     model = adapted(work, model).to(device)
     slots = [p for name, p in model.named_parameters() if "lora_" in name]

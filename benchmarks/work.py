@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.data.tasks import load_task
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.local_training import batch_rows
@@ -30,13 +30,14 @@ Steps = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class Work:
-    """The model, the texts, the settings, each client's share, and which clients are to train."""
+    """The model, the texts, the settings, each client's share, which clients train, and where."""
 
     model: Any
     tokens: Tokens
     config: Config
     shares: list[np.ndarray]
     clients: list[int]
+    machine: Machine = THIS_MACHINE
 
     def rows(self, client: int, step: int) -> np.ndarray:
         """(b,) the texts of a client's step."""
@@ -63,7 +64,7 @@ class Work:
 
     def stack(self) -> Stack:
         """The adapters of all clients, where they start."""
-        device = resolve_device(self.config.device)
+        device = resolve_device(self.machine.device)
         return initial_stack(self.layout, {}, len(self.clients), self.config.seed, device)
 
     def start(self) -> dict[str, torch.Tensor]:
@@ -94,10 +95,12 @@ def config_of(
     )  # fmt: skip
 
 
-def work_of(model: Any, tokens: Tokens, config: Config, clients: int) -> Work:
+def work_of(
+    model: Any, tokens: Tokens, config: Config, clients: int, machine: Machine = THIS_MACHINE
+) -> Work:
     """The job for so many clients, the texts dealt out to them in equal parts."""
     shares = np.array_split(np.random.default_rng(0).permutation(len(tokens)), clients)
-    return Work(model, tokens, config, shares, list(range(clients)))
+    return Work(model, tokens, config, shares, list(range(clients)), machine)
 
 
 def has_bfloat16() -> bool:

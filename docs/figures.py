@@ -125,10 +125,11 @@ def _run(method: str) -> list[RoundDone]:
         eval_dataset=[_row(rng, client) for client in range(10) for _ in range(2)],
         config=Config(
             method=method, rounds=30, switch_every=5, topology="ring", local_steps=4,
-            batch_size=16, lr=5e-3, device="cpu", eval_every=30,
+            batch_size=16, lr=5e-3, eval_every=30,
         ),
+        machine=plait.Machine(device="cpu"),
     )  # fmt: skip
-    return [event for event in trainer.train() if isinstance(event, RoundDone)]
+    return [event for event in trainer if isinstance(event, RoundDone)]
 
 
 def _row(rng: np.random.Generator, client: int) -> dict[str, object]:

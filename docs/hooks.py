@@ -18,10 +18,10 @@ from typing import Any, get_type_hints
 from latex2mathml.converter import convert
 
 from plait.cli import main as cli
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import METRICS, TASKS
-from plait.engines.steps import names
+from plait.factors import factors_name
 from plait.figures import FIGURES
 from plait.markdown import markdown_table
 from plait.methods import METHODS
@@ -58,40 +58,42 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A field of a dataclass: the section it stands in, its name and what is said of it."""
+    """A field of a dataclass: its name and what is said of it."""
 
-    section: str
     name: str
     text: str
 
 
 def settings_of(kind: type) -> Iterator[Setting]:
-    """The fields of a dataclass with the strings and `# --` comments of its source."""
-    for base in kind.__bases__:
+    """The fields that a dataclass and those it is made of have, with the strings in its source."""
+    for base in reversed(kind.__bases__):
         if dataclasses.is_dataclass(base):
             yield from settings_of(base)
+    yield from own_settings_of(kind)
+
+
+def own_settings_of(kind: type) -> Iterator[Setting]:
+    """Those without the fields of other dataclasses that it is made of."""
     source = textwrap.dedent(inspect.getsource(kind))
-    marks = [(i, line) for i, line in enumerate(source.splitlines(), 1) if "# -- " in line]
     (body,) = (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     for field, said in zip(body, [*body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(said, ast.Expr):
-            section = [line.split("# -- ")[1] for i, line in marks if i < field.lineno][-1:]
             text = " ".join(str(ast.literal_eval(said.value)).split())
-            yield Setting("".join(section), ast.unparse(field.target), text)
+            yield Setting(ast.unparse(field.target), text)
 
 
 def settings() -> str:
-    """All settings by section, with their defaults."""
-    hints, default = get_type_hints(Config), Config()
-    found = list(settings_of(Config))
+    """All settings, a section for each class that has some, with their defaults."""
     parts = []
-    for section in dict.fromkeys(one.section for one in found):
+    for kind in (*reversed(Config.__bases__), Machine):
+        hints, default = get_type_hints(kind), kind()
         rows = [
             [f"`--{one.name.replace('_', '-')}`", f"`{getattr(default, one.name)}`",
              f"`{_kind(hints[one.name])}`", one.text]
-            for one in found if one.section == section
+            for one in own_settings_of(kind)
         ]  # fmt: skip
-        title = section[0].upper() + section[1:]
+        title = (inspect.getdoc(kind) or "").partition("\n")[0].rstrip(".")
+        title = title.partition(":")[0]
         parts.append(f"## {title}\n\n{table(['setting', 'default', 'type', ''], rows)}")
     return "\n".join(parts)
 
@@ -132,7 +134,7 @@ def methods() -> str:
     for name, build in METHODS.items():
         method = build(Config(method=name, switch_every=2))
         trains, travels = (
-            " ".join(names(schedule(t)).replace("|", "") for t in range(5))
+            " ".join(factors_name(schedule(t)).replace("|", "") for t in range(5))
             for schedule in (method.train, method.share)
         )
         rows.append([f"`{name}`", method.summary, f"`{trains} ...`", f"`{travels} ...`"])

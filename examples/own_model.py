@@ -31,14 +31,14 @@ trainer = plait.Trainer(
     eval_dataset=held_out,
     config=plait.Config(rounds=2, local_steps=2, batch_size=4, topology="ring", head="mixed"),
 )
-for event in trainer.train():
+for event in trainer:
     print(type(event).__name__, getattr(event, "scores", ""))
 # --8<-- [end:train]
 
 # --8<-- [start:load]
 with tempfile.TemporaryDirectory() as folder:
-    trainer.save_adapters(folder)
-    adapted = PeftModel.from_pretrained(model, Path(folder) / "mean").eval()
+    trainer.save(folder)
+    adapted = PeftModel.from_pretrained(model, Path(folder) / "adapters" / "mean").eval()
 with torch.no_grad():
     print(adapted(**tokenizer(["the patient is well"], return_tensors="pt")).logits)
 # --8<-- [end:load]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,17 +19,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.data.tasks import Rows, Task
 from plait.data.tokens import Tokens
-from plait.engines.job import Job
-from plait.events import Started
-from plait.methods import build_method, settled
+from plait.engines.job import Job, Materials, Rules, assemble
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.kernels.compiled import kernels
 from plait.model.loading import Loaded
-from plait.topology import build_schedule
 
 # Tiny models gain nothing from a second thread, and lose much where other work wants the cores.
 torch.set_num_threads(1)
@@ -64,33 +62,17 @@ def tiny_model(architecture: str, num_labels: int = 3):
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def tiny_job(config: Config) -> Job:
+def tiny_job(config: Config, machine: Machine = THIS_MACHINE) -> Job:
     """A prepared run on a small random BERT and random texts, whatever task the config names."""
+    rules = Rules.of(config)
     tokens = random_tokens()
-    rows = Rows(texts=(("",),) * len(tokens), labels=tokens.labels, keys=None)
-    task = Task("random", rows, rows, rows, ("a", "b", "c"), "accuracy")
-    config = settled(config)
-    return Job(
-        config=config,
-        task=task,
-        method=build_method(config),
-        schedule=build_schedule(config),
-        backbone=Backbone(Loaded(tiny_model("bert"), None, ()), config),
-        train=tokens,
-        held_out=tokens.take(np.arange(20)),
-        shares=np.array_split(np.arange(len(tokens)), config.clients),
-        started=Started(
-            task="random",
-            metric="accuracy",
-            label_names=("a", "b", "c"),
-            label_counts=[[20, 20, 20]],
-            majority=1 / 3,
-            parameters={},
-            rho=0.5,
-            device="cpu",
-            seconds=0.0,
-        ),
-    )
+    held_out = tokens.take(np.arange(20))
+    rows, some = (Rows((("",),) * len(one), one.labels) for one in (tokens, held_out))
+    task = Task("random", rows, some, some, ("a", "b", "c"), "accuracy")
+    backbone = Backbone(Loaded(tiny_model("bert"), None, ()), rules.config, machine)
+    shares = np.array_split(np.arange(len(tokens)), config.clients)
+    materials = Materials(task, backbone, tokens, held_out)
+    return assemble(rules, materials, shares, time.perf_counter())
 
 
 @pytest.fixture

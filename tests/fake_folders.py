@@ -28,7 +28,7 @@ def write_comparison(out: Path, monkeypatch, **settings: object) -> Plan:
     base = {"config": CONFIG, "methods": tuple(SCORES), "seeds": (0, 1, 2)}
     plan = Plan(**{**base, "out": out, **settings})
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "run", FakeRuns(score))
+        patched.setattr(workers, "Run", FakeRuns(score))
         for _ in compare(plan):
             pass
     write_report(conclude(plan))

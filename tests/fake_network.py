@@ -11,7 +11,6 @@ import sklearn.metrics  # noqa: F401 - takes seconds, which are none of the peer
 
 from conftest import tiny_job
 from plait.config import Config
-from plait.lora import initial_stack
 from plait.peers.codec import Ack, Answer, Identity, Message, Question, decode, encode
 from plait.peers.exchange import Exchange, Terms
 from plait.peers.federation import Member
@@ -108,8 +107,7 @@ def start_peer(
     names = [one.name for one in members]
     turn = agreed_turns(job, me, members)
     desk = Desk(Inbox(me, turn, config.rounds, keep_rounds, symmetric), names)
-    layout = job.backbone.layout
-    stack = initial_stack(layout, job.backbone.head_start, 1, config.seed, job.backbone.device)
+    layout, stack = job.backbone.layout, job.initial_stack(1)
 
     def write(rows, round_, active, kind):
         return encode(

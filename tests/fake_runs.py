@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from plait.config import Config
+from plait.config import THIS_MACHINE, Config, Machine
 from plait.events import Evaluated, Event, RoundDone, Started, to_line
 from plait.figures import summarize
 from plait.metrics import LayerState
@@ -68,13 +68,15 @@ def evaluated(config: Config, round_: int, score: float) -> Evaluated:
 
 
 class FakeRuns:
-    """Stands in for `plait.run`: writes the folder of a run with the score it is told."""
+    """Stands in for `plait.Run`: writes the folder of a run with the score it is told."""
 
     def __init__(self, score: Score) -> None:
         self.score = score
         self.started: list[Config] = []
 
-    def __call__(self, config: Config, out: Path, resume: bool = False) -> Iterator[Event]:
+    def __call__(
+        self, config: Config, out: Path, resume: bool = False, machine: Machine = THIS_MACHINE
+    ) -> Iterator[Event]:
         said = list(events(config, self.score(config)))
         if not (resume and (out / "summary.json").exists()):
             self.started.append(config)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import random_tokens, save_encoder, tiny_model
+from plait.config import Machine
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
@@ -32,9 +33,8 @@ def work():
     """Four clients with texts of unequal lengths, a few to a chunk."""
     from work import config_of, work_of
 
-    config = dataclasses.replace(config_of(None, batch_size=6), lr=3e-2, chunk_tokens=150,
-                                 clip_norm=1e-3)  # fmt: skip
-    return work_of(tiny_model("bert"), random_tokens(), config, 4)
+    config = dataclasses.replace(config_of(None, batch_size=6), lr=3e-2, clip_norm=1e-3)
+    return work_of(tiny_model("bert"), random_tokens(), config, 4, Machine(chunk_tokens=150))
 
 
 SLOW = pytest.param("a process each", marks=pytest.mark.slow)

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from conftest import save_encoder
-from plait.cli import main as cli
+from plait.cli.arguments import defaults, parse
 from plait.cli.completion import options_of
 from plait.cli.main import COMMANDS, main
+from plait.config import Config
 from plait.data.tasks import TASKS, Rows, Task, TaskRow, load_task
 from plait.presets import PRESETS
 from test_examples import TABLES
@@ -109,8 +110,8 @@ def do(words: list[str], parsed_only: bool, more: dict[str, list[str]]) -> None:
         return
     if parsed_only:
         more_fields = {"methods": "adf", "lrs": ""} if command == "compare" else {}
-        start = TAKES[command](settings=cli.defaults(args), **more_fields)
-        cli._parse(TAKES[command], command, args, start)
+        start = TAKES[command](**defaults(args), **more_fields)
+        parse(TAKES[command], command, args, start)
         return
     assert main([command, *args, *more.get(command, [])]) == 0, " ".join(words)
 
@@ -138,7 +139,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     return save_encoder("mean-pooled", tmp_path_factory.mktemp("models") / "tiny")
 
 
-def few_reviews(config: cli.Config) -> Task:
+def few_reviews(config: Config) -> Task:
     whole = load_task(dataclasses.replace(config, task="movies"))
     return dataclasses.replace(
         whole, train=some(whole.train, 300), validation=some(whole.validation, 20),
@@ -155,7 +156,7 @@ def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
     tiny = {"backbone": str(tiny_folder), "rounds": 1, "local_steps": 1, "eval_rows": 8}
     for name, row in PRESETS.items():
         small = row.build().to_json() | tiny
-        build = lambda small=small: cli.Config.from_json(small)  # noqa: E731
+        build = lambda small=small: Config.from_json(small)  # noqa: E731
         monkeypatch.setitem(PRESETS, name, dataclasses.replace(row, build=build))
     small_task = TaskRow(few_reviews, "A few film reviews in the place of TREC")
     for name in ("demo", "trec"):

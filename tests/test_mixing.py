@@ -12,8 +12,18 @@ from conftest import tiny_job
 from plait.config import Config
 from plait.engines import simulate as engine
 from plait.events import RoundDone
-from plait.methods import METHODS, Method, build_method
-from plait.mixing import AVERAGE, MIXES, average, build_rule, each_factor, mean, neighbour_weights
+from plait.factors import AB, NONE, VALUE, A, B
+from plait.methods import METHODS, Method, alternate, always, build_method
+from plait.mixing import (
+    AVERAGE,
+    MIXES,
+    average,
+    build_rule,
+    each_factor,
+    each_site,
+    mean,
+    neighbour_weights,
+)
 from plait.topology import build_schedule
 
 N, P = 6, 40
@@ -204,6 +214,79 @@ def test_a_method_that_mixes_in_its_own_way_takes_no_other(monkeypatch):
     assert build_method(Config(method="own")) is own
     with pytest.raises(ValueError, match="leave out --mix"):
         build_method(Config(method="own", mix="trimmed-mean:1"))
+
+
+# -- A and B of a layer together
+
+
+def factors_of_sites(layout, clients=N):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        (kind, factor): torch.randn(clients, layout.size(factor), generator=generator)
+        for kind in (VALUE, "m")
+        for factor in (A, B)
+    }
+
+
+@pytest.mark.parametrize("topology", ["complete", "ring", "star"])
+def test_a_rule_for_sites_that_averages_apart_is_averaging_to_the_bit(topology):
+    layout = tiny_job(Config(clients=N, rank=2)).backbone.layout
+    state, W = factors_of_sites(layout), weights(topology)
+    apart = each_site(lambda mine, theirs, W: (average(mine[0], theirs[0], W),
+                                               average(mine[1], theirs[1], W)))  # fmt: skip
+    found, expected = (mix.combine(layout, state, state, W) for mix in (apart, AVERAGE))
+    assert found.keys() == expected.keys() == state.keys()
+    assert all(torch.equal(found[slot], expected[slot]) for slot in state)
+
+
+def test_a_rule_for_sites_gets_the_two_of_each_layer():
+    layout = tiny_job(Config(clients=N, rank=2)).backbone.layout
+    state, W = factors_of_sites(layout), weights()
+    own = {slot: value[:2] for slot, value in state.items()}
+    seen = []
+
+    def rule(mine, theirs, W):
+        seen.append([tuple(one.shape) for one in (*mine, *theirs)])
+        return torch.zeros_like(mine[0]), mine[1]
+
+    found = each_site(rule).combine(layout, own, state, W[:2])
+    assert seen == [
+        [(2, 2, site.d_in), (2, site.d_out, 2), (N, 2, site.d_in), (N, site.d_out, 2)]
+        for site in layout.sites
+    ]
+    assert not found[VALUE, A].any()
+    assert torch.equal(found[VALUE, B], own[VALUE, B])
+    for factor in (A, B):  # other slots are averaged
+        assert torch.equal(found["m", factor], average(own["m", factor], state["m", factor], W[:2]))
+
+
+def own_method(monkeypatch, **settings):
+    given = {"summary": "", "train": always(AB), "share": always(AB)}
+    monkeypatch.setitem(METHODS, "own", lambda _: Method(**(given | settings)))
+    return build_method(Config(method="own", rounds=6))
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (always(B), "shares only B in round 0"),
+        (alternate(B, A, every=2), "shares only B in round 0"),
+        (alternate(AB, A, every=3), "shares only A in round 3"),
+    ],
+)
+def test_what_mixes_together_must_travel_together(monkeypatch, share, message):
+    mix = each_site(lambda mine, _theirs, _W: mine)
+    with pytest.raises(ValueError, match=f"own mixes AB together and {message}"):
+        own_method(monkeypatch, share=share, mix=mix)
+    own_method(monkeypatch, share=share)
+    for fine in (always(AB), always(NONE), alternate(AB, NONE, every=1)):
+        own_method(monkeypatch, share=fine, mix=mix)
+
+
+def test_a_slot_that_nobody_keeps_is_not_shared(monkeypatch):
+    own_method(monkeypatch, kinds=(VALUE, "m", "v"))
+    with pytest.raises(ValueError, match=r"own shares slots that it doesn't keep: \['speed'\]"):
+        own_method(monkeypatch, kinds=(VALUE, "speed"))
 
 
 def test_the_default_is_plain_averaging():

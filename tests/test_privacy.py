@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 
@@ -14,16 +13,17 @@ from scipy.optimize import brentq
 
 from conftest import tiny_job
 from fake_network import Hub, member, start_peer, together
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.job import Rules
-from plait.engines.simulate import Simulation, simulate
 from plait.engines.steps import train_round
 from plait.events import Evaluated, RoundDone
 from plait.factors import VALUE, Factor
 from plait.figures import summarize
+from plait.methods import METHODS, Method, always
 from plait.peers.process import KEY_BYTES, noise_of
 from plait.privacy import clipped, epsilon, privatise, secret_noise, seeded_noise
-from plait.runs.run_folder import RunFolder, carry_out
+from plait.runs.run import Run
+from plait.runs.run_folder import RunFolder, load_summary
 
 CLIP, NOISE = 0.02, 0.5
 SETTINGS = {
@@ -31,6 +31,11 @@ SETTINGS = {
     "lr": 1e-2, "topology": "ring", "eval_every": 4,
 }  # fmt: skip
 PRIVATE = SETTINGS | {"dp_clip": CLIP, "dp_noise": NOISE}
+
+
+@pytest.fixture(autouse=True)
+def tiny_jobs(monkeypatch):
+    monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
 
 
 def silence(_client, _round, change):
@@ -81,6 +86,23 @@ def test_all_that_trains_and_travels_is_clipped_together(method, round_, protect
     norms = torch.cat([changes[factor] for factor in protected], dim=1).norm(dim=1)
     torch.testing.assert_close(norms, torch.full((3,), CLIP, dtype=torch.double), rtol=1e-5, atol=0)
     assert not any(changes[factor].any() for factor in changes.keys() - protected)
+
+
+def test_what_else_travels_of_a_factor_is_clipped_with_it(monkeypatch):
+    monkeypatch.setitem(METHODS, "moments", lambda _: Method(
+        summary="", train=always(Factor.B), share=always(Factor.AB), kinds=(VALUE, "m"),
+    ))  # fmt: skip
+    job = tiny_job(Config(**(PRIVATE | {"method": "moments", "clip_norm": None})))
+    stack = job.initial_stack()
+    before = {slot: value.clone().double() for slot, value in stack.state.items()}
+    train_round(job, stack, 0, range(3), silence)
+    changes = {slot: value.double() - before[slot] for slot, value in stack.state.items()}
+    protected = [(VALUE, Factor.B), ("m", Factor.B)]
+    assert all(changes[slot].norm(dim=1).min() > 0 for slot in protected)
+    norms = torch.cat([changes[slot] for slot in protected], dim=1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full((3,), CLIP, dtype=torch.double), rtol=1e-5, atol=0)
+    assert changes["v", Factor.B].any()
+    assert not any(changes[slot].any() for slot in changes if slot[1] is Factor.A)
 
 
 def test_a_head_that_stays_at_home_is_left_alone():
@@ -152,28 +174,22 @@ def test_a_peers_key_is_its_own_and_outlives_a_restart(tmp_path):
 
 
 def factors_of(config, folder=None, stop_after=None):
-    job = tiny_job(config)
-    stack = job.initial_stack()
-    events = []
-    for event in (
-        carry_out(Simulation(job, stack), config, folder) if folder else simulate(job, stack)
-    ):
-        events.append(event)
+    run = Run(config, folder, resume=True, machine=Machine(save_every=1))
+    for event in run:
         if isinstance(event, RoundDone) and event.round == stop_after:
             break
-    return stack.factors, events
+    return run._engine.stack.factors, run.events
 
 
 def test_a_run_that_was_resumed_equals_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.setattr("plait.engines.simulate.save_adapters", lambda *_: None)
-    config = Config(**PRIVATE | {"save_every": 1, "optimizer_state": "keep"})
+    config = Config(**PRIVATE | {"optimizer_state": "keep"})
     unbroken, _ = factors_of(config)
-    folder = RunFolder.open(tmp_path / "run", config, resume=True)
-    factors_of(config, folder, stop_after=1)
-    resumed, events = factors_of(config, folder)
+    factors_of(config, tmp_path / "run", stop_after=1)
+    resumed, events = factors_of(config, tmp_path / "run")
     assert [event.round for event in events if isinstance(event, RoundDone)] == [0, 1, 2, 3]
     assert all(torch.equal(unbroken[factor], resumed[factor]) for factor in unbroken)
-    summary = json.loads(folder.summary_file.read_text())
+    summary = load_summary(tmp_path / "run")
     assert summary["dp_epsilon"] == pytest.approx(epsilon(NOISE, 4, 1e-5))
     free, _ = factors_of(Config(**SETTINGS))
     assert not torch.equal(free[Factor.B], unbroken[Factor.B])

@@ -12,10 +12,33 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from plait.config import Config
+from conftest import tiny_model
+from plait.config import THIS_MACHINE, Config
 from plait.data.tokens import Tokens
 from plait.engines.local_training import batch_rows
 from plait.factors import Factor
+from plait.lora import initial_stack
+from plait.model.backbone import TARGET_MODULES, Backbone
+from plait.model.loading import Loaded
+
+ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
+PHASES = (Factor.A, Factor.B, Factor.AB)
+
+
+def setup(architecture, config, tokens, machine=THIS_MACHINE):
+    """A tiny model, a backbone of it, clients that differ, their rows, and the adapted layers."""
+    model = tiny_model(architecture)
+    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, machine)
+    stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
+    # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
+    # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
+    generator = torch.Generator().manual_seed(4)
+    for value in stack.factors.values():
+        value += 0.05 * torch.randn(value.shape, generator=generator).to(value.device)
+    shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), config.clients)
+    kind = model.config.model_type
+    targets = config.target_modules.split(",") if config.target_modules else TARGET_MODULES[kind]
+    return model, backbone, stack, shares, targets
 
 
 def peft_client(model, layout, stack, client, config, targets):

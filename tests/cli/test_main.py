@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from plait.cli import main as cli
-from plait.cli.main import COMMANDS, defaults, main
-from plait.config import Config
+from plait.cli.arguments import defaults, parse
+from plait.cli.main import COMMANDS, main
+from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
 from plait.methods import METHODS
 from plait.mixing import MIXES
 from plait.presets import PRESETS, build_preset, start_from
-from plait.runs import run_folder as runs
+from plait.runs import run as runs
 from plait.topology import TOPOLOGIES
 
 QUICK = [
@@ -74,7 +76,7 @@ def test_version_and_help(capsys):
 def test_help_mentions_every_setting(capsys, command):
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
-    for field in dataclasses.fields(Config):
+    for field in (*dataclasses.fields(Config), *dataclasses.fields(Machine)):
         assert f"--{field.name.replace('_', '-')} " in said
 
 
@@ -104,8 +106,13 @@ def test_help_needs_no_torch():
 # -- settings: preset < file < flags
 
 
+def given(args: list[str]) -> tuple[Config, Machine]:
+    found = parse(cli.Run, "run", args, cli.Run(**defaults(args)))
+    return found.settings, found.machine
+
+
 def parsed(args: list[str]) -> Config:
-    return cli._parse(cli.Run, "run", args, cli.Run(settings=defaults(args))).settings
+    return given(args)[0]
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
@@ -117,11 +124,33 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert (config.backbone, config.local_steps) == ("roberta-large", 20)
 
 
+def test_what_is_of_the_machine_comes_from_the_same_places(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("rounds = 7\nchunk_tokens = 100\nmemory_gib = 1\n")
+    args = ["--preset", "smoke", f"--config={file}", "--chunk-tokens=50"]
+    config, machine = given(args)
+    assert config == dataclasses.replace(build_preset("smoke"), rounds=7)
+    assert machine == Machine(cache_gib=0.0, chunk_tokens=50, memory_gib=1)
+
+
 def test_a_runs_own_config_gives_the_same_run(tmp_path):
     config = Config(rounds=3, head="mixed", top_layers=2)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config.to_json()))
     assert parsed(["--config", str(file)]) == config
+
+
+def test_a_config_of_before_machines_were_apart_still_reads(tmp_path):
+    config = Config(rounds=3, eval_every=1)
+    of_machine = {"device": "cpu", "cache_gib": 1.0, "chunk_tokens": None, "memory_gib": 4.0,
+                  "save_every": 5}  # fmt: skip
+    old = config.to_json() | of_machine
+    assert Config.from_json(old) == config
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(old))
+    assert given(["--config", str(file)]) == (config, Machine(**of_machine))
+    with pytest.raises(ValueError, match="Unknown settings: ronds"):
+        Config.from_json(old | {"ronds": 3})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -151,6 +180,8 @@ def test_the_paper_preset_is_the_published_protocol():
         ("a.toml", "head = 'frosen'", "head is 'frosen'; it must be"),
         ("a.toml", "ronds = 3", "Unknown settings: ronds"),
         ("a.toml", "rounds = 0", "a.toml: rounds is 0"),
+        ("a.toml", "memory_gib = 0", "a.toml: memory_gib is 0"),
+        ("a.toml", "device = 'cdua'", "device is 'cdua'; it must be"),
         ("a.toml", "rounds 3", "a.toml is not TOML"),
         ("a.json", "{", "a.json is not JSON"),
         ("a.json", "[1]", "a.json holds no settings"),
@@ -229,7 +260,7 @@ def raising(error: BaseException):
     ],
 )
 def test_trouble_while_it_runs(capsys, tmp_path, monkeypatch, error, code, message):
-    monkeypatch.setattr(runs, "run", raising(error))
+    monkeypatch.setattr(runs.Run, "_carry_out", raising(error))
     assert message in complaint(capsys, ["run", f"--out={tmp_path}/out"], code)
 
 
@@ -243,6 +274,18 @@ def test_a_run_writes_its_folder_and_says_where(capsys, finished, data):
     said = capsys.readouterr().out
     assert f"{finished}: summary.json" in said
     assert "round 1/1" in said
+
+
+def test_a_finished_run_goes_on_with_more_rounds(capsys, finished, data, tmp_path):
+    out = tmp_path / "more"
+    shutil.copytree(finished, out)
+    more = [*data, f"--out={out}", "--resume", "--rounds=2"]
+    assert main(["run", *more]) == 0
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 2
+    assert json.loads((out / "summary-1.json").read_text())["rounds"] == 1
+    assert "other settings (rounds)" in complaint(capsys, ["run", *more, "--rounds=1"])
+    (out / "checkpoint.safetensors").unlink()
+    assert "without its last state" in complaint(capsys, ["run", *more, "--rounds=3"])
 
 
 def test_a_finished_run_is_logged_whole(capsys, finished, data):

@@ -15,17 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_job
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.simulate import simulate
 from plait.events import RoundDone, to_line
 from plait.factors import slot_name
-from plait.runs import run_folder as runs
-from plait.runs.run_folder import run
+from plait.runs.run import Run
 
 ray = pytest.importorskip("ray", reason="plait[ray] is not installed")
 
-from plait.engines.block import Block  # noqa: E402
-from plait.engines.cluster import Cluster, bounds, merged, share_of_cluster  # noqa: E402
+from fake_cluster import blocks_of, handed_bytes, rounds_of_blocks  # noqa: E402
+from plait.engines.cluster import bounds, share_of_cluster  # noqa: E402
 
 SETTINGS = {
     "clients": 5,
@@ -38,8 +37,9 @@ SETTINGS = {
     "head": "mixed",
     "lora_dropout": 0.1,
     "optimizer_state": "reset_each_phase",
-    "save_every": 2,
+    "eval_every": 1,
 }
+OFTEN = {"save_every": 2}
 OF_ONE = ("worker_bytes", "pairs_apart")
 """What only one of the two engines says."""
 TIMES = ("train_seconds", "mix_seconds", "eval_seconds", "wall_seconds", "seconds")
@@ -62,7 +62,7 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def tiny_jobs(monkeypatch):
-    monkeypatch.setattr(runs, "prepare", tiny_job)
+    monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
 
 
 def without(values, *more):
@@ -100,7 +100,7 @@ def close(value):
 
 def test_a_block_hands_over_the_rows_that_others_hear_and_no_more():
     config = Config(topology="ring", **SETTINGS)
-    block = Block(tiny_job, config, bounds(5, 2), 1, threads=1)
+    _, block = blocks_of(config, 2)
     block.begin(None)
     sums, rows, own = block.train(0)
     # Of 2, 3 and 4 on a ring of five, client 1 hears 2 and client 0 hears 4.
@@ -139,13 +139,13 @@ def test_blocks_are_nearly_equal_and_fit_on_machines(monkeypatch):
 )
 def test_what_cant_be_is_said(given, message):
     with pytest.raises(ValueError, match=message):
-        next(run(Config(**SETTINGS), **given))
+        next(Run(Config(**SETTINGS), machine=Machine(**given)))
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "plait.engines.cluster", None)
     with pytest.raises(ValueError, match=r"pip install 'plait\[ray\]'"):
-        next(run(Config(**SETTINGS), engine="ray", workers=2))
+        next(Run(Config(**SETTINGS), machine=Machine(engine="ray", workers=2)))
 
 
 @pytest.mark.parametrize(
@@ -157,43 +157,10 @@ def test_blocks_say_what_a_simulation_says(method, topology, workers):
     config = Config(method=method, topology=topology, p=0.5, **settings)
     job = tiny_job(config)
     expected = [e for e in simulate(job, job.initial_stack()) if isinstance(e, RoundDone)]
-    for event, whole in zip(rounds_of_blocks(config, workers), expected, strict=True):
+    for event, whole in zip(rounds_of_blocks(blocks_of(config, workers)), expected, strict=True):
         assert event.worker_bytes == handed_bytes(config, workers, event)
         mine, theirs = (without(json.loads(to_line(e)), *OF_ONE) for e in (event, whole))
         assert mine == close(theirs)
-
-
-def rounds_of_blocks(config, workers):
-    """The rounds of a cluster in one process: what it hands over is handed over here."""
-    blocks = [
-        Block(tiny_job, config, bounds(config.clients, workers), k, threads=1)
-        for k in range(workers)
-    ]
-    _, sites = [block.begin(None) for block in blocks][-1]
-    for round_ in range(config.rounds):
-        trained = [block.train(round_) for block in blocks]
-        mixed = [b.mix(round_, *(t[1 + k] for t in trained)) for k, b in enumerate(blocks)]
-        sums = [*(before for before, *_ in trained), *mixed]
-        measured = [block.measure(round_, *sums) for block in blocks]
-        added = [b.add_up(*(m[1 + k] for m in measured)) for k, b in enumerate(blocks)]
-        yield merged([part for part, *_ in measured], added, sites)
-
-
-def handed_bytes(config, workers, event):
-    """By the formulas of docs/scaling.md, for the small rank of these tests."""
-    layout = tiny_job(config).backbone.layout
-    blocks = {
-        client: k for k, block in enumerate(bounds(config.clients, workers)) for client in block
-    }
-    travels = [f for f in layout.factors if f.name in "AB" or f.name in event.shared]
-    heard = {(blocks[i], j) for i, j, _ in event.edges if blocks[i] != blocks[j]}
-    rows = len(heard) * 4 * sum(map(layout.size, travels))
-    sums = 2 * workers * (workers - 1) * 8 * sum(map(layout.size, layout.factors))
-    crosses = 0
-    for place, site in enumerate(layout.sites):
-        others = [client for client in blocks if blocks[client] != place % workers]
-        crosses += 2 * 8 * len(others) * layout.rank * (site.d_in + site.d_out)
-    return rows + sums + crosses
 
 
 @pytest.mark.parametrize(
@@ -202,21 +169,37 @@ def handed_bytes(config, workers, event):
 )
 def test_it_is_the_run_of_a_simulation(cluster, tmp_path, method, topology, workers):
     config = Config(method=method, topology=topology, p=0.5, **SETTINGS)
-    list(run(config, tmp_path / "simulated"))
-    list(run(config, tmp_path / "ray", engine="ray", workers=workers))
+    list(Run(config, tmp_path / "simulated"))
+    run = Run(config, tmp_path / "ray", machine=Machine(engine="ray", workers=workers, **OFTEN))
+    list(run)
     assert_same_run(tmp_path / "simulated", tmp_path / "ray")
+    run.save(tmp_path / "saved")
+    assert_same_run(tmp_path / "simulated", tmp_path / "saved")
+    state, saved = (load_file(tmp_path / x / "checkpoint.safetensors") for x in ("ray", "saved"))
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in state)
+
+
+@pytest.mark.slow
+def test_in_memory_its_state_is_gone_with_the_workers(cluster, tmp_path):
+    run = Run(Config(**SETTINGS), machine=Machine(engine="ray", workers=1))
+    list(run)
+    assert run.summary["rounds"] == 3
+    for ask in (run.model, lambda: run.save(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="give the run a folder"):
+            ask()
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_changes_nothing(cluster, tmp_path):
     config = Config(method="adf", topology="pairs", p=0.5, **SETTINGS | {"rounds": 4})
-    list(run(config, tmp_path / "simulated"))
-    with Cluster(config, 2, tiny_job) as engine:
-        folder = runs.RunFolder.open(tmp_path / "ray", config, resume=False)
-        for event in runs.carry_out(engine, config, folder):
-            # After the round that follows a checkpoint, and before any.
-            if isinstance(event, RoundDone) and event.round in (0, 2):
-                os.kill(pids(engine)[event.round // 2], signal.SIGKILL)
+    list(Run(config, tmp_path / "simulated"))
+    run = Run(config, tmp_path / "ray", machine=Machine(engine="ray", workers=2, **OFTEN))
+    for event in run:
+        # After the round that follows a checkpoint, and before any.
+        if isinstance(event, RoundDone) and event.round in (0, 2):
+            os.kill(pids(run._engine)[event.round // 2], signal.SIGKILL)
     assert_same_run(tmp_path / "simulated", tmp_path / "ray")
 
 
@@ -228,10 +211,10 @@ def pids(engine):
 @pytest.mark.slow
 def test_one_engine_goes_on_where_the_other_stopped(cluster, tmp_path):
     config = Config(topology="ring", **SETTINGS)
-    list(run(config, tmp_path / "simulated"))
-    stopped = run(config, tmp_path / "ray")
+    list(Run(config, tmp_path / "simulated"))
+    stopped = Run(config, tmp_path / "ray", machine=Machine(**OFTEN))
     list(itertools.islice(stopped, 6))  # up to the checkpoint after the second round
-    stopped.close()
-    events = list(run(config, tmp_path / "ray", resume=True, engine="ray", workers=1))
+    machine = Machine(engine="ray", workers=1)
+    events = list(Run(config, tmp_path / "ray", resume=True, machine=machine))
     assert_same_run(tmp_path / "simulated", tmp_path / "ray")
     assert not any(event.worker_bytes for event in events if isinstance(event, RoundDone))

@@ -22,6 +22,7 @@ SETTINGS = {
     "lr": 1e-2,
     "lora_dropout": 0.1,
     "optimizer_state": "reset_each_phase",
+    "eval_every": 1,
 }
 
 

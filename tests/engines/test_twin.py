@@ -8,33 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_model
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.local_training import batch_rows, local_phase
 from plait.factors import Factor
-from plait.lora import initial_stack
 from plait.machine.devices import bfloat16_units, resolve_dtype
-from plait.model.backbone import TARGET_MODULES, Backbone
-from plait.model.loading import Loaded
-from twin import all_logits, twin_evaluation, twin_local_phase
-
-ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
-PHASES = (Factor.A, Factor.B, Factor.AB)
-
-
-def setup(architecture, config, tokens, backend=None):
-    model = tiny_model(architecture)
-    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, backend)
-    stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
-    # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
-    # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
-    generator = torch.Generator().manual_seed(4)
-    for value in stack.factors.values():
-        value += 0.05 * torch.randn(value.shape, generator=generator).to(value.device)
-    shares = np.array_split(np.random.default_rng(2).permutation(len(tokens)), config.clients)
-    kind = model.config.model_type
-    targets = config.target_modules.split(",") if config.target_modules else TARGET_MODULES[kind]
-    return model, backbone, stack, shares, targets
+from twin import ARCHITECTURES, PHASES, all_logits, setup, twin_evaluation, twin_local_phase
 
 
 @pytest.mark.usefixtures("ways")
@@ -43,10 +21,11 @@ def setup(architecture, config, tokens, backend=None):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
     config = Config(
-        clients=4, local_steps=5, batch_size=6, rank=4, head=head, lr=5e-3, chunk_tokens=150,
-        clip_norm=0.5,
-    )  # fmt: skip
-    model, backbone, stack, shares, targets = setup(architecture, config, ragged_tokens)
+        clients=4, local_steps=5, batch_size=6, rank=4, head=head, lr=5e-3, clip_norm=0.5
+    )
+    model, backbone, stack, shares, targets = setup(
+        architecture, config, ragged_tokens, machine=Machine(chunk_tokens=150)
+    )
     if head == "mixed":
         train |= Factor.HEAD
     expected_losses, expected = twin_local_phase(
@@ -84,7 +63,7 @@ def test_any_linear_layer_can_be_adapted(targets, ragged_tokens):
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_evaluation_equals_peft(architecture, ragged_tokens):
-    config = Config(clients=3, rank=4, chunk_tokens=100)
+    config = Config(clients=3, rank=4)
     model, backbone, stack, _, targets = setup(architecture, config, ragged_tokens)
     logits = all_logits(backbone, stack.factors, ragged_tokens)
     expected = twin_evaluation(model, backbone.layout, stack, ragged_tokens, config, targets)
@@ -98,7 +77,9 @@ def test_every_backend_equals_the_slow_one(architecture, dropout, ragged_tokens)
     config = Config(clients=4, local_steps=3, batch_size=5, rank=4, lora_dropout=dropout)
     results = []
     for backend in (None, "slow"):
-        _, backbone, stack, shares, _ = setup(architecture, config, ragged_tokens, backend)
+        _, backbone, stack, shares, _ = setup(
+            architecture, config, ragged_tokens, Machine(backend=backend)
+        )
         losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config)
         results.append((losses, stack.factors[Factor.B]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
@@ -134,12 +115,11 @@ def test_auto_takes_bfloat16_only_where_there_are_units(monkeypatch):
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_chunks_do_not_change_the_result(dropout, ragged_tokens):
+    config = Config(clients=5, local_steps=3, batch_size=4, lora_dropout=dropout)
     results = []
     for chunk_tokens in (50, 150, 10_000):
-        config = Config(
-            clients=5, local_steps=3, batch_size=4, lora_dropout=dropout, chunk_tokens=chunk_tokens
-        )
-        _, backbone, stack, shares, _ = setup("bert", config, ragged_tokens)
+        machine = Machine(chunk_tokens=chunk_tokens)
+        _, backbone, stack, shares, _ = setup("bert", config, ragged_tokens, machine=machine)
         local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), config)
         results.append(stack.factors)
     for factor, value in results[0].items():
@@ -172,13 +152,14 @@ def test_a_client_alone_gets_what_it_gets_in_the_stack(ragged_tokens):
 @pytest.mark.parametrize("cached", [True, False])
 def test_adapting_the_top_layers_only(cached, ragged_tokens):
     config = Config(clients=3, local_steps=3, batch_size=4, rank=2, top_layers=1)
-    model, backbone, stack, shares, _ = setup("bert", config, ragged_tokens)
+    machine = Machine(cache_gib=1.0 if cached else 0.0)
+    model, backbone, stack, shares, _ = setup("bert", config, ragged_tokens, machine=machine)
     assert {site.name.split(".")[3] for site in backbone.layout.sites} == {"1"}
     targets = [site.name for site in backbone.layout.sites]
     expected_losses, expected = twin_local_phase(
         model, backbone.layout, stack, Factor.AB, 0, ragged_tokens, shares, config, targets
     )
-    tokens = backbone.with_hidden(ragged_tokens, 1.0 if cached else 0.0)
+    tokens = backbone.with_hidden(ragged_tokens)
     assert (tokens.hidden is not None) == cached
     losses = local_phase(backbone, stack, Factor.AB, 0, tokens, shares, range(3), config)
     np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)

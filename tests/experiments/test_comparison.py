@@ -28,7 +28,7 @@ def plan_of(out: Path, **settings: object) -> Plan:
 
 def fake(monkeypatch, score) -> FakeRuns:
     runs = FakeRuns(score)
-    monkeypatch.setattr(workers, "run", runs)
+    monkeypatch.setattr(workers, "Run", runs)
     return runs
 
 
@@ -188,7 +188,7 @@ def test_a_rate_at_the_edge_of_the_grid_is_marked(monkeypatch, tmp_path):
 
 
 def diverging(above: float):
-    def run(config: Config, out: Path, resume: bool = False):
+    def run(config: Config, out: Path, resume: bool = False, **_machine):
         yield next(events(config, 0.8))
         if config.lr > above:
             raise ValueError("The loss of client 0 is not finite in round 0.")
@@ -198,19 +198,19 @@ def diverging(above: float):
 
 
 def test_a_rate_that_diverges_loses_the_search(monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "run", diverging(1e-3))
+    monkeypatch.setattr(workers, "Run", diverging(1e-3))
     plan = plan_of(tmp_path / "out", lr_grid=(1e-3, 5e-3))
     assert [e.lr for e in (concluded(plan).outcomes[0].entry,)] == [1e-3]
 
 
 def test_a_search_in_which_all_diverge_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "run", diverging(0))
+    monkeypatch.setattr(workers, "Run", diverging(0))
     with pytest.raises(ValueError, match="adf diverged at every rate"):
         concluded(plan_of(tmp_path / "out", lr_grid=(1e-3,)))
 
 
 def test_a_reported_run_that_diverges_says_which(monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "run", diverging(0))
+    monkeypatch.setattr(workers, "Run", diverging(0))
     with pytest.raises(ValueError, match="adf, seed 0: The loss"):
         concluded(plan_of(tmp_path / "out"))
 

@@ -24,7 +24,8 @@ from plait.experiments.executors import CellEnded, executor_for, here, in_proces
 from plait.experiments.plan import Cell, tuning_seed
 from plait.experiments.results import collect, failures, load, state
 from plait.experiments.sweep import Sweep, effective, load_sweep
-from plait.runs.run_folder import load_events, run
+from plait.runs.run import Run
+from plait.runs.run_folder import load_events
 
 GRID = """
 methods = ["adf", "ffa"]
@@ -53,7 +54,7 @@ def grid(tmp_path: Path, text: str = GRID) -> Sweep:
 
 def fake(monkeypatch, score=lambda config: 0.8 - abs(config.lr - 2e-3)) -> FakeRuns:
     runs = FakeRuns(score)
-    monkeypatch.setattr(workers, "run", runs)
+    monkeypatch.setattr(workers, "Run", runs)
     return runs
 
 
@@ -190,15 +191,15 @@ def test_a_finished_run_is_never_run_again(monkeypatch, tmp_path):
 def failing(monkeypatch, when, error: Exception, began: bool) -> FakeRuns:
     runs = FakeRuns(lambda _: 0.8)
 
-    def broken(config: Config, out: Path, resume: bool = False):
+    def broken(config: Config, out: Path, resume: bool = False, **machine):
         if when(config):
             runs.started.append(config)
             if began:
                 yield next(events(config, 0.8))
             raise error
-        yield from runs(config, out, resume)
+        yield from runs(config, out, resume, **machine)
 
-    monkeypatch.setattr(workers, "run", broken)
+    monkeypatch.setattr(workers, "Run", broken)
     return runs
 
 
@@ -348,7 +349,7 @@ def test_a_killed_sweep_goes_on_at_the_run_that_it_was_in(tmp_path, tiny_folder)
     assert list(frame["state"]) == ["finished"] * 4
     for cell in load_sweep(file, out).reported:
         alone = tmp_path / "alone" / cell.folder.name
-        list(run(cell.config, alone))
+        list(Run(cell.config, alone))
         mine, theirs = (
             json.loads((folder / "summary.json").read_text()) for folder in (cell.folder, alone)
         )
@@ -391,7 +392,7 @@ def test_what_is_wrong_with_the_code_is_shown_with_its_traceback(monkeypatch, tm
     def broken(*_args, **_kwargs):
         raise KeyError("lora")
 
-    monkeypatch.setattr(workers, "run", broken)
+    monkeypatch.setattr(workers, "Run", broken)
     ((_, ended),) = here([Cell("x", Config(), tmp_path / "x")])
     assert ended.failure.reason == "KeyError: 'lora'"
     assert "in broken" in capsys.readouterr().err

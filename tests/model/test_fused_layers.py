@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import tiny_model
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.local_training import local_phase
 from plait.factors import VALUE, Factor
 from plait.lora import initial_stack
@@ -84,7 +84,8 @@ def test_wider_layers_equal_transformers_own(compiler, ragged_tokens, width):
     )  # fmt: skip
     results = []
     for backend in (None, "slow"):
-        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, backend)
+        machine = Machine(backend=backend)
+        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, machine)
         stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
         torch.manual_seed(1)
         factors = {

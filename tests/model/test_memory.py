@@ -1,15 +1,15 @@
 """Cores and memory: how many chunks are computed at once, and how large they may be."""
 
-import dataclasses
+from __future__ import annotations
+
 import threading
 
 import numpy as np
 import pytest
 import torch
-from test_twin import setup
 from torch.autograd.graph import saved_tensors_hooks
 
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.data.tokens import pack
 from plait.engines import local_training as local
 from plait.engines.local_training import chunks, local_phase, on_cores
@@ -17,6 +17,7 @@ from plait.factors import Factor
 from plait.machine.devices import free_bytes
 from plait.model.backend import BACKENDS
 from plait.model.memory import activation_bytes, tokens_at_once
+from twin import setup
 
 CONFIG = Config(clients=5, local_steps=2, batch_size=4, rank=2)
 
@@ -120,8 +121,8 @@ def test_a_budget_makes_chunks_small_enough_and_fewer_at_once(
     )
     for batches, expected in ((2.5, 2), (1.2, 1), (100, 4)):
         budget = (state + batches * batch * per_token) / 2**30
-        limited = dataclasses.replace(CONFIG, memory_gib=budget)
-        local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), limited)
+        backbone.machine = Machine(memory_gib=budget)
+        local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), CONFIG)
         pieces, workers = seen.pop()
         assert workers == expected
         assert workers * max(map(len, pieces)) * batch <= batches * batch
@@ -129,10 +130,10 @@ def test_a_budget_makes_chunks_small_enough_and_fewer_at_once(
 
 def test_a_budget_that_holds_no_batch_says_what_is_needed(ragged_tokens):
     _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens)
-    small = dataclasses.replace(CONFIG, memory_gib=1e-6)
-    with pytest.raises(ValueError, match=r"5 clients and one batch need 0\.0\d GiB"):
-        tokens_at_once(backbone, stack, ragged_tokens, small)
     assert tokens_at_once(backbone, stack, ragged_tokens, CONFIG) == float("inf")
+    backbone.machine = Machine(memory_gib=1e-6)
+    with pytest.raises(ValueError, match=r"5 clients and one batch need 0\.0\d GiB"):
+        tokens_at_once(backbone, stack, ragged_tokens, CONFIG)
 
 
 def test_a_graphics_card_gets_as_much_as_half_its_free_memory_holds(ragged_tokens, monkeypatch):

@@ -207,11 +207,11 @@ def watch_the_mean(peers) -> list[dict[int, torch.Tensor]]:
     for peer, changes in zip(peers, moved, strict=True):
         original = peer._mix
 
-        def mix(turn, heard, peer=peer, changes=changes, original=original):
+        def mix(round_, turn, heard, peer=peer, changes=changes, original=original):
             before = torch.cat([v.flatten().double() for v in peer.stack.factors.values()])
-            result = original(turn, heard)
+            result = original(round_, turn, heard)
             after = torch.cat([v.flatten().double() for v in peer.stack.factors.values()])
-            changes[peer.inbox.round - 1] = after - before
+            changes[round_] = after - before
             return result
 
         peer._mix = mix

@@ -19,7 +19,8 @@ from fake_folders import CONFIG, begin_run, write_comparison, write_run
 from fake_runs import events, pairs_apart
 from plait.cli import main as cli
 from plait.cli import report as cli_report
-from plait.cli.main import defaults, main
+from plait.cli.arguments import defaults, parse
+from plait.cli.main import main
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.experiments.plan import load_plan
 from plait.figures import FIGURES, summarize
@@ -208,15 +209,15 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 def test_the_commands_make_the_same_runs(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, method="ffa", clip_norm=None, label_skew="dirichlet:0.1")
     _, name, *args = shlex.split(run_command(config, "out"))
-    given = cli._parse(cli.Run, name, args, cli.Run(settings=defaults(args)))
+    given = parse(cli.Run, name, args, cli.Run(**defaults(args)))
     assert given.settings == config
     settings = {"lrs": {"adf": 2e-3, "ffa": 0.01}, "matched_control": False}
     plan = write_comparison(tmp_path / "a b", monkeypatch, **settings)
     assert load_plan(tmp_path / "a b") == plan
     _, name, *args = shlex.split(compare_command(plan))
-    start = cli.Compare(settings=defaults(args), methods="", lrs="")
-    given = cli._parse(cli.Compare, name, args, start)
-    again = dataclasses.replace(cli._plan(given, defaults(args)), out=plan.out)
+    start = cli.Compare(**defaults(args), methods="", lrs="")
+    given = parse(cli.Compare, name, args, start)
+    again = dataclasses.replace(cli._plan(given, defaults(args)["settings"]), out=plan.out)
     assert again == plan
 
 

@@ -1,15 +1,11 @@
-"""The run folder: what it holds, how it is resumed, what it refuses; and the exported adapters."""
+"""The run folder: what it holds, what it refuses, what events say; and the exported adapters."""
 
 from __future__ import annotations
-
-import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from conftest import tiny_job, tiny_model
 from plait.config import Config
@@ -17,9 +13,9 @@ from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
 from plait.factors import Factor
 from plait.metrics import MOST_PAIRED, pair_distances
-from plait.runs import run_folder as runs
 from plait.runs.export import export
-from plait.runs.run_folder import load_run, run
+from plait.runs.run import Run
+from plait.runs.run_folder import load_run
 from twin import all_logits, twin_logits
 
 CONFIG = Config(
@@ -29,24 +25,19 @@ CONFIG = Config(
     local_steps=2,
     batch_size=3,
     rank=2,
-    save_every=1,
     switch_every=2,
     lr=1e-2,
+    eval_every=1,
 )
-TIMES = ("train_seconds", "mix_seconds", "eval_seconds", "wall_seconds")
 
 
 @pytest.fixture(autouse=True)
 def tiny_jobs(monkeypatch):
-    monkeypatch.setattr(runs, "prepare", tiny_job)
-
-
-def without_times(summary):
-    return {key: value for key, value in summary.items() if key not in TIMES}
+    monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
 
 
 def test_the_folder_holds_the_run(tmp_path):
-    events = list(run(CONFIG, tmp_path / "run"))
+    events = list(Run(CONFIG, tmp_path / "run"))
     config, recorded, summary = load_run(tmp_path / "run")
     assert config == CONFIG
     assert recorded == events
@@ -58,14 +49,14 @@ def test_the_folder_holds_the_run(tmp_path):
     sent = sum(event.sent_bytes for event in events if isinstance(event, RoundDone))
     assert summary["sent_bytes"] == sent > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "events.jsonl", "summary.json", "adapters",
+        "config.json", "events.jsonl", "summary.json", "checkpoint.safetensors", "adapters",
     }  # fmt: skip
     names = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
     assert names == {"client-0", "client-1", "client-2", "mean"}
 
 
 def test_the_clients_distances_from_the_mean_average_to_the_consensus_distances():
-    for event in run(CONFIG):
+    for event in Run(CONFIG):
         if isinstance(event, RoundDone):
             assert len(event.apart) == CONFIG.clients
             consensus = sum(layer.consensus_A + layer.consensus_B for layer in event.after)
@@ -100,72 +91,34 @@ def test_the_distances_of_pairs_are_as_if_taken_one_by_one():
 
 
 def test_events_survive_a_line_of_json(tmp_path):
-    for event in run(CONFIG):
+    for event in Run(CONFIG):
         assert from_line(to_line(event)) == event
 
 
-@pytest.mark.parametrize("optimizer_state", ["reset_each_round", "reset_each_phase", "keep"])
-@pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 9])
-def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path, stop_after, optimizer_state):
-    settings = CONFIG.to_json() | {"optimizer_state": optimizer_state, "lora_dropout": 0.1}
-    config = Config.from_json(settings)
-    unbroken = list(run(config, tmp_path / "unbroken"))
-    stopped = run(config, tmp_path / "stopped")
-    list(itertools.islice(stopped, stop_after))
-    stopped.close()
-
-    resumed = list(run(config, tmp_path / "stopped", resume=True))
-
-    assert len(resumed) == len(unbroken)
-    one, other = (json.loads((tmp_path / name / "summary.json").read_text())
-                  for name in ("unbroken", "stopped"))  # fmt: skip
-    assert without_times(one) == without_times(other)
-    for adapter in ("client-0", "client-1", "client-2", "mean"):
-        path = f"adapters/{adapter}/adapter_model.safetensors"
-        expected = load_file(tmp_path / "unbroken" / path)
-        found = load_file(tmp_path / "stopped" / path)
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_line_that_was_cut_short_is_written_again(tmp_path):
-    stopped = run(CONFIG, tmp_path / "run")
-    list(itertools.islice(stopped, 5))
-    stopped.close()
-    with (tmp_path / "run" / "events.jsonl").open("a") as file:
-        file.write('{"event": "RoundD')
-    assert len(list(run(CONFIG, tmp_path / "run", resume=True))) == 10
-
-
-def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    events = list(run(CONFIG, tmp_path / "run"))
-    monkeypatch.setattr(runs, "prepare", None)
-    assert list(run(CONFIG, tmp_path / "run", resume=True)) == events
-
-
 def test_a_used_folder_is_refused(tmp_path):
-    list(run(CONFIG, tmp_path / "run"))
+    list(Run(CONFIG, tmp_path / "run"))
     with pytest.raises(ValueError, match="already holds a run"):
-        next(run(CONFIG, tmp_path / "run"))
+        Run(CONFIG, tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="not an empty folder"):
-        next(run(CONFIG, tmp_path / "other"))
+        Run(CONFIG, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other settings \(lr\)"):
-        next(run(Config.from_json(CONFIG.to_json() | {"lr": 0.5}), tmp_path / "run", resume=True))
+        Run(Config.from_json(CONFIG.to_json() | {"lr": 0.5}), tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="holds no finished run"):
         load_run(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(ValueError, match=r"client 0.* not finite in round 0.*learning rate"):
-        list(run(Config.from_json(CONFIG.to_json() | {"lr": 1e30, "clip_norm": None})))
+        list(Run(Config.from_json(CONFIG.to_json() | {"lr": 1e30, "clip_norm": None})))
 
 
 @pytest.mark.parametrize("head", ["frozen", "mixed"])
 @pytest.mark.parametrize("who", [1, None])
 def test_an_exported_adapter_gives_peft_the_same_logits(tmp_path, who, head):
     config = Config.from_json(CONFIG.to_json() | {"head": head})
-    list(run(config, tmp_path / "run"))
+    list(Run(config, tmp_path / "run"))
     export(tmp_path / "run", who, tmp_path / "adapter")
 
     loaded = PeftModel.from_pretrained(tiny_model("bert"), tmp_path / "adapter").eval()
@@ -186,7 +139,7 @@ def test_an_exported_adapter_gives_peft_the_same_logits(tmp_path, who, head):
 
 
 def test_export_says_what_there_is(tmp_path):
-    list(run(CONFIG, tmp_path / "run"))
+    list(Run(CONFIG, tmp_path / "run"))
     with pytest.raises(ValueError, match="no adapter client-7; it has: client-0"):
         export(tmp_path / "run", 7, tmp_path / "adapter")
     with pytest.raises(ValueError, match="already exists"):

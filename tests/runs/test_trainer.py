@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 import plait
 from conftest import WORDS, random_tokens, tiny_job, tiny_model, tiny_tokenizer
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone
 from plait.runs.run_folder import load_run
@@ -20,7 +22,7 @@ from twin import all_logits, twin_logits
 
 CONFIG = Config(
     topology="ring", rounds=2, local_steps=2, batch_size=3, rank=2, switch_every=1, lr=1e-2,
-    label_skew="iid",
+    label_skew="iid", eval_every=1,
 )  # fmt: skip
 
 
@@ -71,45 +73,76 @@ def test_the_rounds_are_those_of_the_engine():
     trainer = trainer_of(
         tokenizer=None, train_dataset=hands, eval_dataset=tokenised(tokens, range(20))
     )
-    for mine, theirs in zip(list(trainer.train())[1:], expected[1:], strict=True):
+    for mine, theirs in zip(list(trainer)[1:], expected[1:], strict=True):
         assert without_times(mine) == without_times(theirs)
 
 
-def test_a_run_folder_and_adapters_for_ones_own_model(tmp_path):
+@pytest.mark.parametrize("head", ["frozen", "mixed"])
+def test_a_run_folder_and_adapters_for_ones_own_model(tmp_path, head):
     model = tiny_model("bert")
     before = copy.deepcopy(model.state_dict())
-    trainer = trainer_of(model=model)
-    events = list(trainer.train(tmp_path / "run"))
+    trainer = trainer_of(
+        model=model, config=dataclasses.replace(CONFIG, head=head), out=tmp_path / "run"
+    )
+    events = list(trainer)
     config, recorded, summary = load_run(tmp_path / "run")
-    assert (config, recorded) == (trainer.config, events)
+    assert (config, recorded, summary) == (trainer.config, events, trainer.summary)
     assert (config.clients, config.task, summary["clients"]) == (3, "own", 3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
-    trainer.save_adapters(tmp_path / "adapters")
-    adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / "client-1").eval()
-    row = {factor: value[1:2] for factor, value in trainer.stack.factors.items()}
+    adapted = PeftModel.from_pretrained(model, tmp_path / "run" / "adapters" / "client-1").eval()
     job = trainer.job
+    stack = job.initial_stack()
+    list(simulate(job, stack))
+    row = {factor: value[1:2] for factor, value in stack.factors.items()}
     mine = all_logits(job.backbone, row, job.held_out)[0]
+    for one in (adapted, trainer.model(1)):
+        with torch.no_grad():
+            theirs = twin_logits(one, job.held_out, np.arange(len(job.held_out)))
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_folder_a_model_is_made_all_the_same_and_ones_own_stays_as_it_is():
+    model = tiny_model("bert")
+    trainer = trainer_of(model=model)
+    for event in trainer:
+        del event
+    made = trainer.model("mean")
+    rows = np.arange(len(trainer.job.held_out))
     with torch.no_grad():
-        theirs = twin_logits(adapted, job.held_out, np.arange(len(job.held_out)))
-    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        adapted, base = (twin_logits(x, trainer.job.held_out, rows) for x in (made, model.eval()))
+    assert not torch.equal(adapted, base)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_run_in_memory_can_be_saved(tmp_path):
+    trainer = trainer_of()
+    events = list(trainer)
+    trainer.save(tmp_path / "run")
+    assert load_run(tmp_path / "run") == (trainer.config, events, trainer.summary)
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
-    config = Config(**CONFIG.to_json() | {"save_every": 1})
-    whole = list(trainer_of(config=config).train())
-    stopped = trainer_of(config=config).train(tmp_path / "run")
-    for event in stopped:
+    often = {"out": tmp_path / "run", "machine": Machine(save_every=1)}
+    whole = list(trainer_of())
+    for event in trainer_of(**often):
         if isinstance(event, Evaluated) and event.round == 0:
             break
-    stopped.close()
-    resumed = list(trainer_of(config=config).train(tmp_path / "run", resume=True))
+    resumed = list(trainer_of(**often, resume=True))
     assert [without_times(x) for x in resumed if isinstance(x, RoundDone)] == [
         without_times(x) for x in whole if isinstance(x, RoundDone)
     ]
-    with pytest.raises(ValueError, match="holds a finished run"):
-        next(trainer_of(config=config).train(tmp_path / "run", resume=True))
+    again = trainer_of(**often, resume=True)
+    assert list(again) == resumed
+    adapter = load_file(tmp_path / "run" / "adapters" / "client-0" / "adapter_model.safetensors")
+    found = {
+        name.replace(".default", ""): value
+        for name, value in again.model(0).named_parameters()
+        if "lora" in name
+    }
+    assert found.keys() == adapter.keys()
+    assert all(torch.equal(found[name], adapter[name]) for name in adapter)
 
 
 def test_scores_are_a_regression():

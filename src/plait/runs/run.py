@@ -178,7 +178,9 @@ class Run(Iterator[Event]):
             shutil.copytree(adapters, folder.path / "adapters")
         for event in self.events:
             folder.record(event)
-        if self._engine:
+        if self.folder and self.folder.checkpoint_file.exists():
+            shutil.copyfile(self.folder.checkpoint_file, folder.checkpoint_file)
+        elif self._engine and not self.folder:
             self._engine.save(folder.checkpoint_file, self.config.rounds)
         folder.finish(self.summary)
 

@@ -111,7 +111,8 @@ class Trainer(Run):
         config = dataclasses.replace(config, clients=len(train_dataset), task="own", backbone=name)
         super().__init__(config, out, resume=resume, machine=machine)
         self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, metric, machine)
-        self._model = model
+        # Yours may be trained on, or get adapters, which change it in place.
+        self._model = copy.deepcopy(model)
         self._open = lambda *_: nullcontext(Simulation(self.job, self.job.initial_stack()))
 
     def base(self) -> Any:
