@@ -31,7 +31,7 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
 
-# What plait sets for itself (machine/process.py; a test holds both alike), for every system measured.
+# What plait sets for itself (machine/process_settings.py; a test holds both alike), for every system measured.
 AS_PLAIT := GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1 MALLOC_TRIM_THRESHOLD_=-1 \
   MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
 

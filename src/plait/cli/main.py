@@ -25,7 +25,7 @@ from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, star
 from plait.config import Config
 from plait.data.sources import check_files
 from plait.lookup import lookup
-from plait.machine.process import configure_process
+from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from plait.config import THIS_MACHINE, Machine
 from plait.events import Event, Started
 from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
-from plait.machine.process import configure_process
+from plait.machine.process_settings import configure_process
 from plait.runs.loggers import logged
 from plait.runs.run import Run
 

@@ -23,7 +23,7 @@ from plait.data.tokens import Batch, Tokens, pack
 from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.machine.devices import resolve_device, resolve_dtype
-from plait.machine.process import configure_process
+from plait.machine.process_settings import configure_process
 from plait.model.backend import Backend, build_backend
 from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.loading import Loaded

@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from plait.machine.process import configure_process
+from plait.machine.process_settings import configure_process
 
 Result = TypeVar("Result")
 

@@ -34,7 +34,7 @@ from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
 from plait.figures import taken
 from plait.lora import Stack
-from plait.machine.process import configure_process
+from plait.machine.process_settings import configure_process
 from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from plait.cli.main import main
-from plait.machine.process import ENVIRONMENT, MALLOC, configure_process
+from plait.machine.process_settings import ENVIRONMENT, MALLOC, configure_process
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 GLIBC = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
@@ -65,7 +65,7 @@ def test_what_a_step_frees_is_there_for_the_next_one():
     for way in ("pass", "configure_process()"):
         code = f"""
 import resource, threading, torch
-from plait.machine.process import configure_process
+from plait.machine.process_settings import configure_process
 {way}
 def steps(count):
     for _ in range(count):
