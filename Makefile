@@ -31,7 +31,7 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 	@rm -rf $(DEMO_DIR)
 	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
 
-# What plait sets for itself (machine/process.py), for every system that is measured.
+# What plait sets for itself (machine/process_settings.py; a test holds both alike), for every system measured.
 AS_PLAIT := GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1 MALLOC_TRIM_THRESHOLD_=-1 \
   MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
 
@@ -49,9 +49,10 @@ test-faults: $(STAMP) ## Faults between real peer processes: kills, cut links, b
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
 
 # One recipe rather than four prerequisites, so that `make -j` keeps the order and the tests are last.
-check: $(STAMP) ## Everything that CI checks: format, lint, types, tests
+check: $(STAMP) ## Everything that CI checks: format, lint, imports, types, tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports --no-cache >/dev/null || { $(BIN)/lint-imports --no-cache; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/python -m pytest --cov
 

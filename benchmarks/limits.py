@@ -30,8 +30,8 @@ from torch.optim.adamw import adamw
 from work import Work, workers
 
 from plait.data.tokens import Batch, Tokens, pack
-from plait.machine.devices import chunk_tokens
-from plait.model.kernels.compiled import Kernels, frozen_kernels, kernels
+from plait.model.backend import build_backend
+from plait.model.kernels.compiled import Kernels, kernels
 
 LIBRARY = "frozen products by torch"
 """What the machine's GEMM rate is measured by."""
@@ -71,7 +71,8 @@ class Shape:
     def of(cls, work: Work, tokens: float) -> Shape:
         """A chunk of as many clients, of `tokens` a step, as come nearest to its height."""
         model, config = work.model.config, work.config
-        at_once = chunk_tokens(work.machine.chunk_tokens, torch.device("cpu"))
+        backend = build_backend(torch.device("cpu"), torch.float32)
+        at_once = backend.chunk_tokens(work.machine.chunk_tokens)
         clients = max(1, min(len(work.clients), round(at_once / tokens)))
         return cls(
             height=round(clients * tokens), clients=clients, texts=config.batch_size,
@@ -140,8 +141,8 @@ def product_seconds(shape: Shape) -> tuple[float, float]:
             linear = torch.ops.mkldnn._linear_pointwise
             packed = partial(linear, x, prepack(weight), None, "none", [], "")
             of_torch = min(seconds(plain), seconds(packed))
-            ours = frozen_kernels(weight)
-            own = ours and partial(ours.linear, x, ours.arrange(weight.t()), None, rows)
+            ours = kernels(torch.float32) if Kernels.suit(weight) else None
+            own = ours and partial(ours.linear, x, ours.prepack(weight.t()), None, rows)
             library += often * of_torch
             fastest += often * min(of_torch, seconds(own) if own else of_torch)
     return library, fastest
@@ -155,7 +156,7 @@ def rest_seconds(shape: Shape) -> dict[str, float]:
     norm_back = partial(torch.ops.aten.native_layer_norm_backward, narrow, narrow, [d], mean, rstd,
                         ones, ones, [True, False, False])  # fmt: skip
     whole, every = shape.whole_layers, shape.layers
-    fused = kernels(narrow)
+    fused = kernels(torch.float32)
     return {
         "attention": every * least(*_attention(shape), fused and _fused_attention(shape, fused)),
         "GELU": whole * least(_gelu(shape), fused and _fused_gelu(shape, fused)),
@@ -250,13 +251,13 @@ def _fused_lora(shape: Shape, fused: Kernels) -> Callable[[], Any]:
     B_t = B.mT.contiguous()
 
     def way() -> None:
-        fused.products(low, x, A_t, batch)
+        fused.grouped_matmul(low, x, A_t, batch)
         for own in low.chunk(SITES, dim=1):
-            fused.products(x, own, B_t, batch, add=True)
-            fused.products(own, x, B, batch)
-            fused.sums(own, x, batch)
-        fused.sums(low, x, batch)
-        fused.products(x, low, A, batch)
+            fused.grouped_matmul(x, own, B_t, batch, add=True)
+            fused.grouped_matmul(own, x, B, batch)
+            fused.grouped_matmul_t(own, x, batch)
+        fused.grouped_matmul_t(low, x, batch)
+        fused.grouped_matmul(x, low, A, batch)
 
     return way
 

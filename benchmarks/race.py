@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterable
@@ -17,10 +18,9 @@ from rich.table import Table
 from rivals import in_processes, peft_steps, plait_steps, vmap_steps
 from work import Steps, Work, has_bfloat16
 
-from plait.data.tokens import pack
 from plait.engines.local_training import chunks
-from plait.machine.devices import chunk_tokens
-from plait.model.kernels.compiled import frozen_kernels
+from plait.model.backbone import Backbone
+from plait.model.loading import Loaded
 
 Speed = dict[str, float | None]
 """System -> client-steps per second; None where the machine has no units for its type."""
@@ -104,13 +104,13 @@ def losses_apart(systems: dict[str, tuple[Steps, int]], steps: int) -> dict[str,
 
 
 def padding(work: Work) -> float:
-    """Share of the tokens computed in a step of all clients that are filler."""
+    """Share of the tokens computed in a step of all clients that are padding."""
     rows = np.stack([work.rows(client, 0) for client in work.clients])
     tokens = work.tokens.lengths[rows].sum(axis=1)
-    at_once = chunk_tokens(work.machine.chunk_tokens, torch.device("cpu"))
-    parts = chunks(tokens, at_once, torch.get_num_threads())
-    filled = frozen_kernels(torch.empty(16, 16)) is None
-    batches = [pack(work.tokens, rows[part], filled) for part in parts]
+    backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config, work.machine)
+    at_once = backbone.chunk_tokens
+    parts = chunks(tokens, at_once, backbone.backend.workers())
+    batches = [backbone.batch(work.tokens, rows[part]) for part in parts]
     return 1 - sum(b.num_tokens for b in batches) / sum(len(b.ids) for b in batches)
 
 

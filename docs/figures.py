@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import plait
 from plait.config import Config
 from plait.events import RoundDone
+from plait.figures import FIGURES
 from plait.metrics import consensus, mixing_errors
 from plait.mixing import average, neighbour_weights
 from plait.topology import build_schedule, rho_of
@@ -141,7 +142,7 @@ def phases(rounds: list[RoundDone]) -> Figure:
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     t = [event.round + 1 for event in rounds]
     for factor in "AB":
-        values = [sum(getattr(x, f"consensus_{factor}") for x in event.after) for event in rounds]
+        values = [FIGURES[f"consensus_{factor}"].value(event) for event in rounds]
         axes.semilogy(t, values, "o-", color=COLOURS[factor], label=f"Xi of {factor}", markersize=3)
     for event in rounds:
         if event.active == "B":
@@ -155,7 +156,7 @@ def cross_terms(runs: dict[str, list[RoundDone]]) -> Figure:
     """||C|| after mixing, of all layers together, for four methods."""
     figure, axes = plt.subplots(figsize=(6.4, 3.4))
     for method, rounds in runs.items():
-        values = [np.sqrt(sum(x.cross_term**2 for x in event.after)) for event in rounds]
+        values = [FIGURES["cross_term"].value(event) for event in rounds]
         axes.plot([event.round + 1 for event in rounds], values, label=method,
                   color=COLOURS[BY_METHOD[method]])  # fmt: skip
     axes.set(xlabel="round", ylabel="norm of the cross term")

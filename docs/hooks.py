@@ -22,6 +22,8 @@ from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import METRICS, TASKS
 from plait.factors import factors_name
+from plait.figures import FIGURES
+from plait.markdown import markdown_table
 from plait.methods import METHODS
 from plait.mixing import MIXES
 from plait.presets import PRESETS
@@ -47,9 +49,8 @@ def on_page_content(content: str, **_others: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """A Markdown table and the end of its last line."""
+    return markdown_table(head, rows) + "\n"
 
 
 # -- settings, from the dataclasses of the command line
@@ -175,6 +176,21 @@ def mixes() -> str:
     return table(["mix", "conserves the mean", ""], rows)
 
 
+def summary_figures() -> str:
+    """The figures of `summary.json`, and how they are taken from the events."""
+    taken = [[f"`{k}`", one.title, one.take] for k, one in FIGURES.items() if one.take]
+    return table(["figure", "", "of all events"], taken)
+
+
+def logged_figures() -> str:
+    """The figures that loggers get, by the event that they are of."""
+    rows = [
+        [f"`{one.logged.format(k)}`", one.title, f"`{one.kinds[0].__name__}`"]
+        for k, one in FIGURES.items() if one.logged
+    ]  # fmt: skip
+    return table(["logged as", "", "with each"], rows)
+
+
 def commands() -> str:
     """The commands."""
     return _summaries("command", {f"plait {n}": row for n, row in cli.COMMANDS.items()})
@@ -182,6 +198,8 @@ def commands() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
+    "figures": summary_figures,
+    "logged": logged_figures,
     "loggers": lambda: _summaries("logger", LOGGERS),
     "methods": methods,
     "options": options,

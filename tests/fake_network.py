@@ -74,6 +74,7 @@ class FakeTransport:
             return Reply(facts=answer.facts)
         message = addressed(answer.message, self.name)
         factors = self._received(message, self.name)
+        self.hub.desks[to].gave(self.name, answer.message)
         return Reply(facts=answer.facts, header=message.header, factors=factors)
 
     def _received(self, message: Message, to: str):

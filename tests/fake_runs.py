@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from plait.config import THIS_MACHINE, Config, Machine
-from plait.events import Evaluated, Event, RoundDone, Started, summarize, to_line
+from plait.events import Evaluated, Event, RoundDone, Started, to_line
+from plait.figures import summarize
 from plait.metrics import LayerState
 
 Score = Callable[[Config], float]

@@ -16,8 +16,9 @@ from fake_network import Hub, member, start_peer, together
 from plait.config import Config, Machine
 from plait.engines.job import Rules
 from plait.engines.steps import train_round
-from plait.events import Evaluated, RoundDone, summarize
+from plait.events import Evaluated, RoundDone
 from plait.factors import VALUE, Factor
+from plait.figures import summarize
 from plait.methods import METHODS, Method, always
 from plait.peers.process import KEY_BYTES, noise_of
 from plait.privacy import clipped, epsilon, privatise, secret_noise, seeded_noise

@@ -22,14 +22,13 @@ from plait.model.backbone import TARGET_MODULES, Backbone
 from plait.model.loading import Loaded
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
-PACKED = ("bert", "roberta", "electra", "mean-pooled")
 PHASES = (Factor.A, Factor.B, Factor.AB)
 
 
-def setup(architecture, config, tokens, packed=True, machine=THIS_MACHINE):
+def setup(architecture, config, tokens, machine=THIS_MACHINE):
     """A tiny model, a backbone of it, clients that differ, their rows, and the adapted layers."""
     model = tiny_model(architecture)
-    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, machine, packed)
+    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, machine)
     stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
     # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
     # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.

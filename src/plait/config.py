@@ -26,6 +26,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
 Engine = Literal["simulate", "ray"]
+ObjectiveName = Literal["auto", "classification", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,14 @@ class FileSettings:
     """`--task file`: the column with the label."""
     key_column: str | None = None
     """`--task file`: the column that names the natural client of a row (`--label-skew key`)."""
+    encoding: str | None = None
+    """`--task file`: what text files without a byte order mark are written in, such as `cp1252`;
+    UTF-8 when not given."""
+    delimiter: str | None = None
+    """`--task file`: the character between the fields of CSV and TSV, or `tab`; found by the
+    header when not given."""
+    skip_bad_rows: bool = False
+    """`--task file`: leave out rows that can't be read, and say which, instead of refusing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,9 @@ class DataSettings:
 
     task: str = "demo"
     """The data set; `plait tasks` lists them. `file` is your own data."""
+    objective: ObjectiveName = "auto"
+    """`--task file`: what labels are, classes as they are written, or scores. `auto` takes numbers
+    for scores if some are fractions and there are too many for classes, and says so."""
     max_length: int = 128
     """Longer texts are cut to this number of tokens."""
     clients: int = 10
@@ -243,6 +255,9 @@ class Machine:
     fewer at once where they need more. Not limited when not given."""
     save_every: int = 10
     """Rounds between checkpoints."""
+    backend: str | None = None
+    """How to compute: `kernels`, `operators`, `accelerator`, or `slow`, which is plain, for
+    debugging; the fastest that is there when not given."""
     engine: Engine = "simulate"
     """Compute in this process, or on a Ray cluster: RAY_ADDRESS's, or one started here."""
     workers: int | None = None

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from plait.machine.text_files import read_text
 from plait.mixing_matrix import Adjacency
 
 
 def read_contacts(path: Path, N: int) -> npt.NDArray[np.int64]:
     """(M, 2) edges `i j` or (M, 3) contacts `round i j`; `#` starts a comment."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read edges_file {path}: {error}") from error
     fields = [line.split("#")[0].replace(",", " ").split() for line in lines]
     numbered = [(number, row) for number, row in enumerate(fields, start=1) if row]

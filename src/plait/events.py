@@ -1,21 +1,16 @@
 """What a run says. An engine is a generator of these; whatever looks at a run loops over them.
 
-`events.jsonl` has one line for each. The summary of a run is a function of its events alone.
+`events.jsonl` has one line for each; figures.py has what is computed from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from plait.config import Config
 from plait.metrics import LayerState, Pair
-from plait.privacy import spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,49 +155,6 @@ def from_line(line: str) -> Event:
         # Runs of plait before 0.2 didn't say; there only scores had no names.
         values.setdefault("objective", "classification" if values["label_names"] else "regression")
     return kind(**values)
-
-
-def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
-    """The figures of a finished run (`summary.json`).
-
-    `accuracy_...` fields hold the task's own metric, which `metric` names. Consensus distances
-    and the cross term are those after the last round's mixing, over all adapted layers together.
-    """
-    events = list(events)
-    started = next(event for event in events if isinstance(event, Started))
-    rounds = [event for event in events if isinstance(event, RoundDone)]
-    evaluations = [event for event in events if isinstance(event, Evaluated)]
-    last, after = evaluations[-1], rounds[-1].after
-    scores = np.array(last.scores)
-    times = [event.train_seconds + event.mix_seconds for event in rounds]
-    return {
-        "method": config.method,
-        "task": config.task,
-        "seed": config.seed,
-        "rounds": config.rounds,
-        "clients": config.clients,
-        "topology": config.topology,
-        "metric": started.metric,
-        "majority": started.majority,
-        "accuracy_client_mean": float(scores.mean()),
-        "accuracy_client_std": float(scores.std()),
-        "accuracy_client_min": float(scores.min()),
-        "accuracy_averaged_model": last.averaged_score,
-        "loss_client_mean": float(np.mean(last.losses)),
-        "loss_averaged_model": last.averaged_loss,
-        "cross_term": float(np.sqrt(sum(layer.cross_term**2 for layer in after))),
-        "consensus_A": sum(layer.consensus_A for layer in after),
-        "consensus_B": sum(layer.consensus_B for layer in after),
-        "rho": started.rho,
-        "sent_bytes": sum(event.sent_bytes for event in rounds),
-        "worker_bytes": sum(event.worker_bytes for event in rounds),
-        "train_seconds": sum(event.train_seconds for event in rounds),
-        "mix_seconds": sum(event.mix_seconds for event in rounds),
-        "eval_seconds": sum(event.seconds for event in evaluations),
-        "wall_seconds": started.seconds + sum(times) + sum(e.seconds for e in evaluations),
-        "config_digest": config.digest(),
-        **spent(config, releases(rounds)),
-    }
 
 
 def releases(rounds: Sequence[RoundDone]) -> int:

@@ -34,8 +34,8 @@ def factors_of(slots: Iterable[Slot]) -> Factor:
 
 
 def factors_name(factors: Factor) -> str:
-    """`B`, `A|B`, `A|B|HEAD`, or `-` for none."""
-    return "|".join(str(factor.name) for factor in factors) or "-"
+    """`B`, `AB`, `A|B|HEAD`, or `-` for none."""
+    return (factors.name if factors else None) or "-"
 
 
 def slots_name(slots: Iterable[Slot]) -> str:
@@ -43,9 +43,12 @@ def slots_name(slots: Iterable[Slot]) -> str:
 
     Example:
         >>> slots_name([(VALUE, A), (VALUE, B), ("m", B)])
-        'A|B|m.B'
+        'AB|m.B'
     """
-    return "|".join(map(slot_name, slots)) or "-"
+    slots = list(slots)
+    values = factors_of(slot for slot in slots if slot[0] == VALUE)
+    others = [slot_name(slot) for slot in slots if slot[0] != VALUE]
+    return "|".join([factors_name(values)] * bool(values) + others) or "-"
 
 
 def slot_name(slot: Slot) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from plait.config import Config
+from plait.config import Config, Weights
 from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
 from plait.mixing import AVERAGE, Mix, build_rule, each_factor
@@ -38,6 +38,15 @@ def alternate(*factors: Factor, every: int) -> Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control:
+    """What a method is held against beside its rivals: a method and rate that move as far."""
+
+    method: str
+    lr_factor: float
+    """Its learning rate, in units of the one of the method that it controls."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to fine-tune together.
 
@@ -52,6 +61,8 @@ class Method:
             rule that the config names, for each factor.
         conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
         topology: The topology that the method is defined on, when it isn't the user's choice.
+        weights: The mixing weights, likewise.
+        control: What a comparison runs beside it, where there is a gain that it doesn't own.
     """
 
     summary: str
@@ -62,6 +73,8 @@ class Method:
     mix: Mix = AVERAGE
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
+    weights: Weights | None = None
+    control: Control | None = None
 
 
 METHODS: dict[str, Callable[[Config], Method]] = {
@@ -70,6 +83,8 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         summary="ADF-LoRA: one factor trains for T rounds, then the other; both are mixed",
         train=alternate(B, A, every=config.switch_every),
         share=always(AB),
+        # Each of ADF's factors moves half as often.
+        control=Control(method="dec-lora", lr_factor=0.5),
     ),
     "dec-lora": lambda _: Method(
         summary="Dec-LoRA: both factors train, both are mixed",
@@ -91,6 +106,7 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         train=always(AB),
         share=always(AB),
         topology="complete",
+        weights="metropolis",
     ),
     "local": lambda _: Method(
         summary="No exchange at all: the control",
@@ -115,6 +131,18 @@ def build_method(config: Config) -> Method:
     if method.mix is not AVERAGE:
         raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
     return replace(method, mix=each_factor(rule))
+
+
+def settled(config: Config) -> Config:
+    """The config with the topology and the weights that its method is defined on.
+
+    Example:
+        >>> settled(Config(method="fedavg", weights="laplacian")).weights
+        'metropolis'
+    """
+    method = build_method(config)
+    topology, weights = method.topology or config.topology, method.weights or config.weights
+    return replace(config, topology=topology, weights=weights)
 
 
 def _check(method: Method, config: Config) -> None:

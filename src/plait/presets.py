@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from plait.config import THIS_MACHINE, Config, Machine, names_of
 from plait.lookup import lookup
+from plait.machine.text_files import read_text
 
 Settings = TypeVar("Settings", Config, Machine)
 
@@ -193,10 +194,10 @@ def read_settings(file: Path) -> dict[str, Any]:
         OSError: It can't be read.
     """
     kind = "JSON" if file.suffix == ".json" else "TOML"
+    text = read_text(file)
     try:
-        text = file.read_text(encoding="utf-8")
         values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except ValueError as error:  # of either decoder, and of text that isn't UTF-8
+    except ValueError as error:  # of either decoder
         raise ValueError(f"{file} is not {kind}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f'{file} holds no settings; write {{"rounds": 20}} and so on.')

@@ -30,7 +30,7 @@ from plait.lookup import lookup
 from plait.mixing_matrix import WEIGHTS, Adjacency, Matrix
 from plait.rng import stream
 
-Schedule = Callable[[int], Matrix]
+MixingSchedule = Callable[[int], Matrix]
 Graphs = Callable[[int], Adjacency]
 
 REDRAWS = 100
@@ -137,7 +137,7 @@ def _require_connected(adjacency: Adjacency, name: str) -> Adjacency:
 # -- schedules: config -> (round -> W)
 
 
-def _weighted(graphs: Callable[[Config], Graphs], config: Config) -> Schedule:
+def _weighted(graphs: Callable[[Config], Graphs], config: Config) -> MixingSchedule:
     """The schedule of a graph: `config.weights` of the graph of each round."""
     graph, row = graphs(config), lookup(WEIGHTS, config.weights, "weights")
 
@@ -147,7 +147,7 @@ def _weighted(graphs: Callable[[Config], Graphs], config: Config) -> Schedule:
     return schedule
 
 
-def _static(graphs: Callable[[Config], Graphs], config: Config) -> Schedule:
+def _static(graphs: Callable[[Config], Graphs], config: Config) -> MixingSchedule:
     """As `_weighted` for a graph that never changes: W is computed once where it is the same."""
     schedule = _weighted(graphs, config)
     if not WEIGHTS[config.weights].static:
@@ -168,12 +168,12 @@ def _half_with(partner: npt.NDArray[np.int64]) -> Matrix:
     return W
 
 
-def _one_peer_exponential(config: Config) -> Schedule:
+def _one_peer_exponential(config: Config) -> MixingSchedule:
     N, period = config.clients, _one_peer_period(config.clients)
     return lambda t: _half_with((np.arange(N) + 2 ** (t % period)) % N)
 
 
-def _hypercube(config: Config) -> Schedule:
+def _hypercube(config: Config) -> MixingSchedule:
     N = config.clients
     if N < 2 or N & (N - 1):
         below = max(2, 1 << (N.bit_length() - 1))
@@ -188,7 +188,7 @@ def _hypercube(config: Config) -> Schedule:
 class TopologyRow:
     """A topology: how its schedule is built, and what holds for every W of it."""
 
-    build: Callable[[Config], Schedule]
+    build: Callable[[Config], MixingSchedule]
     summary: str
     static: bool = True
     """W is the same in every round."""
@@ -268,7 +268,7 @@ def topology_row(config: Config) -> TopologyRow:
     return row
 
 
-def build_schedule(config: Config) -> Schedule:
+def build_schedule(config: Config) -> MixingSchedule:
     """The schedule of a config: round -> W (N, N), float64, W[i, j] what client i gives to j.
 
     A schedule is a pure function: the same round gives the same W in every process, whatever
@@ -320,7 +320,7 @@ def rho_of_round(W: Matrix) -> float:
 
 
 def measure_rho(
-    schedule: Schedule,
+    schedule: MixingSchedule,
     N: int,
     static: bool,
     rounds: int | None = None,

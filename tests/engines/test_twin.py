@@ -12,15 +12,7 @@ from plait.config import Config, Machine
 from plait.engines.local_training import batch_rows, local_phase
 from plait.factors import Factor
 from plait.machine.devices import bfloat16_units, resolve_dtype
-from twin import (
-    ARCHITECTURES,
-    PACKED,
-    PHASES,
-    all_logits,
-    setup,
-    twin_evaluation,
-    twin_local_phase,
-)
+from twin import ARCHITECTURES, PHASES, all_logits, setup, twin_evaluation, twin_local_phase
 
 
 @pytest.mark.usefixtures("ways")
@@ -80,12 +72,14 @@ def test_evaluation_equals_peft(architecture, ragged_tokens):
 
 @pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("architecture", PACKED)
-def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_backend_equals_the_slow_one(architecture, dropout, ragged_tokens):
     config = Config(clients=4, local_steps=3, batch_size=5, rank=4, lora_dropout=dropout)
     results = []
-    for packed in (True, False):
-        _, backbone, stack, shares, _ = setup(architecture, config, ragged_tokens, packed)
+    for backend in (None, "slow"):
+        _, backbone, stack, shares, _ = setup(
+            architecture, config, ragged_tokens, Machine(backend=backend)
+        )
         losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(4), config)
         results.append((losses, stack.factors[Factor.B]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-5)
@@ -97,7 +91,7 @@ def test_packed_equals_hooked(architecture, dropout, ragged_tokens):
 def test_bfloat16_weights_give_nearly_the_same_losses(units, ragged_tokens, monkeypatch):
     if units and not bfloat16_units():
         pytest.skip("this CPU doesn't multiply in bfloat16")
-    monkeypatch.setattr("plait.model.frozen_linear.bfloat16_units", lambda: units)
+    monkeypatch.setattr("plait.model.backend.bfloat16_units", lambda: units)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         config = Config(clients=4, local_steps=5, batch_size=5, rank=4, lr=5e-3, dtype=dtype)

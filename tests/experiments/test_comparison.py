@@ -12,11 +12,12 @@ from fake_runs import FakeRuns, events
 from plait.config import Config
 from plait.experiments import executors as workers
 from plait.experiments.comparison import compare, conclude, entries, verdict
-from plait.experiments.plan import MATCHED, Plan, tuning_seed
+from plait.experiments.plan import Plan, tuning_seed
 from plait.experiments.significance import differences, estimate, holm
 from plait.report.comparison_report import curves, markdown, notes, write_report
 
 CONFIG = Config(clients=4, rounds=3, lr=1e-3)
+MATCHED = "dec-lora (matched)"
 OFFSETS = {0: 0.0, 1: 0.03, 2: -0.02, 3: 0.01}
 
 
@@ -161,7 +162,8 @@ def test_a_control_that_is_dec_lora_itself_runs_once(monkeypatch, tmp_path):
     fake(monkeypatch, by_method(CLEAR))
     plan = plan_of(tmp_path / "out", lrs={"adf": 2e-3})
     assert [entry.label for entry in entries(plan)] == ["adf", "dec-lora", "ffa"]
-    assert "its own matched control" in " ".join(notes(concluded(plan)))
+    said = "adf's matched control, dec-lora at 0.5 times its rate, is a line already."
+    assert said in notes(concluded(plan))
 
 
 def test_a_search_takes_the_best_rate_on_the_validation_split(monkeypatch, tmp_path):

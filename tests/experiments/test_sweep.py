@@ -20,8 +20,8 @@ from fake_runs import FakeRuns, events
 from plait.cli.main import main
 from plait.config import Config
 from plait.experiments import executors as workers
-from plait.experiments.executors import Ended, executor_for, here, in_processes, num_jobs
-from plait.experiments.plan import MATCHED, Cell, tuning_seed
+from plait.experiments.executors import CellEnded, executor_for, here, in_processes, num_jobs
+from plait.experiments.plan import Cell, tuning_seed
 from plait.experiments.results import collect, failures, load, state
 from plait.experiments.sweep import Sweep, effective, load_sweep
 from plait.runs.run import Run
@@ -86,6 +86,7 @@ def test_a_setting_that_makes_no_difference_makes_no_run():
     assert same(
         *({"method": "fedavg", "topology": t, "p": q} for t, q in [("ring", 1), ("star", 0)])
     )
+    assert same(*({"method": "fedavg", "weights": w} for w in ("laplacian", "sequential")))
     assert not same({"method": "ffa", "lr": 1e-3}, {"method": "ffa", "lr": 2e-3})
 
 
@@ -131,7 +132,7 @@ def test_a_control_that_is_dec_lora_itself_is_a_line_without_a_run(monkeypatch, 
     assert swept(tmp_path) == 0
     assert len(runs.started) == 2
     frame = load(sweep.out)
-    assert list(frame["label"]) == ["adf", "dec-lora", MATCHED]
+    assert list(frame["label"]) == ["adf", "dec-lora", "dec-lora (matched)"]
     assert frame["digest"].nunique() == 2
 
 
@@ -371,7 +372,7 @@ def test_a_process_that_is_killed_costs_its_own_run_only(tmp_path, tiny_folder):
             process.kill()
 
         threading.Thread(target=kill).start()
-        ended = [(cell, one.failure) for cell, one in said if isinstance(one, Ended)]
+        ended = [(cell, one.failure) for cell, one in said if isinstance(one, CellEnded)]
     (first, failure), (second, none) = ended
     assert (first, second) == (long, short)
     assert failure is not None
@@ -422,7 +423,7 @@ def test_an_executor_says_all_that_its_runs_say_and_that_they_have_ended(
         assert len(multiprocessing.active_children()) == (jobs if jobs > 1 else 0)
     assert not multiprocessing.active_children()
     of_good = [one for cell, one in said if cell == good]
-    expected = [*load_events(good.folder), Ended()] * 2
+    expected = [*load_events(good.folder), CellEnded()] * 2
     assert of_good == expected
     ((_, failed),) = [pair for pair in said if pair[0] == bad]
     assert "There is no model folder" in failed.failure.reason

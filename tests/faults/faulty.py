@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load as safe_load
 from safetensors.torch import save as safe_save
@@ -21,10 +22,11 @@ import plait.peers.round_loop as engine
 from plait.machine import files
 from plait.peers import process as peers
 from plait.peers import transport
-from plait.peers.certificates import Pair
-from plait.peers.codec import Ack, Message
+from plait.peers.codec import Ack, Answer, Message
+from plait.peers.credentials import Pair
 from plait.peers.exchange import Exchange
 from plait.peers.inbox import Inbox
+from plait.peers.mailbox import Desk
 from plait.peers.process import run_peer
 from plait.peers.refusals import Reason, Refused
 from plait.runs import run_folder as runs
@@ -34,7 +36,9 @@ torch.set_num_threads(1)
 Fault = Callable[..., None]
 
 
-def live(config: str, name: str, log: str, fault: str, details: tuple) -> None:
+def live(
+    config: str, name: str, log: str, fault: str, details: tuple, trust: str | None = None
+) -> None:
     """A peer's whole life."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 2)
@@ -42,7 +46,7 @@ def live(config: str, name: str, log: str, fault: str, details: tuple) -> None:
     if fault:
         FAULTS[fault](*details)
     try:
-        run_peer(Path(config), name)
+        run_peer(Path(config), name, trust=trust)
     except (ValueError, OSError):
         sys.exit(1)
 
@@ -255,6 +259,30 @@ def lying(size: float) -> None:
     engine.train_round = train_round
 
 
+FAR = 10**6
+
+
+def ahead(size: float) -> None:
+    """The peer says that it is far ahead, and what it gives as its state is made up."""
+    original, ask = Desk.answer, transport.write_question
+
+    def answer(self, question):
+        found = original(self, question)
+        if question.kind == "status":
+            return Answer(found.facts | {"round": FAR})
+        if question.kind == "state":
+            body = found.message.body
+            values = size * np.random.default_rng(0).standard_normal(
+                found.message.values_bytes // 4
+            )
+            made_up = body[: -found.message.values_bytes] + values.astype("<f4").tobytes()
+            return Answer({"round": FAR}, _with_body(found.message, made_up))
+        return found
+
+    Desk.answer = answer
+    transport.write_question = lambda question: ask(dataclasses.replace(question, asker_round=FAR))
+
+
 def _with_body(message: Message, body: bytes) -> Message:
     header = dataclasses.replace(
         message.header, num_bytes=len(body), digest=xxh3_128(body).digest()
@@ -330,6 +358,7 @@ FAULTS: dict[str, Fault] = {
     "slow": slow,
     "diverging": diverging,
     "lying": lying,
+    "ahead": ahead,
     "careless": careless_about_certificates,
     "without certificate": without_certificate,
     "hostile": hostile,

@@ -26,7 +26,8 @@ from plait.config import Config
 from plait.engines.job import prepare
 from plait.engines.simulate import simulate
 from plait.events import Evaluated
-from plait.peers.certificates import Pair, init_federation
+from plait.peers.certificates import init_federation
+from plait.peers.credentials import Pair
 from plait.peers.federation import Limits, load_federation, load_peer
 
 NAMES = ("ada", "ben", "cai")
@@ -107,14 +108,28 @@ class Play:
     started: dict[str, list[BaseProcess]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, config: Config, limits: Limits = LIMITS) -> Play:
-        return cls(folder, init_federation(folder / "federation", NAMES, config, limits=limits))
+    def of(cls, folder: Path, config: Config, limits: Limits = LIMITS, names=NAMES) -> Play:
+        return cls(folder, init_federation(folder / "federation", names, config, limits=limits))
 
-    def start(self, name: str, fault: str = "", *details: object, config: Path | None = None):
+    def start(
+        self,
+        name: str,
+        fault: str = "",
+        *details: object,
+        config: Path | None = None,
+        trust: str | None = None,
+    ):
         """Start a peer, with a fault by its name in `faulty.FAULTS`."""
         import faulty
 
-        arguments = (str(config or self.config_file), name, str(self.log(name)), fault, details)
+        arguments = (
+            str(config or self.config_file),
+            name,
+            str(self.log(name)),
+            fault,
+            details,
+            trust,
+        )
         process = FORKS.Process(target=faulty.live, args=arguments)
         process.start()
         self.started.setdefault(name, []).append(process)

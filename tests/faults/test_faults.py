@@ -26,7 +26,8 @@ from faulty import ATTACKS, STAGES
 from proxy import Proxy
 from stage import LIMITS, NAMES, Faultless, Play, tiny_files
 
-from plait.peers.certificates import Pair, make_authority, make_certificate
+from plait.peers.certificates import make_authority, make_certificate
+from plait.peers.credentials import Pair
 from plait.peers.federation import load_federation
 
 pytestmark = pytest.mark.faults
@@ -49,8 +50,9 @@ def stage(config, tmp_path):
     """Builds a play; whatever was started is ended."""
     plays = []
 
-    def build(limits=LIMITS, **changes) -> Play:
-        plays.append(Play.of(tmp_path, dataclasses.replace(config, **changes), limits))
+    def build(limits=LIMITS, names=NAMES, **changes) -> Play:
+        changed = dataclasses.replace(config, clients=len(names), **changes)
+        plays.append(Play.of(tmp_path, changed, limits, names))
         return plays[-1]
 
     yield build
@@ -242,10 +244,12 @@ def test_two_configs(stage, faultless):
     play.start("cai", config=other)
     for name in ("ada", "ben"):
         play.start(name)
-    play.all_end()
+    assert play.end("cai") == 1
+    play.all_end(("ada", "ben"))
     near(play, faultless, ("ada", "ben"))
     assert ("cai", "WRONG_CONFIG") in kinds(play, "ada", "refused")
     assert ("ada", "WRONG_CONFIG") in kinds(play, "cai", "rejected")
+    assert "lr is 0.02 here and 0.01 at ada" in play.said("cai")[-1]["message"]
 
 
 @pytest.mark.parametrize("kind", ["expired", "self-signed", "wrong authority", "none"])
@@ -354,6 +358,58 @@ def test_a_member_that_lies(stage, faultless, mix):
         play.start(name)
     play.all_end(("ada", "ben"))
     near(play, faultless, ("ada", "ben"))
+
+
+def listens(play, name):
+    return any(line["message"].startswith("listening") for line in play.said(name))
+
+
+def test_a_liar_that_is_there_first(stage, faultless):
+    play = stage()
+    play.start("ada", "ahead", 100.0)
+    play.wait_for(lambda: listens(play, "ada"))
+    play.start("ben")
+    play.wait_for(lambda: listens(play, "ben"))
+    time.sleep(3)
+    play.start("cai")
+    play.all_end()
+    everyone_equals(play, faultless)
+
+
+def test_joins_while_a_member_lies(stage, faultless):
+    play = stage(dataclasses.replace(LIMITS, keep_rounds=1))
+    victim = play.start("cai", "killed", "in training", 3)
+    play.start("ada", "ahead", 100.0)
+    play.start("ben")
+    victim.join(90)
+    shutil.rmtree(play.out("cai"))
+    play.start("cai")
+    play.all_end()
+    assert kinds(play, "cai", "joined")
+    assert ("cai", "") in kinds(play, "ben", "gave")
+    near(play, faultless, ("ben", "cai"))
+
+
+@pytest.mark.parametrize("of", ["a liar", "an honest one"])
+def test_of_two_peers_the_operator_says_whom_to_trust(stage, of):
+    limits = dataclasses.replace(SHORT, keep_rounds=1, linger_s=60)
+    play = stage(limits, names=("ada", "ben"), rounds=8)
+    if of == "a liar":
+        play.start("ada", "ahead", 100.0)
+        play.wait_for(lambda: listens(play, "ada"))
+    else:
+        victim = play.start("ben", "killed", "in training", 2)
+        play.start("ada", "slow", 0.3)
+        victim.join(90)
+        shutil.rmtree(play.out("ben"))
+        play.wait_for(lambda: play.rounds_done("ada") >= 4)
+    play.start("ben")
+    assert play.end("ben") == 1
+    assert "--trust ada" in play.said("ben")[-1]["message"]
+    if of == "an honest one":
+        play.start("ben", trust="ada")
+        play.all_end(("ada", "ben"))
+        assert kinds(play, "ben", "joined")
 
 
 def test_training_that_diverges_stops_its_own_peer_only(stage, faultless):

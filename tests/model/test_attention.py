@@ -7,8 +7,8 @@ import torch
 
 from conftest import tokens_of
 from plait.data.tokens import pack
-from plait.model.attention import attention
 from plait.model.attention_windows import Windows, attention_in_windows
+from plait.model.backend import KernelBackend
 
 HEADS = 3
 KINDS = {
@@ -23,7 +23,7 @@ def way(kind, batch, dtype):
     if kind == "windows":
         windows = Windows(batch, HEADS, dtype)
         return lambda qkv: attention_in_windows(qkv, windows)
-    return attention(batch, HEADS, torch.zeros(0, dtype=dtype))
+    return KernelBackend(torch.device("cpu"), dtype).attention(batch, HEADS)
 
 
 @pytest.mark.parametrize("width", [4, 16, 20, 32], ids="head {}".format)
@@ -63,7 +63,7 @@ def test_what_is_not_finite_is_seen_in_its_own_text_alone(compiler, value, part)
     qkv = torch.randn(len(batch.ids), 3 * HEADS * 16, generator=generator)
     column = ["query", "key", "value"].index(part) * HEADS * 16
     qkv[10, column] = value  # a token of the second text, in the first head
-    context = attention(batch, HEADS, qkv)(qkv)
+    context = way("kernel", batch, torch.float32)(qkv)
     assert not context[5:25, :16].isfinite().all()
     assert context[:5].isfinite().all()
     assert context[25 : batch.num_tokens].isfinite().all()

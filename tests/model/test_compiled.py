@@ -11,10 +11,11 @@ import torch
 
 from conftest import random_tokens
 from plait.data.tokens import pack
+from plait.model.backend import KernelBackend
 from plait.model.kernels import compiled as native
 from plait.model.kernels.compiled import kernels
-from plait.model.packed_encoder import _products, _sums
 
+CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -30,7 +31,7 @@ def test_gelu_and_its_derivative(compiler, count):
     exact = x.double().requires_grad_()
     expected = torch.nn.functional.gelu(exact)
     expected.sum().backward()
-    y = kernels(torch.zeros(0)).gelu(x)
+    y = kernels(torch.float32).gelu(x)
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.double(), exact.grad, rtol=1e-6, atol=1e-6)
 
@@ -44,7 +45,7 @@ def test_each_clients_tokens_times_its_own_matrix(compiler, batch, K, N, add, dt
     W = torch.randn(batch.num_clients, N, K, generator=generator).mT.to(dtype)
     mine = wide.clone()
     x, out = mine[:, :K], mine[:, K : K + N]
-    _products(out, x, W, batch, add)
+    KernelBackend(CPU, dtype).grouped_matmul(out, x, W, batch, add)
     expected = wide.double()
     for own, x_i, W_i in batch.by_client(expected, x.double(), W.double()):
         own[:, K : K + N] = x_i @ W_i + (own[:, K : K + N] if add else 0)
@@ -58,7 +59,7 @@ def test_what_is_kept_in_bfloat16_is_rounded_to_the_nearest(compiler, batch):
     x = torch.randn(len(batch.ids), 1, generator=generator).bfloat16()
     W = torch.randn(batch.num_clients, 1, 33, generator=generator).bfloat16()
     out = x.new_zeros(len(x), 33)
-    _products(out, x, W, batch)
+    KernelBackend(CPU, torch.bfloat16).grouped_matmul(out, x, W, batch)
     for own, x_i, W_i in batch.by_client(out, x, W):
         assert torch.equal(own, (x_i.float() * W_i.float()).bfloat16())
 
@@ -72,22 +73,22 @@ def test_each_clients_sum_of_outer_products(compiler, M, N, dtype):
     wide = torch.randn(len(batch.ids), M + N, generator=generator).to(dtype)
     x, y = wide[:, :M], wide[:, M:]
     expected = [x_i.mT @ y_i for x_i, y_i in batch.by_client(x.double(), y.double())]
-    result = _sums(x, y, batch).double()
+    result = KernelBackend(CPU, dtype).grouped_matmul_t(x, y, batch).double()
     torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_the_number_of_threads_changes_nothing(compiler, batch, threads):
-    fused = kernels(torch.zeros(0))
+    fused = kernels(torch.float32)
     generator = torch.Generator().manual_seed(0)
     qkv, x = (torch.randn(len(batch.ids), n, generator=generator) for n in (3 * 64, 64))
     W = torch.randn(batch.num_clients, 64, 40, generator=generator)
 
     def all_of_them():
         derivative, out = x.clone(), qkv[:, :40].clone()
-        fused.products(out, x, W, batch, add=True)
+        fused.grouped_matmul(out, x, W, batch, add=True)
         return [
             fused.attention(qkv, batch, 4), fused.attention(qkv, batch, 4, x),
-            fused.gelu(derivative), derivative, out, fused.sums(x, qkv, batch),
+            fused.gelu(derivative), derivative, out, fused.grouped_matmul_t(x, qkv, batch),
         ]  # fmt: skip
 
     alone = all_of_them()
@@ -97,7 +98,7 @@ def test_the_number_of_threads_changes_nothing(compiler, batch, threads):
 
 def test_they_are_compiled_once(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
-    make = native._kernels.__wrapped__
+    make = native.kernels.__wrapped__
     assert make(torch.float32) is not None
     assert [file.suffix for file in (tmp_path / "kernels").iterdir()] == [".so"]
 
@@ -112,7 +113,7 @@ def test_without_a_compiler_or_a_place_there_are_none(monkeypatch, tmp_path):
     def refused(*_args, **_kwargs):
         raise PermissionError
 
-    make = native._kernels.__wrapped__
+    make = native.kernels.__wrapped__
     monkeypatch.setenv("PLAIT_CACHE", str(tmp_path))
     for compiler in ("false", "there-is-no-such-compiler", "true"):
         monkeypatch.setenv("CC", compiler)
@@ -127,5 +128,6 @@ def test_without_a_compiler_or_a_place_there_are_none(monkeypatch, tmp_path):
 
 
 def test_there_are_none_for_other_devices_and_types():
-    assert kernels(torch.zeros(0, device="meta")) is None
-    assert kernels(torch.zeros(0, dtype=torch.float64)) is None
+    assert kernels(torch.float64) is None
+    with pytest.raises(ValueError, match="on meta here; take the backend"):
+        KernelBackend(torch.device("meta"), torch.float32)

@@ -16,15 +16,15 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import tiny_model
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.local_training import local_phase
 from plait.factors import VALUE, Factor
 from plait.lora import initial_stack
 from plait.model.backbone import Backbone
-from plait.model.frozen_linear import take_rows_apart
+from plait.model.frozen_linear import make_batch_invariant
 from plait.model.fused_layers import Pieces
 from plait.model.kernels import compiled as native
-from plait.model.kernels.compiled import frozen_kernels, kernels
+from plait.model.kernels.compiled import Kernels, kernels
 from plait.model.loading import Loaded
 from twin import all_logits
 
@@ -83,8 +83,9 @@ def test_wider_layers_equal_transformers_own(compiler, ragged_tokens, width):
         )
     )  # fmt: skip
     results = []
-    for packed in (True, False):
-        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, packed=packed)
+    for backend in (None, "slow"):
+        machine = Machine(backend=backend)
+        backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), CONFIG, machine)
         stack = initial_stack(backbone.layout, backbone.head_start, 2, 0, torch.device("cpu"))
         torch.manual_seed(1)
         factors = {
@@ -144,36 +145,36 @@ def test_a_product_with_a_frozen_matrix(compiler, K, N, count, bias, threads):
     x = torch.randn(count, K, generator=generator)
     W = torch.randn(N, K, generator=generator) / K**0.5
     b = torch.randn(N, generator=generator) if bias else None
-    fused = frozen_kernels(W)
+    fused = kernels(torch.float32)
     expected = functional.linear(x.double(), W.double(), None if b is None else b.double())
     results = []
     for number in (1, 2):
         threads(number)
-        results.append(fused.linear(x, fused.arrange(W.t()), b, N))
+        results.append(fused.linear(x, fused.prepack(W.t()), b, N))
         torch.testing.assert_close(results[-1].double(), expected, rtol=0, atol=1e-5)
     assert torch.equal(*results)
-    assert torch.equal(fused.linear(x[-1:], fused.arrange(W.t()), b, N), results[0][-1:])
+    assert torch.equal(fused.linear(x[-1:], fused.prepack(W.t()), b, N), results[0][-1:])
 
 
 def test_a_sum_alone_is_rounded_as_among_others_whatever_the_compiler_likes(compiler, monkeypatch):
     # GCC 13 multiplies and adds in two steps where a loop has but one sum; this makes others do so.
     monkeypatch.setenv("CC", os.environ.get("CC", "cc") + " --param=avoid-fma-max-bits=512")
-    fused = native._kernels.__wrapped__(torch.float32)
+    fused = native.kernels.__wrapped__(torch.float32)
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(shape, generator=generator) for shape in ((7, 64), (64, 16)))
-    together = fused.linear(x, fused.arrange(W), None, 16)
-    assert torch.equal(fused.linear(x[-1:], fused.arrange(W), None, 16), together[-1:])
+    together = fused.linear(x, fused.prepack(W), None, 16)
+    assert torch.equal(fused.linear(x[-1:], fused.prepack(W), None, 16), together[-1:])
 
 
 @pytest.mark.parametrize("threads_", [1, 2])
-def test_rows_of_a_frozen_head_are_apart(compiler, threads, threads_):
+def test_a_frozen_head_is_batch_invariant(compiler, threads, threads_):
     threads(threads_)
     torch.manual_seed(0)
     head = nn.Sequential(nn.Linear(48, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 3))
     head.requires_grad_(False)
     x = torch.randn(5, 9, 48)
     expected = head(x)
-    assert take_rows_apart(head)
+    assert make_batch_invariant(head, kernels(torch.float32))
     together = head(x)
     torch.testing.assert_close(together, expected, rtol=0, atol=1e-5)
     for one, own in zip(x, together, strict=True):
@@ -186,19 +187,19 @@ def test_rows_of_a_frozen_head_are_apart(compiler, threads, threads_):
 )
 def test_a_head_of_another_kind_stays_as_it_is(compiler, head):
     whole = nn.Sequential(nn.Linear(32, 32), head)
-    assert not take_rows_apart(whole)
+    assert not make_batch_invariant(whole, kernels(torch.float32))
     assert whole[1] is head
     assert isinstance(whole[0], nn.Linear)
 
 
-def test_only_where_they_suit(compiler, monkeypatch):
-    assert frozen_kernels(torch.zeros(32, 16)) is not None
-    assert frozen_kernels(torch.zeros(32, 20)) is None
-    assert frozen_kernels(torch.zeros(20, 32)) is None
-    assert frozen_kernels(torch.zeros(32, 16, dtype=torch.bfloat16)) is None
+def test_only_where_they_suit(monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert Kernels.suit(torch.zeros(32, 16))
+    assert not Kernels.suit(torch.zeros(32, 20))
+    assert not Kernels.suit(torch.zeros(20, 32))
+    assert not Kernels.suit(torch.zeros(32, 16, dtype=torch.bfloat16))
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "SVE256")
-    assert frozen_kernels(torch.zeros(32, 16)) is None
-    assert kernels(torch.zeros(32, 16)) is not None
+    assert not Kernels.suit(torch.zeros(32, 16))
 
 
 def test_other_activations_go_step_by_step(compiler):

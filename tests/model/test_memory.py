@@ -1,8 +1,7 @@
 """Cores and memory: how many chunks are computed at once, and how large they may be."""
 
-import ctypes
-import subprocess
-import sys
+from __future__ import annotations
+
 import threading
 
 import numpy as np
@@ -15,7 +14,8 @@ from plait.data.tokens import pack
 from plait.engines import local_training as local
 from plait.engines.local_training import chunks, local_phase, on_cores
 from plait.factors import Factor
-from plait.machine.devices import chunk_tokens, free_bytes
+from plait.machine.devices import free_bytes
+from plait.model.backend import BACKENDS
 from plait.model.memory import activation_bytes, tokens_at_once
 from twin import setup
 
@@ -76,21 +76,21 @@ def test_a_failing_piece_fails_the_whole_and_gives_the_cores_back(four_threads):
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_cores_do_not_change_the_result(packed, ragged_tokens, four_threads):
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])  # packed, and in rectangles
+def test_cores_do_not_change_the_result(architecture, ragged_tokens, four_threads):
     results = []
     for threads in (1, 4):
         torch.set_num_threads(threads)
-        _, backbone, stack, shares, _ = setup("bert", CONFIG, ragged_tokens, packed)
+        _, backbone, stack, shares, _ = setup(architecture, CONFIG, ragged_tokens)
         losses = local_phase(backbone, stack, Factor.AB, 0, ragged_tokens, shares, range(5), CONFIG)
         results.append((losses, stack.factors[Factor.A]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=0, atol=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_activations_are_what_a_step_leaves_behind(packed, ragged_tokens):
-    _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens, packed)
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])  # packed, and in rectangles
+def test_activations_are_what_a_step_leaves_behind(architecture, ragged_tokens):
+    _, backbone, stack, _, _ = setup(architecture, CONFIG, ragged_tokens)
     longest = int(ragged_tokens.lengths.argmax())
     batch = pack(ragged_tokens, np.full((1, 100), longest))
     leaves = {f: value[:1].detach().requires_grad_() for f, value in stack.factors.items()}
@@ -144,35 +144,9 @@ def test_a_graphics_card_gets_as_much_as_half_its_free_memory_holds(ragged_token
 
 
 def test_more_is_computed_at_once_on_an_accelerator():
-    cpu, card = torch.device("cpu"), torch.device("cuda")
-    assert chunk_tokens(None, cpu) < chunk_tokens(None, card)
-    assert chunk_tokens(100, cpu) == chunk_tokens(100, card) == 100
-    assert free_bytes(cpu) == float("inf")
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
-    reason="other allocators than glibc's are left as they are",
-)
-def test_what_a_step_frees_is_there_for_the_next_one():
-    faults = {}
-    for way in ("pass", "keep_freed()"):
-        code = f"""
-import resource, threading, torch
-from plait.machine.process import keep_freed
-{way}
-def steps(count):
-    for _ in range(count):
-        [torch.empty(300_000).fill_(0) for _ in range(20)]
-def work():
-    steps(5)
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    steps(5)
-    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-        faults[way] = int(done.stdout)
-    assert faults["keep_freed()"] < 100 < faults["pass"]
+    cpu, card = (
+        BACKENDS[k](torch.device("cpu"), torch.float32) for k in ("operators", "accelerator")
+    )
+    assert cpu.chunk_tokens(None) < card.chunk_tokens(None)
+    assert cpu.chunk_tokens(100) == card.chunk_tokens(100) == 100
+    assert free_bytes(cpu.device) == float("inf")

@@ -9,7 +9,8 @@ import stat
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from plait.config import Config
 from plait.peers.certificates import (
@@ -17,10 +18,10 @@ from plait.peers.certificates import (
     free_ports,
     init_federation,
     make_authority,
-    make_certificate,
-    read_credentials,
+    metrics_addresses,
     write_secret,
 )
+from plait.peers.credentials import Pair, read_credentials
 from plait.peers.federation import (
     Federation,
     Limits,
@@ -123,28 +124,128 @@ def test_there_is_no_peer_without_its_files(files):
             read_credentials(settings)
 
 
-def test_unfit_certificates_are_refused(files):
-    folder = files.parent
+def authority_of(files) -> Pair:
+    return Pair((files.parent / "ca.pem").read_bytes(), (files.parent / "ca.key").read_bytes())
+
+
+def signed(files, name="ann", usages=None, extended=None, **span) -> Pair:
+    """A certificate that is good but for what is given."""
+    authority, key = authority_of(files), ec.generate_private_key(ec.SECP256R1())
+    now, day = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.load_pem_x509_certificate(authority.certificate).subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now + span.get("begin", -1) * day)
+        .not_valid_after(now + span.get("end", 30) * day)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    )
+    if extended:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(extended), critical=False)
+    if usages:
+        builder = builder.add_extension(usages, critical=True)
+    signer = serialization.load_pem_private_key(authority.key, None)
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    return Pair(
+        builder.sign(signer, hashes.SHA256()).public_bytes(pem),
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain),
+    )
+
+
+def key_as(data: bytes, encoding, encryption=None) -> bytes:
+    key = serialization.load_pem_private_key(data, None)
+    plain = encryption or serialization.NoEncryption()
+    return key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain)
+
+
+def no_signature() -> x509.KeyUsage:
+    others = ("content_commitment", "data_encipherment", "key_agreement", "key_cert_sign",
+              "crl_sign", "encipher_only", "decipher_only", "digital_signature")  # fmt: skip
+    return x509.KeyUsage(key_encipherment=True, **dict.fromkeys(others, False))
+
+
+PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
+LOCKED = serialization.BestAvailableEncryption(b"open-sesame")
+SERVER = [x509.ExtendedKeyUsageOID.SERVER_AUTH]
+UNFIT = {
+    "locked key": ("key", lambda files, good: key_as(good.key, PEM, LOCKED), "encrypted.*decrypt"),
+    "key in DER": ("key", lambda files, good: key_as(good.key, DER), "no PEM key.*-inform DER"),
+    "empty key": ("key", lambda files, good: b"", "no PEM key"),
+    "a certificate as key": ("key", lambda files, good: good.certificate, "no PEM key"),
+    "another's key": ("key", lambda files, good: signed(files).key, "is not the key of"),
+    "nothing": ("certificate", lambda files, good: b"nothing", "no PEM certificate"),
+    "empty authority": ("ca", lambda files, good: b"", "no PEM certificate.*authority's"),
+    "foreign authority": ("ca", lambda files, good: make_authority("x").certificate, "signed by"),
+    "namesake authority": (
+        "ca", lambda files, good: make_authority("trial").certificate, "not with the key of",
+    ),
+    "expired": ("pair", lambda files, good: signed(files, end=-0.5), "expired on.*clock says"),
+    "not valid yet": ("pair", lambda files, good: signed(files, begin=1), "before.*set the clock"),
+    "expired authority": (
+        "ca", lambda files, good: make_authority("trial", days=-1).certificate, "expired on",
+    ),
+    "another name": ("pair", lambda files, good: signed(files, "bob"), "is for bob"),
+    "server only": (
+        "pair", lambda files, good: signed(files, extended=SERVER), "for clientAuth",
+    ),
+    "no signing": ("pair", lambda files, good: signed(files, usages=no_signature()), "not sign"),
+}  # fmt: skip
+"""What is wrong -> the file, what is in it, and what is said of it."""
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_unfit_papers_are_refused_in_a_line_with_file_and_remedy(files, kind):
     settings = load_peer(files, "ann")
-    authority = make_authority("f")
-    own_key = settings.key.read_bytes()
-    settings.key.write_bytes((folder / "bob" / "key.pem").read_bytes())
-    with pytest.raises(ValueError, match="is not the key of"):
+    good = Pair(settings.certificate.read_bytes(), settings.key.read_bytes())
+    which, make, message = UNFIT[kind]
+    made = make(files, good)
+    if isinstance(made, Pair):
+        settings.certificate.write_bytes(made.certificate)
+        settings.key.write_bytes(made.key)
+    else:
+        getattr(settings, which).write_bytes(made)
+    with pytest.raises(ValueError, match=message) as refused:
         read_credentials(settings)
-    settings.key.write_bytes(own_key)
-    settings.certificate.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="PEM"):
-        read_credentials(settings)
-    for pair, message in (
-        (make_certificate(authority, "ann", days=-1), "expired on"),
-        (make_certificate(authority, "bob"), "is for bob"),
-        (authority, "no DNS name"),
-    ):
-        settings.certificate.write_bytes(pair.certificate)
-        settings.key.write_bytes(pair.key)
-        with pytest.raises(ValueError, match=message):
-            read_credentials(settings)
-    serialization.load_pem_private_key(own_key, None)
+    said = str(refused.value)
+    named = settings.certificate if which == "pair" else getattr(settings, which)
+    assert str(named) in said
+    assert "\n" not in said
+    assert ";" in said or ":" in said, "with what to do"
+
+
+def test_papers_of_another_making_are_taken(files):
+    """Without usages anything goes; through an authority in between too."""
+    settings = load_peer(files, "ann")
+    pair = signed(files)
+    settings.certificate.write_bytes(pair.certificate + authority_of(files).certificate)
+    settings.key.write_bytes(pair.key)
+    assert read_credentials(settings)[1].key == pair.key
+
+
+def test_the_figures_of_one_hosts_peers_are_on_different_ports(tmp_path):
+    addresses = ["127.0.0.1:9600", "127.0.0.1:9601", "h:7600"]
+    assert metrics_addresses(addresses) == [
+        "127.0.0.1:9602", "127.0.0.1:9603", "127.0.0.1:9600",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("address", "right"),
+    [
+        ("::1:7600", r"\[::1\]:7600, an IPv6 host in brackets"),
+        ("fe80::1:7600", r"\[fe80::1\]:7600"),
+        ("http://h:7600", "such as h:7600"),
+        ("grpc://10.0.0.2:7600/", "such as 10.0.0.2:7600"),
+        ("a b:7600", "such as 10.0.0.1:7600"),
+        ("[x]:1", "such as 10.0.0.1:7600"),
+        ("h:1\n", "such as"),
+    ],
+)
+def test_an_address_in_another_form_is_refused_with_the_right_one(address, right):
+    with pytest.raises(ValueError, match=right):
+        split_address(address)
 
 
 def test_a_secret_is_never_written_over(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import logging
+import signal
+import socket
 import urllib.request
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,13 +18,20 @@ from safetensors.torch import load_file, save_file
 from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config
-from plait.data.tasks import Rows, Task
+from plait.data.tasks import load_task
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.federation import Federation, Limits, load_federation
-from plait.peers.mailbox import JsonLines
-from plait.peers.process import check_members, prepare_peer, relabelled, take_up
+from plait.peers.mailbox import Few, JsonLines
+from plait.peers.process import (
+    check_members,
+    check_sizes,
+    neighbours_of,
+    prepare_peer,
+    take_up,
+    with_descriptors,
+)
 from plait.peers.prometheus import serve_metrics
 from plait.peers.refusals import Reason
 from plait.peers.status import PeerStatus, lag
@@ -36,14 +46,86 @@ def one_peer():
     return start_peer(Hub(), 0, CONFIG, [member(f"p{k}") for k in range(3)])
 
 
-def test_own_rows_get_the_federations_numbers():
-    split = Rows((("x",), ("y",)), np.array([0, 1]))
-    task = Task("file", split, split, split, ("bad", "good"), "accuracy")
-    mine = relabelled(task, ["good", "neutral", "bad"])
-    assert mine.train.labels.tolist() == [2, 0]
-    assert mine.num_outputs == 3
-    with pytest.raises(ValueError, match=r"have good; federation\.toml names bad"):
-        relabelled(task, ["bad", "fair"])
+def own_rows(tmp_path, **labels) -> Config:
+    """Files with a row for each label; `Config` for a peer that has them."""
+    for file, of in labels.items():
+        lines = [f"text {k} of {file},{label}" for k, label in enumerate(of)]
+        (tmp_path / f"{file}.csv").write_text("\n".join(["text,label", *lines]))
+    files = {f"{file}_file": str(tmp_path / f"{file}.csv") for file in labels}
+    return dataclasses.replace(CONFIG, task="file", **files)
+
+
+def test_own_rows_get_the_federations_numbers(tmp_path):
+    config = own_rows(tmp_path, train=["tool", "fruit"] * 5, dev=["pet", "fruit"])
+    task = load_task(config, ["fruit", "pet", "tool"])
+    assert task.label_names == ("fruit", "pet", "tool")
+    assert set(task.train.labels) | set(task.validation.labels) == {0, 2}
+    assert task.test.labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"dev_file.*pet; federation\.toml names fruit, tool"):
+        load_task(config, ["fruit", "tool"])
+
+
+def test_a_peer_with_one_class_takes_part(tmp_path):
+    config = own_rows(tmp_path, train=["1"] * 10, dev=["0", "2"])
+    task = load_task(config, ["0", "1", "2"])
+    assert set(task.train.labels) == {1}
+    assert (task.num_labels, task.test.labels.tolist()) == (3, [0, 2])
+
+
+def test_own_rows_are_of_the_task_file():
+    federation = SimpleNamespace(labels=("a", "b"), config=CONFIG)
+    settings = SimpleNamespace(name="ada", local={"train_file": "x.csv"}, apply=lambda c: c)
+    with pytest.raises(ValueError, match='put task = "file"'):
+        prepare_peer(federation, settings)
+
+
+def test_a_message_above_the_limit_is_known_before_the_start():
+    job = one_peer().job
+    check_sizes(job, Limits())
+    with pytest.raises(ValueError, match=r"up to \d+ bytes, and max_message_bytes is 1000:"):
+        check_sizes(job, Limits(max_message_bytes=1000))
+
+
+def test_neighbours_are_those_of_some_round():
+    turn = one_peer().inbox.turn
+    assert neighbours_of(turn, 2) == {1, 2}
+    line = {0: (1,), 1: (0, 2)}
+    turns = lambda t: SimpleNamespace(hears=line[t], heard_by=())  # noqa: E731
+    assert neighbours_of(turns, 2) == {0, 1, 2}
+
+
+def test_a_full_table_of_descriptors_is_waited_for():
+    tries = []
+
+    def write():
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    with_descriptors(write)
+    assert len(tries) == 3
+    with pytest.raises(OSError, match="No space"):
+        with_descriptors(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+
+
+def test_a_port_for_figures_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"{address}.*change `metrics`"):
+            serve_metrics(address, one_peer().desk, SimpleNamespace(counts=Counts()))
+
+
+def test_what_libraries_say_is_bounded():
+    few = Few()
+    record = logging.LogRecord("grpc", logging.ERROR, "x.py", 1, "again", (), None)
+    assert sum(few.filter(record) for _ in range(1000)) == Few.MOST
+
+
+def test_sigterm_ends_what_up_began():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), up.told_to_end():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_own_rows_need_classes_that_all_agree_on():

@@ -14,8 +14,8 @@ from plait.config import Config
 from plait.events import Incident, RoundDone
 from plait.factors import Factor
 from plait.peers.codec import Question
-from plait.peers.exchange import Exchange, Left, Terms
-from plait.peers.inbox import Inbox, Letter, Task, Turn, Word
+from plait.peers.exchange import Exchange, Left, Terms, differences
+from plait.peers.inbox import Inbox, Letter, LinkTask, Turn, Word
 from plait.peers.mailbox import OBSERVER, Desk
 from plait.peers.refusals import Reason, Refused
 from plait.peers.round_loop import Peer
@@ -50,7 +50,7 @@ def letter(digest: bytes = b"x") -> Letter:
 
 
 def message(round_: int = 0):
-    return SimpleNamespace(header=SimpleNamespace(round=round_))
+    return SimpleNamespace(header=SimpleNamespace(round=round_), values_bytes=8)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_a_neighbour_that_runs_ahead_loses_nothing():
         box.admit(0, round_, "AB"[round_ % 2], "AB", b"x")
         box.take(0, round_, letter())
     for _ in range(3):
-        assert box.left() == {2: {Task.ASK}}
+        assert box.left() == {2: {LinkTask.ASK}}
         assert list(box.close()) == [0]
-    assert box.left() == {0: {Task.ASK}, 2: {Task.ASK}}
+    assert box.left() == {0: {LinkTask.ASK}, 2: {LinkTask.ASK}}
 
 
 def test_a_message_that_was_asked_for_and_comes_again_late_is_no_fault():
@@ -136,10 +136,10 @@ def test_symmetric_the_lower_number_decides():
     for box, other in ((low, 2), (high, 0)):
         box.send(message())
         box.take(other, 0, letter())
-    assert low.left()[2] == {Task.PUSH}
-    assert high.left()[0] == {Task.PUSH, Task.ASK}
+    assert low.left()[2] == {LinkTask.PUSH}
+    assert high.left()[0] == {LinkTask.PUSH, LinkTask.ASK}
     high.delivered(0, 0)
-    assert high.left()[0] == {Task.ASK}, "it has to be told"
+    assert high.left()[0] == {LinkTask.ASK}, "it has to be told"
     assert low.answer(2, 0).agreed is None
     low.delivered(2, 0)
     assert 2 not in low.left()
@@ -170,7 +170,7 @@ def test_symmetric_without_word_of_it_neither_mixes():
 class Impatient(Exchange):
     """An exchange that fails where it would wait."""
 
-    def _left(self) -> dict[int, set[Task]]:
+    def _left(self) -> dict[int, set[LinkTask]]:
         left = super()._left()
         assert not left, "waits for them"
         return left
@@ -308,7 +308,7 @@ def test_who_has_not_joined_or_has_left_gives_and_gets_no_weight():
 
 def test_the_state_for_others_is_what_travels_and_no_more():
     config = Config(method="ffa", **SETTINGS)
-    peers = federation(config)
+    peers = federation(config, keep_rounds=1)
     with pytest.raises(Refused):
         peers[0].desk.answer(Question(kind="state", sender="p1"))
     together(peers, config.rounds)
@@ -316,6 +316,87 @@ def test_the_state_for_others_is_what_travels_and_no_more():
     assert answer.message.header.factors == "B"
     assert answer.message.header.kind == "state"
     assert answer.message.header.round == config.rounds
+
+
+def test_a_state_goes_once_and_only_to_a_neighbour_that_needs_it():
+    config = Config(**SETTINGS | {"rounds": 20})
+    desk = federation(config, keep_rounds=2, spans={3: {"leaves": 5}})[0].desk
+    desk.resting = lambda: desk_message(desk.inbox.round)
+    desk.inbox.skip_to(9)
+    desk._took = {1}
+    for asker, round_, reason in (
+        ("p2", 0, Reason.NOT_A_NEIGHBOUR),  # across the ring
+        ("p3", 0, Reason.NOT_A_NEIGHBOUR),  # it has left
+        ("p1", 8, Reason.NOT_DUE),  # it is in step
+    ):
+        with pytest.raises(Refused) as refused:
+            desk.answer(Question(kind="state", sender=asker, asker_round=round_))
+        assert refused.value.reason is reason
+    for here in (9, 10, 11):
+        desk.inbox.skip_to(here)
+        answer = desk.answer(Question(kind="state", sender="p1", asker_round=0))
+        assert answer.message.header.round == 9, "the answer may have got lost; none newer"
+    assert [(e.kind, e.peer) for e in desk.incidents()][:1] == [("gave", "p1")]
+
+
+def desk_message(round_: int):
+    return SimpleNamespace(header=SimpleNamespace(round=round_, kind="state"))
+
+
+def test_one_that_joins_gets_a_state_from_those_that_will_hear_it():
+    config = Config(**SETTINGS | {"rounds": 20})
+    desk = federation(config, keep_rounds=2, spans={3: {"joins": 9}})[0].desk
+    desk.resting = lambda: desk_message(desk.inbox.round)
+    ask = Question(kind="state", sender="p3", asker_round=0)
+    desk.inbox.skip_to(5)
+    with pytest.raises(Refused, match="not in round 5"):
+        desk.answer(ask)
+    desk.inbox.skip_to(8)
+    assert desk.answer(ask).message
+
+
+def test_an_undisturbed_run_reports_the_bytes_that_a_simulation_does():
+    peers = federation()
+    said = together(peers, SETTINGS["rounds"])
+    rounds = [[event for event in events if isinstance(event, RoundDone)] for events in said]
+    for peer, events in zip(peers, rounds, strict=True):
+        size = 4 * sum(peer.job.backbone.layout.size(f) for f in (Factor.A, Factor.B))
+        assert [event.sent_bytes for event in events] == [2 * size] * SETTINGS["rounds"]
+
+
+def test_what_nobody_took_was_not_sent():
+    hub = Hub(lambda kind, *_: kind in ("send", "ask"))
+    peers = federation(hub=hub, terms=Terms(round_timeout_s=0.3, start_timeout_s=0.3, linger_s=0))
+    said = together(peers, 2)
+    assert {e.sent_bytes for events in said for e in events if isinstance(e, RoundDone)} == {0}
+
+
+def test_what_was_pushed_and_asked_for_counts_once():
+    box = inbox()
+    box.send(message())
+    box.pulled(2, 0)
+    box.delivered(2, 0)
+    assert box.taken_bytes == 8
+    assert box.without(0) == {0}
+
+
+def test_a_peer_that_all_neighbours_refuse_stops():
+    peer = federation()[1]
+    peer.desk.refused("p0", Reason.WRONG_CONFIG, "lr")
+    peer.exchange.check_welcome()
+    peer.exchange.neighbours = frozenset({0, 2})
+    peer.desk.refused("p2", Reason.WRONG_CONFIG, "lr")
+    with pytest.raises(ValueError, match=r"No neighbour works with p1. p0: lr; p2: lr"):
+        peer.exchange.wait()
+    peer.desk.heard_of(2, 0)
+    peer.exchange.check_welcome()
+
+
+def test_the_settings_that_differ_are_named():
+    ours, theirs = {"lr": 0.1, "seed": 0, "mix": "average"}, {"lr": 0.2, "seed": 0}
+    assert differences(ours, theirs, "ben") == (
+        "lr is 0.1 here and 0.2 at ben, mix is 'average' here and None at ben"
+    )
 
 
 def test_a_message_that_nobody_asked_for_is_refused():

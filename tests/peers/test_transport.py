@@ -22,17 +22,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from plait.config import Config
 from plait.factors import VALUE, Factor, Slot
 from plait.lora import Layout, Site
-from plait.peers.certificates import (
-    Pair,
-    init_federation,
-    make_authority,
-    make_certificate,
-)
+from plait.peers.certificates import init_federation, make_authority, make_certificate
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Message, Question, encode
+from plait.peers.credentials import Pair
 from plait.peers.envelope import read_ack, write_header
 from plait.peers.federation import Limits, Member, load_federation, load_peer
+from plait.peers.guard import OPEN_CALLS
 from plait.peers.refusals import Reason, Refused
-from plait.peers.transport import DELIVER, HEADER, OPEN_CALLS, OPTIONS, GrpcTransport
+from plait.peers.transport import DELIVER, HEADER, OPTIONS, GrpcTransport
 
 LAYOUT = Layout((Site("query", 6, 4), Site("value", 6, 6)), rank=2, scale=2.0)
 LIMITS = Limits(round_timeout_s=1.0, max_message_bytes=1 << 20, norm_bound=1e3)
@@ -48,6 +45,7 @@ class Desk:
         self.refusals: list[tuple[str, Reason, str]] = []
         self.refusal: Refused | None = None
         self.message: Message | None = None
+        self.given: list[str] = []
 
     def admit(self, header: Header) -> None:
         if self.refusal:
@@ -60,6 +58,9 @@ class Desk:
         if self.refusal:
             raise self.refusal
         return Answer({"asked": question.kind, "by": question.sender}, self.message)
+
+    def gave(self, asker: str, message: Message) -> None:
+        self.given.append(asker)
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         self.refusals.append((sender, reason, detail))
@@ -385,6 +386,26 @@ def test_a_port_in_use_is_said(network):
         GrpcTransport(network.federation, taken, LAYOUT, Desk()).start()
 
 
+def test_settings_are_told_to_a_member_whose_digest_is_another(network):
+    network.peers["alice"].identity = dataclasses.replace(
+        network.peers["alice"].identity, config_digest="other"
+    )
+    try:
+        with pytest.raises(Refused, match="config_digest"):
+            network.peers["alice"].ask("bob", Question(kind="status"), SOON_S)
+        asked = network.peers["alice"].ask("bob", Question(kind="settings"), SOON_S)
+        assert asked.facts["asked"] == "settings"
+    finally:
+        network.stop("alice")
+
+
+def test_an_answer_that_went_out_is_told_to_the_desk(network):
+    desk = network.desks["bob"]
+    desk.message = network.message(sender="bob")
+    network.peers["alice"].ask("bob", Question(kind="round", round=3), SOON_S)
+    assert desk.given == ["alice"]
+
+
 # -- what a member may send
 
 
@@ -472,8 +493,10 @@ def test_what_is_above_the_limit_is_refused_by_grpc_itself(network, what):
 
 def test_someone_with_a_certificate_who_is_no_member_is_refused(network):
     pair = make_certificate(network.authority, "mallory")
-    ack = network.deliver(*wire(network.message(sender="mallory")), pair)
-    assert ack.reason is Reason.WRONG_SENDER
+    with pytest.raises(grpc.RpcError) as caught:
+        network.deliver(*wire(network.message(sender="mallory")), pair)
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert network.desks["bob"].sees(Reason.WRONG_SENDER)
 
 
 def test_what_the_desk_refuses_the_sender_hears(network):
@@ -517,9 +540,9 @@ def test_a_peer_may_have_a_few_calls_open_and_no_more(network):
         assert network.desks["bob"].sees(Reason.BUSY)
         carol = network.peers["carol"].send("bob", network.message(sender="carol"), SOON_S)
         stop.set()
-        reasons = [call.result().reason for call in calls]
+        codes = [error.code() for call in calls if (error := call.exception())]
     assert carol.accepted
-    assert Reason.BUSY in reasons
+    assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
 
 
 # -- peers that go and come back

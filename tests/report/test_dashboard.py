@@ -103,7 +103,7 @@ class Gone:
 
 
 def test_the_stream_says_what_changed_and_ends_with_its_browser(tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard, "POLL_S", 0.0)
+    monkeypatch.setattr(dashboard, "LOOK_EVERY_S", 0.0)
     go_on = begin_run(tmp_path / "run")
     go_on(), go_on()
     follower = Follower([tmp_path])
@@ -122,7 +122,7 @@ def test_the_stream_says_what_changed_and_ends_with_its_browser(tmp_path, monkey
 
 
 def test_a_quiet_stream_pings(tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard, "POLL_S", 0.0)
+    monkeypatch.setattr(dashboard, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(dashboard, "PING_S", -1.0)
 
     async def said() -> list[str]:

@@ -23,12 +23,13 @@ from plait.cli.arguments import defaults, parse
 from plait.cli.main import main
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.experiments.plan import load_plan
+from plait.figures import FIGURES, summarize
 from plait.report import charts
 from plait.report.meetings import topology
-from plait.report.page import PLOTLY, payload, plotly_js, report
-from plait.report.paper_figures import FIGURES
+from plait.report.page import COLUMNS, PLOTLY, _run_row, html_report, payload, plotly_js
+from plait.report.paper_figures import PICTURES
 from plait.report.recorded_run import MOST_DRAWN, Track, meetings
-from plait.report.series import MEASURES, band, over_rounds, phases, remark, sent_megabytes
+from plait.report.series import band, over_rounds, phases, remark, sent_megabytes
 from plait.report.study import compare_command, find_studies, read_studies, run_command
 
 
@@ -100,19 +101,22 @@ def test_kinds_of_events_from_elsewhere_are_passed_over(tmp_path):
     assert len(track.rounds) == CONFIG.rounds
 
 
-def test_the_summary_so_far_becomes_the_written_one(tmp_path):
+def test_a_run_that_goes_on_shows_what_is_known_of_it(tmp_path):
     go_on = begin_run(tmp_path / "run")
     track = Track.open(tmp_path / "run")
-    go_on()
+    assert _run_row("", track)[3:] == [""] * len(COLUMNS)
+    go_on(), go_on()
     track.read()
-    assert track.summary is None
+    assert _run_row("", track)[3:7] == ["0.500", "0.400", "0.520", "0.500"]
     while go_on():
         pass
     track.read()
-    so_far = track.summary
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(so_far))
-    assert track.summary == json.loads(json.dumps(so_far))
+    so_far = _run_row("", track)
+    assert "" not in so_far[3:]
+    assert track.summary is None
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summarize(CONFIG, track.events)))
     assert track.finished
+    assert _run_row("", track) == so_far
 
 
 def test_meetings_forget_the_direction_and_the_clients_that_are_not_drawn():
@@ -143,7 +147,9 @@ def test_events_of_before_there_were_distances_are_read(tmp_path):
 
 def test_runs_that_have_not_come_as_far_leave_gaps():
     short = list(events(CONFIG, 0.8))[:6]
-    rounds, values = over_rounds([list(events(CONFIG, 0.8)), short], MEASURES["scores"])
+    rounds, values = over_rounds(
+        [list(events(CONFIG, 0.8)), short], FIGURES["accuracy_client_mean"]
+    )
     assert rounds.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert np.isnan(values[1]).sum() == 4
     mean, low, high = band(values)
@@ -276,13 +282,13 @@ def test_a_long_run_is_thinned_and_says_so(tmp_path, monkeypatch):
     drawn = topology(study.tracks[0][1])
     assert drawn["step"] == 2
     assert drawn["rounds"] == [1, 3, 5, 6]
-    chart = charts.over_rounds_chart(study.said, MEASURES["scores"])
+    chart = charts.over_rounds_chart(study.said, FIGURES["accuracy_client_mean"], "accuracy")
     assert chart["data"][0]["x"] == [0.0, 3.0, 6.0]
 
 
 def test_a_thousand_clients_stay_small(tmp_path):
     config = dataclasses.replace(CONFIG, clients=1000, rounds=20)
-    html = report(read(write_run(tmp_path / "run", config)))
+    html = html_report(read(write_run(tmp_path / "run", config)))
     assert len(html) - len(plotly_js()) < 400_000
     assert "of 1000 clients" in html
 
@@ -292,7 +298,7 @@ def test_a_thousand_clients_stay_small(tmp_path):
 
 def test_the_tables_numbers_are_those_of_summary_json(tmp_path, monkeypatch):
     write_comparison(tmp_path / "cmp", monkeypatch)
-    head, *lines = described(report(read(tmp_path / "cmp")))
+    head, *lines = described(html_report(read(tmp_path / "cmp")))
     summary = json.loads((tmp_path / "cmp" / "summary.json").read_text())
     against = {one["rival"]: one for one in summary["differences"]}
     assert len(lines) == len(summary["methods"])
@@ -311,13 +317,13 @@ def test_nothing_in_a_run_can_become_a_part_of_the_page(tmp_path):
     folder = write_run(tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"task": bad, "backbone": bad}))
-    html = report(read(folder))
+    html = html_report(read(folder))
     assert "alert(1)" in html
     assert "<script>alert" not in html
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(tmp_path):
-    html = report(read(write_run(tmp_path / "run")))
+    html = html_report(read(write_run(tmp_path / "run")))
     outside = html.replace(plotly_js(), "")
     assert "default-src 'none'" in outside
     assert not re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", outside)
@@ -334,7 +340,7 @@ def test_report_and_figures_are_written(tmp_path, monkeypatch, capsys):
     for form, start in (("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")):
         out = tmp_path / form
         assert main(["figures", str(tmp_path / "cmp"), f"--out={out}", f"--format={form}"]) == 0
-        assert {path.stem for path in out.iterdir()} == set(FIGURES)
+        assert {path.stem for path in out.iterdir()} == set(PICTURES)
         assert all(path.read_bytes().startswith(start) for path in out.iterdir())
 
 
@@ -357,7 +363,7 @@ def test_the_page_needs_jinja(monkeypatch, tmp_path):
     _environment.cache_clear()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match=r"pip install 'plait\[report\]'"):
-        report(read(write_run(tmp_path / "run")))
+        html_report(read(write_run(tmp_path / "run")))
     _environment.cache_clear()
 
 
@@ -425,5 +431,5 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
 def test_what_is_zero_is_not_called_unknown():
     ffa = dataclasses.replace(CONFIG, method="ffa")
     said = {"adf": [list(events(CONFIG, 0.8))], "ffa": [list(events(ffa, 0.8))]}
-    assert remark(said, MEASURES["cross_term"]) == "0 throughout: ffa"
-    assert remark(said, MEASURES["apart"]) == remark(said, MEASURES["scores"]) == ""
+    assert remark(said, FIGURES["cross_term"]) == "0 throughout: ffa"
+    assert remark(said, FIGURES["apart"]) == remark(said, FIGURES["accuracy_client_mean"]) == ""

@@ -18,9 +18,10 @@ import pytest
 from conftest import save_encoder
 from fake_runs import events
 from plait.config import Config
-from plait.events import Started, from_line, summarize
+from plait.events import Started, from_line
 from plait.experiments.comparison import Cell
-from plait.experiments.executors import Ended, here
+from plait.experiments.executors import CellEnded, here
+from plait.figures import summarize
 from plait.runs import loggers
 from plait.runs.loggers import LOGGERS, logged, numbers, require
 
@@ -208,7 +209,7 @@ def test_each_run_of_a_comparison_is_a_run_of_the_logger(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "plait.experiments.executors.run", lambda *_args, **_kwargs: events(CONFIG, 0.8)
     )
-    said = [(cell, one) for cell in cells for one in (*events(CONFIG, 0.8), Ended())]
+    said = [(cell, one) for cell in cells for one in (*events(CONFIG, 0.8), CellEnded())]
     assert list(here(cells, ["kept"])) == said
     assert [name for name, _ in kept.runs] == ["adf-seed0", "ffa-seed0"]
     assert kept.runs[1][1][-1][1] == final_figures()

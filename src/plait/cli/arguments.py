@@ -22,7 +22,7 @@ Names = tyro.conf.UseAppendAction[tuple[str, ...]]
 class Start:
     """Where the settings of a command come from."""
 
-    settings: tyro.conf.OmitArgPrefixes[Config]
+    settings: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
     machine: tyro.conf.OmitArgPrefixes[Machine]
     preset: str | None = None
     """Start from a named experiment; `plait presets` lists them. Other flags change it."""

@@ -23,6 +23,8 @@ from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from plait.machine.text_files import read_text
+
 HUB_TIMEOUT_S = 3.0
 LEAST_DISK_GIB = 5.0
 SOON = timedelta(days=30)
@@ -105,7 +107,7 @@ def check_kernels() -> Finding:
 
     from plait.model.kernels.compiled import kernels
 
-    if kernels(torch.zeros(0)):
+    if kernels(torch.float32):
         return Finding("kernels", "ok", "compiled for this CPU")
     text = "no C compiler that works: the CPU computes with PyTorch's operators alone, slower"
     return Finding("kernels", "note", text, "install gcc, or set CC to a compiler")
@@ -243,32 +245,37 @@ def _peer_files(folder: Path) -> list[Path]:
 
 
 def check_peer(file: Path) -> Iterator[Finding]:
-    """A peer's certificate, key and port, as its `peer.toml` names them."""
-    about = file.parent.name
+    """A peer's certificate, key and ports, as its `peer.toml` names them."""
+    about = file.resolve().parent.name
     try:
-        settings = tomllib.loads(file.read_text(encoding="utf-8"))
-        yield _certificate(about, file.parent / settings["certificate"])
+        settings = tomllib.loads(read_text(file))
+        yield _papers(about, file, settings)
         yield _key(about, file.parent / settings["key"])
-        yield _listen(about, settings["listen"])
+        for what in ("listen", "metrics"):
+            if what in settings:
+                yield _listen(about, settings[what], what)
     except KeyError as error:
         yield Finding(about, "bad", f"{file} has no {error}", "write it anew")
     except (OSError, ValueError) as error:
-        yield Finding(about, "bad", f"{file}: {error}", "write it anew")
+        yield Finding(about, "bad", f"{file}: {error}", "mend it, or write it anew")
 
 
-def _certificate(about: str, file: Path) -> Finding:
+def _papers(about: str, file: Path, settings: dict[str, Any]) -> Finding:
+    """A peer's certificate, key and authority, as it looks at them itself when it starts."""
     try:
-        from cryptography import x509
+        from plait.peers.credentials import check_credentials
+        from plait.peers.federation import PeerSettings
     except ImportError:
         return Finding(about, "bad", f"{file} can't be checked", "pip install 'plait[peer]'")
-    certificate: Any = x509.load_pem_x509_certificate(file.read_bytes())
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    now = datetime.now(UTC)
-    if not begin <= now <= end:
-        text = f"{file.name} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d}"
-        return Finding(about, "bad", text, "have a new one signed, and check this machine's clock")
-    text = f"{file.name} is valid until {end:%Y-%m-%d}"
-    if end - now < SOON:
+    places = {key: file.parent / settings[key] for key in ("ca", "certificate", "key")}
+    own = PeerSettings(name=about, listen=settings["listen"], out=file.parent, **places)
+    try:
+        end = check_credentials(own)
+    except ValueError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Finding(about, "bad", found, remedy)
+    text = f"{own.certificate.name} is valid until {end:%Y-%m-%d}"
+    if end - datetime.now(UTC) < SOON:
         return Finding(about, "note", text, "have a new one signed before that day")
     return Finding(about, "ok", text)
 
@@ -279,11 +286,14 @@ def _key(about: str, file: Path) -> Finding:
     return Finding(about, "ok", f"{file.name} is its owner's alone")
 
 
-def _listen(about: str, address: str) -> Finding:
-    host, _, port = address.rpartition(":")
+def _listen(about: str, address: str, what: str) -> Finding:
+    from plait.peers.federation import split_address
+
+    host, port = split_address(address)
     try:
-        socket.create_server((host.strip("[]"), int(port))).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
         text = f"{address} can't be listened on: {error}"
-        return Finding(about, "bad", text, "stop what uses it, or change `listen`")
+        return Finding(about, "bad", text, f"stop what uses it, or change `{what}`")
     return Finding(about, "ok", f"{address} is free")

@@ -23,7 +23,9 @@ from plait.cli import report as cli_report
 from plait.cli import sweep as cli_sweep
 from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of
 from plait.config import Config
+from plait.data.sources import check_files
 from plait.lookup import lookup
+from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Compare(Start):
     lr_grid: str = ""
     """Search these rates for each method without one in --lrs, on the validation split."""
     no_matched_control: Flag = False
-    """Leave out Dec-LoRA at half of ADF's learning rate, which moves as far as ADF does."""
+    """Leave out the controls of methods, such as Dec-LoRA at half of ADF's learning rate."""
     out: Path | None = None
     """The folder of the comparison; `runs/<task>-compare` if not given."""
     resume: Flag = False
@@ -98,6 +100,7 @@ class Export:
 
 def _run(args: list[str]) -> None:
     given = parse(Run, "run", args, Run(**defaults(args)))
+    check_files(given.settings)
     from plait.cli.progress import watch
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
@@ -114,6 +117,7 @@ def _compare(args: list[str]) -> None:
     preset = PRESETS.get(start_of(args).preset, PresetRow(Config, ""))
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
+    check_files(given.settings)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
     from plait.experiments.executors import num_jobs
@@ -216,12 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for an error, 2 for usage, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     status = 0
-    # OpenMP's threads spin while they wait for each other, by default so long that a run slows
-    # down tenfold where another process wants the cores too. Read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # Activations come and go in megabytes: in pages of 4 KB, finding them takes up to a tenth of a
-    # step. With this, torch asks Linux for pages of 2 MB.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    configure_process()
     try:
         if not args:
             _greet()

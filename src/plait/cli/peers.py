@@ -27,6 +27,10 @@ class PeerCommand:
     """Which peer this is."""
     insecure_loopback: Flag = False
     """No TLS, for trials on one machine: any other address is refused."""
+    trust: str | None = None
+    """Take this peer's word on the round, and its state, where no majority can be had: with two
+    peers, or when too few others are there. Only for a peer that lost its folder, joins, or was
+    away for long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +84,7 @@ def peer(args: list[str]) -> int:
     given = parse(PeerCommand, "peer", args)
     from plait.peers.process import run_peer
 
-    run_peer(given.config, given.name, given.insecure_loopback)
+    run_peer(given.config, given.name, given.insecure_loopback, given.trust)
     return 0
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -18,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from plait.events import Evaluated, Event, RoundDone, Started
+from plait.figures import FIGURES, seconds
 
+SCORES = ("accuracy_client_mean", "accuracy_client_min", "accuracy_averaged_model")
 SHOWN_LINES = 14
 """A search for learning rates has many lines; the latest ones fit on a screen."""
 
@@ -45,6 +46,12 @@ class Line:
             case Evaluated():
                 self.evaluated = event
 
+    @property
+    def scores(self) -> list[str]:
+        """The `SCORES` of the latest evaluation, empty before the first."""
+        figures, last = [FIGURES[name] for name in SCORES], self.evaluated
+        return [one.shown(one.value(last)) if last else "" for one in figures]
+
 
 @dataclass
 class View:
@@ -70,7 +77,7 @@ class View:
         """Take note of one event."""
         self.lines.setdefault(label, Line()).see(event)
         self.done += isinstance(event, RoundDone)
-        self.seconds += _seconds(event)
+        self.seconds += seconds(event)
 
     @property
     def all_rounds(self) -> int:
@@ -83,18 +90,16 @@ class View:
         if not self.done:
             return "-:--:--"
         rounds = max(0, self.all_rounds - self.done) / self.at_once
-        seconds = rounds * self.seconds / self.done
-        return str(timedelta(seconds=round(seconds)))
+        return str(timedelta(seconds=round(rounds * self.seconds / self.done)))
 
     def plain(self, label: str) -> str:
         """The latest evaluation of a label in one line."""
-        line, last = self.lines[label], self.lines[label].evaluated
-        assert last is not None
+        line = self.lines[label]
+        mean, worst, averaged = line.scores
         run = f" run {line.runs}/{self.planned[label]}" if self.planned[label] > 1 else ""
         return (
             f"{label}{run}  round {line.round}/{self.rounds}  {line.metric}"
-            f" {np.mean(last.scores):.3f} (worst {min(last.scores):.3f})"
-            f"  averaged model {last.averaged_score:.3f}  left {self.left}"
+            f" {mean} (worst {worst})  averaged model {averaged}  left {self.left}"
         )
 
     def __rich__(self) -> RenderableType:
@@ -115,14 +120,9 @@ class View:
         return Group(table, Text(), bar)
 
     def _cells(self, label: str) -> tuple[str, ...]:
-        line, last = self.lines[label], self.lines[label].evaluated
-        scores = (
-            (f"{np.mean(last.scores):.3f}", f"{min(last.scores):.3f}", f"{last.averaged_score:.3f}")
-            if last
-            else ("", "", "")
-        )
+        line = self.lines[label]
         run, round_ = f"{line.runs}/{self.planned[label]}", f"{line.round}/{self.rounds}"
-        return (label, run, round_, line.active, *scores)
+        return (label, run, round_, line.active, *line.scores)
 
 
 def watch(
@@ -153,12 +153,3 @@ def watch(
         for label, event in said:
             view.see(label, event)
             live.refresh()
-
-
-def _seconds(event: Event) -> float:
-    match event:
-        case RoundDone():
-            return event.train_seconds + event.mix_seconds
-        case Started() | Evaluated():
-            return event.seconds
-    return 0.0

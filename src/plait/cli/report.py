@@ -47,10 +47,10 @@ def report(args: list[str]) -> None:
     """`plait report`."""
     given = tyro.cli(Report, prog="plait report", args=args)
     from plait.machine.files import write_atomically
-    from plait.report.page import report as page
+    from plait.report.page import html_report
     from plait.report.study import read_studies
 
-    html = page(read_studies(given.dirs))
+    html = html_report(read_studies(given.dirs))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.out, html)
     print(f"{given.out}: {len(html) / 1e6:.1f} MB, opens in any browser, offline too")

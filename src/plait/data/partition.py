@@ -20,6 +20,7 @@ import numpy as np
 from plait.config import Config
 from plait.data.tasks import Rows, Task
 from plait.lookup import lookup
+from plait.machine.text_files import read_text
 from plait.rng import stream
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -162,7 +163,7 @@ def _mixture_file(d: Deal) -> Hands:
     """The mixtures in a JSON file: N lists of C weights, each list scaled to sum 1."""
     path, shape = Path(d.argument), (d.config.clients, d.num_labels)
     try:
-        weights = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.float64)
+        weights = np.array(json.loads(read_text(path)), dtype=np.float64)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"Could not read {path} ({error}). It should hold a list for each of {shape[0]} "

@@ -10,15 +10,18 @@ import csv
 import gzip
 import importlib
 import importlib.util
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import io
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-
+from plait.config import Config
+from plait.data.tables import Table, Wanted, is_number, need_columns, open_table
 from plait.lookup import lookup
+from plait.machine.text_files import read_text
 
 Label = str | int | float
 
@@ -189,23 +192,33 @@ def _glue_folder(row: GlueRow, glue_dir: Path) -> tuple[list[Example], list[Exam
 
 def _read_glue(row: GlueRow, path: Path) -> list[Example]:
     """One TSV file; a quote is a character like any other there, hence `QUOTE_NONE`."""
-    with path.open(encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines, row.header, delimiter="\t", quoting=csv.QUOTE_NONE)
-        _need_columns(path, (*row.columns, row.label), reader.fieldnames or ())
-        # QQP has a few rows that break off before the label; the hub's copy leaves them out, too.
-        rows = [line for line in reader if line[row.label] is not None]
+    lines = io.StringIO(read_text(path), newline="")
+    reader = csv.DictReader(lines, row.header, delimiter="\t", quoting=csv.QUOTE_NONE)
+    need_columns(path, (*row.columns, row.label), reader.fieldnames or ())
     codes = dict(zip(row.codes or row.label_names, range(len(row.label_names)), strict=True))
+    # QQP has a few rows that break off before the label; the hub's copy leaves them out, too.
     return [
-        Example(tuple(line[c].strip() for c in row.columns), _label(line[row.label], codes, path))
-        for line in rows
+        _glue_example(row, cells, codes, f"{path}, line {reader.line_num}")
+        for cells in reader
+        if cells[row.label] is not None
     ]
 
 
-def _label(code: str, codes: dict[str, int], path: Path) -> Label:
-    if not codes:
+def _glue_example(row: GlueRow, cells: dict[str, str], codes: dict[str, int], at: str) -> Example:
+    if any(cells[column] is None for column in row.columns):
+        raise ValueError(f"{at}: the row breaks off before {row.columns[-1]!r}.")
+    return Example(
+        tuple(cells[column].strip() for column in row.columns), _label(cells[row.label], codes, at)
+    )
+
+
+def _label(code: str, codes: dict[str, int], at: str) -> Label:
+    if not codes and is_number(code):
         return float(code)
     if code not in codes:
-        raise ValueError(f"{path} has the label {code!r}; the task's are {', '.join(codes)}.")
+        raise ValueError(
+            f"{at}: the label {code!r}; the task's are {', '.join(codes) or 'numbers'}."
+        )
     return codes[code]
 
 
@@ -237,52 +250,29 @@ def _hub_split(split: Any, columns: tuple[str, ...]) -> list[Example]:
 
 # -- one's own files
 
-Reader = Callable[[Path, dict[str, type]], pd.DataFrame]
+
+def say(message: str) -> None:
+    """Tell the user what was decided about their rows; a line on stderr, once in a process."""
+    if message not in _SAID:
+        _SAID.add(message)
+        LOG.warning("plait: %s", message)
 
 
-def _separated(path: Path, dtype: dict[str, type], **how: Any) -> pd.DataFrame:
-    # Only an empty field is missing: "NA", "None" and "null" are words that people write.
-    frame: pd.DataFrame = pd.read_csv(
-        path, dtype=dtype, keep_default_na=False, na_values=[""], low_memory=False, **how
-    )
-    return frame
-
-
-def _csv(path: Path, dtype: dict[str, type]) -> pd.DataFrame:
-    return _separated(path, dtype)
-
-
-def _tsv(path: Path, dtype: dict[str, type]) -> pd.DataFrame:
-    # A lone quote in a text would swallow the rows up to the next one, so quotes mean nothing.
-    return _separated(path, dtype, sep="\t", quoting=csv.QUOTE_NONE)
-
-
-def _jsonl(path: Path, _dtype: dict[str, type]) -> pd.DataFrame:
-    # Not pd.read_json, which takes some strings for dates.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-
-
-def _parquet(path: Path, _dtype: dict[str, type]) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path)
-    except ImportError as error:
-        raise ValueError("Reading Parquet needs pyarrow: pip install pyarrow.") from error
-
-
-READERS: dict[str, Reader] = {
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".parquet": _parquet,
-}
+LOG = logging.getLogger("plait.data")
+_SAID: set[str] = set()
 
 
 def read_file(
-    file: str, text_columns: Sequence[str], label_column: str, key_column: str | None = None
+    file: str,
+    text_columns: Sequence[str],
+    label_column: str,
+    key_column: str | None = None,
+    *,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> list[Example]:
-    """The rows of a CSV, TSV, JSON-lines or Parquet file, by its suffix.
+    """The rows of a CSV, TSV, JSON-lines or Parquet file, labels as they are written.
 
     In a TSV file quotes are plain characters, as in GLUE; in a CSV file they quote.
 
@@ -291,45 +281,123 @@ def read_file(
         text_columns: One column, or two for pairs.
         label_column: Column with the label.
         key_column: Column with the natural client of a row, if there is one.
+        encoding: Of a text file without a byte order mark; UTF-8 for None.
+        delimiter: Between the fields of CSV and TSV; found by the header for None.
+        skip_bad_rows: Leave out rows that can't be read, and say how many.
 
     Raises:
         ValueError: No such file, an unknown suffix, a file that cannot be parsed or has no rows,
-            a column that is not there, or missing values (with their number).
+            a column that is not there, or rows that can't be read or miss a value (with lines).
     """
-    path = Path(file)
+    table = _open(file, text_columns, label_column, key_column, encoding, delimiter)
+    columns = [*text_columns, label_column, *([] if key_column is None else [key_column])]
+    examples: list[Example] = []
+    faults: dict[str, list[int]] = defaultdict(list)
+    for number, cells, fault in table.rows:
+        if fault := fault or _fault(cells, columns, label_column):
+            faults[fault].append(number)
+        else:
+            *texts, label = (str(cells[column]) for column in columns[: len(text_columns) + 1])
+            key = None if key_column is None else str(cells[key_column])
+            examples.append(Example(tuple(texts), label, key))
+    _report(table, faults, skip_bad_rows)
+    if not examples:
+        raise ValueError(f"{table.path} has no rows{' that can be read' if faults else ''}.")
+    _refuse_mixed(table, label_column)
+    return examples
+
+
+def _open(
+    file: str,
+    text_columns: Sequence[str],
+    label_column: str,
+    key_column: str | None,
+    encoding: str | None,
+    delimiter: str | None,
+) -> Table:
     keys = [] if key_column is None else [key_column]
-    frame = _frame(path, dict.fromkeys([*text_columns, *keys], str))
-    columns = [*text_columns, label_column, *keys]
-    _need_columns(path, columns, [str(column) for column in frame.columns])
-    if frame.empty:
-        raise ValueError(f"{path} has no rows.")
-    for column in columns:
-        missing = int(frame[column].isna().sum())
-        if column in text_columns:
-            missing = int((frame[column].fillna("").astype(str).str.strip() == "").sum())
-        if missing:
-            raise ValueError(f"{path}: {missing} of {len(frame)} rows have no {column!r}.")
-    texts = zip(*(frame[column].astype(str) for column in text_columns), strict=True)
-    names = frame[keys[0]].astype(str) if keys else [None] * len(frame)
-    return list(map(Example, texts, frame[label_column].tolist(), names))
+    columns = (*text_columns, label_column, *keys)
+    wanted = Wanted(columns=columns, label=label_column, encoding=encoding, delimiter=delimiter)
+    return open_table(Path(file), wanted)
 
 
-def _frame(path: Path, dtype: dict[str, type]) -> pd.DataFrame:
-    read = lookup(READERS, path.suffix.lower(), "file type")
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty.")
-    try:
-        return read(path, dtype)
-    except ValueError as error:  # pandas' parser errors are ValueErrors that don't name the file
-        raise ValueError(f"Could not read {path}: {error}") from error
-
-
-def _need_columns(path: Path, wanted: Iterable[str], columns: Sequence[str]) -> None:
-    missing = [column for column in wanted if column not in columns]
-    if missing:
+def _refuse_mixed(table: Table, label: str) -> None:
+    """Refuse true and false beside other labels: is true another name for 1, or not?"""
+    cells = [(row.number, row.cells.get(label)) for row in table.rows if row.cells]
+    truths = [number for number, cell in cells if isinstance(cell, bool)]
+    if 0 < len(truths) < sum(cell is not None for _, cell in cells):
         raise ValueError(
-            f"{path} has no column {', '.join(map(repr, missing))}. There are: "
-            f"{', '.join(map(repr, columns))}."
+            f"{table.path}, {table.unit} {truths[0]}: the {label!r} is true or false, and other "
+            "rows have other labels. Write one or the other throughout."
         )
+
+
+def _fault(cells: Mapping[str, object], columns: Sequence[str], label: str) -> str:
+    """What rows like this one have or have not; empty if each column holds one value."""
+    for column in columns:
+        if problem := _problem(cells.get(column), may_be_bool=column == label):
+            return problem.format(repr(column))
+    return ""
+
+
+def _problem(cell: object, *, may_be_bool: bool) -> str:
+    match cell:
+        case None:
+            return "have no {}"
+        case str():
+            halves = not cell.isascii() and any("\ud800" <= letter <= "\udfff" for letter in cell)
+            return "have half a character as {}" if halves else "" if cell.strip() else "have no {}"
+        case list() | dict() | bytes():
+            kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(cell)]
+            return f"have {kind} as {{}}, where one string or number is expected"
+        case bool() if not may_be_bool:
+            return "have true or false as {}, where a string is expected"
+    return ""
+
+
+def _report(table: Table, faults: Mapping[str, Sequence[int]], skip: bool) -> None:
+    """Refuse the rows that can't be read, or say which are left out."""
+    for fault, numbers in faults.items():
+        shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
+        line = (
+            f"{table.path}: {len(numbers)} of {len(table.rows)} rows {fault}: "
+            f"{table.unit}{'s' * (len(numbers) > 1)} {shown}."
+        )
+        if not skip:
+            raise ValueError(f"{line} Correct them, or leave them out with --skip-bad-rows.")
+        say(f"{line} They are left out.")
+
+
+def own_file(config: Config, setting: str) -> dict[str, Any]:
+    """The arguments of `read_file` for `train_file` or `dev_file`; only the former needs keys.
+
+    Raises:
+        ValueError: The file isn't given, or there are more than two text columns.
+    """
+    if getattr(config, setting) is None:
+        raise ValueError(
+            "--task file needs --train-file and --dev-file, the rows on which the result is "
+            f"reported; --{setting.replace('_', '-')} is missing."
+        )
+    columns = [column.strip() for column in config.text_columns.split(",")]
+    if len(columns) > 2:
+        raise ValueError(f"text_columns names {len(columns)} columns; give one, or two for pairs.")
+    return {
+        "file": getattr(config, setting),
+        "text_columns": columns,
+        "label_column": config.label_column,
+        "key_column": config.key_column if setting == "train_file" else None,
+        "encoding": config.encoding,
+        "delimiter": config.delimiter,
+    }
+
+
+def check_files(config: Config) -> None:
+    """Refuse files without the columns that a config names; it takes no torch to see that.
+
+    Raises:
+        ValueError: As `read_file`, but for what is wrong with single rows.
+    """
+    if config.task == "file":
+        for setting in ("train_file", "dev_file"):
+            _open(**own_file(config, setting))

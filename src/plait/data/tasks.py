@@ -7,9 +7,12 @@ two runs with different seeds are judged on the same rows. sources.py reads; thi
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -17,7 +20,17 @@ import numpy as np
 
 from plait.config import Config
 from plait.data.objectives import CLASSIFICATION, OBJECTIVES, REGRESSION, Objective
-from plait.data.sources import GLUE, Example, Label, glue, read_file, snippets, trec_questions
+from plait.data.sources import (
+    GLUE,
+    Example,
+    glue,
+    own_file,
+    read_file,
+    say,
+    snippets,
+    trec_questions,
+)
+from plait.data.tables import is_number
 from plait.lookup import lookup
 from plait.rng import stream
 
@@ -210,69 +223,124 @@ def _glue(name: str, config: Config) -> Task:
     return _task(name, splits, row.label_names, row.metric, OBJECTIVES[row.objective])
 
 
-def _file(config: Config) -> Task:
+def _file(config: Config, labels: Sequence[str] | None = None) -> Task:
     train, dev = _own_rows(config, "train_file"), _own_rows(config, "dev_file")
-    label_names = _label_names([example.label for example in train])
+    written = [str(example.label) for example in train]
+    if labels:
+        _check_labels(train, labels, "train_file")
+        _check_labels(dev, labels, "dev_file")
+        label_names = tuple(labels)
+    else:
+        label_names = () if _is_regression(written, config.objective) else _label_names(written)
     train, dev = (_relabel(examples, label_names) for examples in (train, dev))
     objective = CLASSIFICATION if label_names else REGRESSION
     return _task("file", (*_carve(train, dev), dev), label_names, objective=objective)
 
 
 def _own_rows(config: Config, setting: str) -> list[Example]:
-    file = getattr(config, setting)
-    if file is None:
-        raise ValueError(
-            "--task file needs --train-file and --dev-file, the rows on which the result is "
-            f"reported; --{setting.replace('_', '-')} is missing."
+    return read_file(**own_file(config, setting), skip_bad_rows=config.skip_bad_rows)
+
+
+MOST_CLASSES = 20
+"""Fractions are taken for scores when there are more different ones, or one for every two rows."""
+
+
+def _is_regression(labels: Sequence[str], objective: str) -> bool:
+    """Whether labels are scores: as asked, or fractions too many to be names of classes."""
+    names = set(labels)
+    if objective != "auto":
+        return objective == "regression"
+    if not all(map(is_number, names)) or all(float(name).is_integer() for name in names):
+        return False
+    # 007.5 is no score, and where 1.1 stands beside 1.10 neither are they.
+    codes = any(_CODE.match(name) for name in names)
+    twice = len({float(name) for name in names}) < len(set(map(_whole, names)))
+    scores = not codes and not twice and len(names) > min(MOST_CLASSES, len(labels) // 2)
+    say(
+        f"the {len(labels)} labels of train_file are numbers, {len(names)} different ones, some "
+        "with fractions; they are taken for "
+        + (
+            "scores, a regression. For classes pass --objective classification."
+            if scores
+            else "classes, as they are written. For scores pass --objective regression."
         )
-    columns = [column.strip() for column in config.text_columns.split(",")]
-    if len(columns) > 2:
-        raise ValueError(f"text_columns names {len(columns)} columns; give one, or two for pairs.")
-    return read_file(file, columns, config.label_column, config.key_column)
+    )
+    return scores
 
 
-def _label_names(labels: Sequence[Label]) -> tuple[str, ...]:
-    """The classes in order, numbers by size; none if some label is a fraction: regression."""
-    if any(isinstance(label, float) and not label.is_integer() for label in labels):
-        return ()
-    names = {_name(label) for label in labels}
+_CODE = re.compile(r"[-+]?0\d")
+
+
+def _label_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The classes in order: numbers by size, then words."""
+    names = sorted(set(labels), key=_rank)
     if len(names) == 1:
+        raise ValueError(f"Every row of train_file has the label {names[0]!r}: give two or more.")
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[" ".join(_whole(unicodedata.normalize("NFKC", name)).casefold().split())].append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            say(
+                f"{' and '.join(map(repr, same))} are different classes, as they are written in "
+                "train_file. If they are one, write it one way."
+            )
+    return tuple(names)
+
+
+def _rank(name: str) -> tuple[bool, Decimal, str]:
+    """The place of a class: no two names have the same."""
+    return (False, Decimal(name), name) if is_number(name) else (True, Decimal(0), name)
+
+
+def _whole(name: str) -> str:
+    """A number without the `.0` that some programs write behind a whole one."""
+    return re.sub(r"(?<=\d)\.0+$", "", name) if is_number(name) else name
+
+
+def _check_labels(examples: list[Example], labels: Sequence[str], setting: str) -> None:
+    """Not every peer has every class, and none has others than the federation names."""
+    whole = set(map(_whole, labels))
+    names = {str(example.label) for example in examples}
+    unknown = sorted((name for name in names if _whole(name) not in whole), key=_rank)
+    if unknown:
         raise ValueError(
-            f"Every row of train_file has the label {names.pop()!r}: give two or more."
+            f"{setting} has the labels {', '.join(unknown)}; federation.toml names "
+            f"{', '.join(labels)}."
         )
-    try:
-        return tuple(sorted(names, key=int))
-    except ValueError:
-        return tuple(sorted(names))
-
-
-def _name(label: Label) -> str:
-    # A column with 0.0 and 1.0 in one file is a column with 0 and 1 in another.
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
 def _relabel(examples: list[Example], label_names: tuple[str, ...]) -> list[Example]:
     """Labels as names of `label_names`, or as floats for regression."""
     if not label_names:
-        return [example._replace(label=_number(example.label)) for example in examples]
-    named = [example._replace(label=_name(example.label)) for example in examples]
-    unknown = sorted({str(example.label) for example in named} - set(label_names))
+        return [example._replace(label=_number(str(example.label))) for example in examples]
+    # Classes 0.0 and 1.0 of one file may be 0 and 1 in another, unless that has a class, too.
+    whole = {_whole(name): name for name in label_names}
+    names = {str(example.label) for example in examples}
+    known = {x: x if x in label_names else whole.get(_whole(x), "") for x in names}
+    unknown = sorted((name for name in names if not known[name]), key=_rank)
     if unknown:
+        numbers = all(map(is_number, (*unknown, *label_names)))
         raise ValueError(
-            f"dev_file has labels that train_file has not: {', '.join(unknown)}. The training "
-            f"labels are {', '.join(label_names)}."
+            f"dev_file has labels that train_file has not: {_listed(unknown)}. The training "
+            f"labels are {_listed(label_names)}."
+            + " If they are scores, pass --objective regression."
+            * numbers
         )
-    return named
+    return [example._replace(label=known[str(example.label)]) for example in examples]
 
 
-def _number(label: Label) -> float:
-    try:
-        return float(label)
-    except ValueError:
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:20])) + ", ..." * (len(names) > 20)
+
+
+def _number(label: str) -> float:
+    if not is_number(label.strip()):
         raise ValueError(
-            f"The label {label!r} is not a number, and other labels of train_file are fractions, "
-            "which makes this a regression. Use numbers throughout, or class names throughout."
-        ) from None
+            f"The label {label!r} is not a number, and this is a regression. Use numbers "
+            "throughout, such as 4.83, or pass --objective classification."
+        )
+    return float(label)
 
 
 @dataclass(frozen=True)
@@ -293,12 +361,12 @@ TASKS: dict[str, TaskRow] = {
 }
 
 
-def load_task(config: Config) -> Task:
+def load_task(config: Config, labels: Sequence[str] | None = None) -> Task:
     """The task that `config.task` names.
 
     Args:
-        config: Its `task`, and for some tasks `glue_dir`, `train_file`, `dev_file`,
-            `text_columns`, `label_column` and `key_column`.
+        config: Its `task`, and for some tasks `glue_dir`, or the settings of `--task file`.
+        labels: Of one's own rows: the classes in their order, whichever of them the rows have.
 
     Raises:
         ValueError: An unknown task, or data that is not there or makes no sense.
@@ -307,4 +375,5 @@ def load_task(config: Config) -> Task:
         >>> load_task(Config(task="movies")).label_names
         ('negative', 'positive')
     """
-    return lookup(TASKS, config.task, "task").load(config)
+    row = lookup(TASKS, config.task, "task")
+    return row.load(config) if labels is None else _file(config, labels)

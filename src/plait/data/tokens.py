@@ -3,7 +3,8 @@
 Texts lie end to end in one flat array. A batch keeps them so: T real tokens, client after client,
 and no padding.
 
-Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), L a length.
+Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), Q places asked
+(one in each text), L a length.
 """
 
 from __future__ import annotations
@@ -84,19 +85,20 @@ def tokenize(
 class Batch:
     """The texts of one step for n clients, packed.
 
-    The last few of the T tokens may be filler, under one in sixty: they belong to no text, and make
-    T one of few numbers, since oneDNN prepares its products anew for each.
+    The last few of the T tokens may be padding, under one in sixty: they belong to no text, and
+    make T one of few numbers, since oneDNN prepares its products anew for each.
 
     Attributes:
         num_clients: n.
-        num_tokens: T less the filler.
+        num_tokens: T less the padding.
         source: (T,) int64, each token's place in the split's flat arrays.
         ids: (T,) int64.
         types: (T,) int64.
         positions: (T,) int64, each token's place in its own text.
         starts: (R,) int64, the place of each text's first token.
         lengths: (R,) int64.
-        labels: (R,) int64 or float32.
+        asked: (Q,) int64, the tokens whose hidden states are read: the first of each text.
+        targets: (Q,) int64 or float32, what the answer there should be.
         bounds: (n + 1,) int64, client i's tokens are those from bounds[i] to bounds[i + 1].
         sizes: (n, b) int64, the same as `lengths`, and on the host wherever the batch is.
         hidden: (T, d), the input of the first adapted layer, where it is known.
@@ -110,7 +112,8 @@ class Batch:
     positions: Tensor
     starts: Tensor
     lengths: Tensor
-    labels: Tensor
+    asked: Tensor
+    targets: Tensor
     bounds: Tensor
     sizes: np.ndarray
     hidden: Tensor | None
@@ -132,13 +135,13 @@ class Batch:
 
     def by_client(self, *arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """What each client has of some arrays: its tokens of (T, ...), its own part of (n, ...)."""
-        counts = [*self.counts, len(self.ids) - self.num_tokens]  # the filler is nobody's
+        counts = [*self.counts, len(self.ids) - self.num_tokens]  # the padding is nobody's
         rows = (a.split(counts)[:-1] if len(a) == len(self.ids) else a.unbind() for a in arrays)
         return zip(*rows, strict=True)
 
     @cached_property
     def slots(self) -> Tensor:
-        """(T,) each token's place in a rectangle with a row for each client; without filler."""
+        """(T,) each token's place in a rectangle with a row for each client; without padding."""
         counts = np.array(self.counts)
         begins = np.arange(len(counts)) * counts.max() - np.cumsum(counts) + counts
         places = np.arange(self.num_tokens) + np.repeat(begins, counts)
@@ -150,22 +153,22 @@ class Batch:
         return blank.index_copy_(0, self.slots, x).view(self.num_clients, -1, x.shape[1])
 
 
-def pack(tokens: Tokens, rows: np.ndarray, filled: bool = True) -> Batch:
+def pack(tokens: Tokens, rows: np.ndarray, padded: bool = True) -> Batch:
     """The batch of `rows` (n, b), indices into `tokens`: b texts for each of n clients.
 
     Args:
         tokens: The split.
         rows: Which texts.
-        filled: With filler at the end.
+        padded: With padding at the end.
     """
     flat = rows.ravel()
     lengths = tokens.lengths[flat]
     starts = np.cumsum(lengths) - lengths
     num_tokens = int(lengths.sum())
-    filler = -num_tokens % _grain(num_tokens) if filled else 0
+    padding = -num_tokens % _grain(num_tokens) if padded else 0
     positions = np.arange(num_tokens) - np.repeat(starts, lengths)
     source = positions + np.repeat(tokens.offsets[flat], lengths)
-    positions, source = (np.pad(array, (0, filler)) for array in (positions, source))
+    positions, source = (np.pad(array, (0, padding)) for array in (positions, source))
     sizes = lengths.reshape(rows.shape)
     return Batch(
         num_clients=len(rows),
@@ -175,8 +178,9 @@ def pack(tokens: Tokens, rows: np.ndarray, filled: bool = True) -> Batch:
         types=torch.from_numpy(tokens.types[source].astype(np.int64)),
         positions=torch.from_numpy(positions),
         starts=torch.from_numpy(starts),
+        asked=torch.from_numpy(starts),
         lengths=torch.from_numpy(lengths),
-        labels=torch.from_numpy(tokens.labels[flat]),
+        targets=torch.from_numpy(tokens.labels[flat]),
         bounds=torch.from_numpy(np.cumsum([0, *sizes.sum(axis=1)])),
         sizes=sizes,
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],

@@ -227,8 +227,9 @@ class Block:
         # Layer by layer in turn, so that all blocks have as much to add up.
         handed = self._hand_over([[c[k::half] for c in crosses] for k in range(half)])
         edges = edges_of(self.job.schedule(round_), self.clients)
+        sent_bytes = self.job.message_bytes(round_) * len(edges)
         done = round_done(
-            self.job, round_, now.losses, edges, len(edges), before=[], after=[],
+            self.job, round_, now.losses, edges, sent_bytes, before=[], after=[],
             train_seconds=now.times[1] - now.times[0],
             mix_seconds=now.times[2] - now.times[1],
             worker_bytes=now.handed_bytes,

@@ -19,7 +19,7 @@ from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
-from plait.methods import Method, build_method
+from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
 from plait.model.loading import draws_head, load_model
 from plait.privacy import check_accounting
@@ -34,7 +34,7 @@ class Job:
     """A prepared run.
 
     Attributes:
-        config: With the topology that the method is defined on, where it has one.
+        config: With the topology and weights that the method is defined on, where it has any.
         task: The data as text.
         method: What trains and what travels.
         schedule: Round -> W (N, N).
@@ -120,11 +120,10 @@ class Rules:
 
     @classmethod
     def of(cls, config: Config) -> Rules:
-        """The rules of a config, with the topology that its method is defined on."""
+        """The rules of a config, with the topology and weights that its method is defined on."""
         check_accounting(config)
-        method = build_method(config)
-        config = dataclasses.replace(config, topology=method.topology or config.topology)
-        return cls(config, method, build_schedule(config))
+        config = settled(config)
+        return cls(config, build_method(config), build_schedule(config))
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,9 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
         if not draws_head(config):
             shared["seed"] = 0
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
+        task = _shared_task(Config(**shared | {"eval_split": "test"}))
+        shares = deal(task, config)  # before a model is loaded for nothing
         materials = share(Config(**shared), machine)
-        shares = deal(materials.task, config)
     else:
         materials = _materials(own, config, machine, tokenize)
         shares = [np.arange(len(own.train))] * config.clients
@@ -193,16 +193,24 @@ def _first_event(
 
 
 MATERIAL = (
-    names_of(FileSettings) | names_of(ModelSettings) | {"task", "max_length", "eval_split", "seed"}
+    names_of(FileSettings)
+    | names_of(ModelSettings)
+    | {"task", "objective", "max_length", "eval_split", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
 
 
 @lru_cache(maxsize=1)
+def _shared_task(config: Config) -> Task:
+    """The task by name; kept for as long as its materials are."""
+    return load_task(config)
+
+
+@lru_cache(maxsize=1)
 def _shared_materials(config: Config, machine: Machine) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
-    return _materials(load_task(config), config, machine, stored_tokens)
+    return _materials(_shared_task(config), config, machine, stored_tokens)
 
 
 @lru_cache(maxsize=1)

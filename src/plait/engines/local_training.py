@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TypeVar
 
@@ -24,8 +25,7 @@ from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tokens import Batch, Tokens
 from plait.factors import VALUE, Factor
 from plait.lora import Dropout, Stack
-from plait.machine import devices
-from plait.machine.devices import chunk_tokens, moved
+from plait.machine.devices import moved
 from plait.model.backbone import Backbone
 from plait.model.memory import tokens_at_once
 from plait.optimizers import ADAMW, Optimizer
@@ -64,46 +64,85 @@ def local_phase(
     Returns:
         (n, K) float64, each client's loss at each step, before the step.
     """
-    active = [factor for factor in stack.factors if factor in train]
     positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
     texts = np.array([batch_rows(shares[i], i, positions, config) for i in clients])
+    phase = _Phase(backbone, stack, train, tokens, texts, positions, clients, config)
     losses = np.empty(texts.shape[:2])
 
     def train_chunk(chunk: list[int]) -> None:
-        ids = [clients[k] for k in chunk]
-        rows = moved(torch.tensor(chunk), backbone.device)
-        leaves = {
-            factor: value[rows].requires_grad_(factor in train)
-            for factor, value in stack.factors.items()
-        }
-        kept = {f: {k: slot[rows] for k, slot in stack.beside(f).items()} for f in active}
-        of_steps = []
-        for step, position in enumerate(positions):
-            batch = backbone.batch(tokens, texts[chunk, step])
-            dropout = lora_dropout(batch, ids, position, config)
-            outputs = backbone.logits(batch, leaves, dropout)
-            client_losses = objective.losses(outputs, batch.labels).mean(dim=1)
-            client_losses.sum().backward()
-            of_steps.append(client_losses.detach())
-            _clip([leaves[factor].grad for factor in active], config.clip_norm)
-            for factor in active:
-                lr = config.head_lr if factor is Factor.HEAD else config.lr
-                taken = stack.steps[factor] + step
-                _step(optimizer, leaves[factor], kept[factor], taken, lr, config.weight_decay)
-                leaves[factor].grad = None
-        for factor in active:
-            for kind, slot in (kept[factor] | {VALUE: leaves[factor].detach()}).items():
-                stack.state[kind, factor][rows] = slot
-        losses[chunk] = torch.stack(of_steps, dim=1).cpu().double().numpy()
+        losses[chunk] = phase.train(chunk, objective, optimizer)
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
-    workers = int(min(cores(backbone.device), len(clients), max(1, most / tokens_each.mean())))
-    at_once = min(chunk_tokens(backbone.machine.chunk_tokens, backbone.device), most / workers)
+    workers = int(min(backbone.backend.workers(), len(clients), max(1, most / tokens_each.mean())))
+    at_once = min(backbone.chunk_tokens, most / workers)
     on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
-    for factor in active:
+    for factor in phase.active:
         stack.steps[factor] += config.local_steps
     return losses
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What all chunks of a local phase share; `texts` (n, K, b) are the rows of each step."""
+
+    backbone: Backbone
+    stack: Stack
+    factors: Factor
+    tokens: Tokens
+    texts: np.ndarray
+    positions: range
+    clients: Sequence[int]
+    config: Config
+
+    @property
+    def active(self) -> list[Factor]:
+        """The factors that train."""
+        return [factor for factor in self.stack.factors if factor in self.factors]
+
+    def train(self, chunk: list[int], objective: Objective, optimizer: Optimizer) -> np.ndarray:
+        """All steps of some clients of the stack, in place; their losses (n, K) float64."""
+        stack, rows = self.stack, moved(torch.tensor(chunk), self.backbone.device)
+        leaves = {
+            factor: value[rows].requires_grad_(factor in self.factors)
+            for factor, value in stack.factors.items()
+        }
+        kept = {f: {k: slot[rows] for k, slot in stack.beside(f).items()} for f in self.active}
+        of_steps = []
+        for step, position in enumerate(self.positions):
+            batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
+            ids = [self.clients[k] for k in chunk]
+            dropout = lora_dropout(batch, ids, position, self.config)
+            outputs = self.backbone.logits(batch, leaves, dropout)
+            losses = objective.losses(outputs, batch.targets).mean(dim=1)
+            losses.sum().backward()
+            of_steps.append(losses.detach())
+            self._step(step, leaves, kept, optimizer)
+        for factor in self.active:
+            for kind, slot in (kept[factor] | {VALUE: leaves[factor].detach()}).items():
+                stack.state[kind, factor][rows] = slot
+        return torch.stack(of_steps, dim=1).cpu().double().numpy()
+
+    def _step(
+        self,
+        step: int,
+        leaves: dict[Factor, Tensor],
+        kept: dict[Factor, dict[str, Tensor]],
+        optimizer: Optimizer,
+    ) -> None:
+        """A step on each active factor (n, P) and what is kept beside it, in place."""
+        config, rows = self.config, self.backbone.backend.optimizer_rows
+        _clip([leaves[factor].grad for factor in self.active], config.clip_norm)
+        for factor in self.active:
+            leaf = leaves[factor]
+            assert leaf.grad is not None
+            lr = config.head_lr if factor is Factor.HEAD else config.lr
+            beside = {kind: rows(slot) for kind, slot in kept[factor].items()}
+            taken = self.stack.steps[factor] + step
+            optimizer.update(
+                rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, config.weight_decay
+            )
+            leaf.grad = None
 
 
 def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> list[list[int]]:
@@ -141,11 +180,6 @@ def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> li
         found[most][i : i + 1] = back
         loads[most] -= over[i, j]
         loads[least] += over[i, j]
-
-
-def cores(device: torch.device) -> int:
-    """How many chunks can be computed at once: PyTorch's threads, or one on an accelerator."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def on_cores(
@@ -212,26 +246,6 @@ def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
         grad.mul_(factor[:, None])
 
 
-def _step(
-    optimizer: Optimizer,
-    leaf: Tensor,
-    kept: dict[str, Tensor],
-    taken: int,
-    lr: float,
-    weight_decay: float,
-) -> None:
-    """One step on a factor (n, P) and what is kept beside it, in place."""
-    assert leaf.grad is not None
-
-    def rows(x: Tensor) -> list[Tensor]:
-        # Each client's row by itself: the last few entries of a tensor are rounded otherwise than
-        # those before them, and which are the last must not depend on who else is here.
-        return [x] if devices.all_at_once(leaf.device) else list(x)
-
-    beside = {kind: rows(slot) for kind, slot in kept.items()}
-    optimizer.update(rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, weight_decay)
-
-
 def evaluate(
     backbone: Backbone,
     factors: Mapping[Factor, Tensor],
@@ -253,7 +267,7 @@ def evaluate(
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
-    at_once = chunk_tokens(backbone.machine.chunk_tokens, backbone.device)
+    at_once = backbone.chunk_tokens
     texts_at_once = max(1, int(at_once / tokens.lengths.mean() / 8))
     pieces = [
         (texts, chunk)
@@ -267,9 +281,9 @@ def evaluate(
         mine = {factor: value[chunk] for factor, value in factors.items()}
         with torch.no_grad():
             outputs = backbone.logits(batch, mine).cpu()
-            return objective.losses(outputs, batch.labels.cpu()), objective.answer(outputs)
+            return objective.losses(outputs, batch.targets.cpu()), objective.answer(outputs)
 
-    parts = on_cores(judge, pieces, cores(backbone.device))
+    parts = on_cores(judge, pieces, backbone.backend.workers())
     losses, answers = (parts[0][k].new_empty(num_clients, len(order)) for k in (0, 1))
     for (texts, chunk), (some_losses, some_answers) in zip(pieces, parts, strict=True):
         place = torch.tensor(chunk)[:, None], torch.from_numpy(texts)

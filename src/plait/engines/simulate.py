@@ -55,7 +55,7 @@ class Simulation:
             round_,
             losses,
             edges,
-            len(edges),
+            job.message_bytes(round_) * len(edges),
             **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
             pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
             train_seconds=trained - begin,

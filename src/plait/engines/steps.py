@@ -99,7 +99,7 @@ def round_done(
     round_: int,
     losses: np.ndarray,
     edges: Sequence[Edge],
-    sent_messages: int,
+    sent_bytes: int,
     **measured: Any,
 ) -> RoundDone:
     """The event of a round of some clients.
@@ -109,7 +109,7 @@ def round_done(
         round_: The round's number.
         losses: (n,) their training losses.
         edges: Whom they heard.
-        sent_messages: How many of their messages were taken.
+        sent_bytes: `Job.message_bytes` of each of their messages that was taken.
         **measured: The other fields of the event.
     """
     return RoundDone(
@@ -119,7 +119,7 @@ def round_done(
         train_losses=losses.tolist(),
         edges=list(edges),
         rho=rho_of_round(job.schedule(round_)),
-        sent_bytes=job.message_bytes(round_) * sent_messages,
+        sent_bytes=sent_bytes,
         **measured,
     )
 

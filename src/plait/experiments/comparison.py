@@ -2,8 +2,8 @@
 
 Every method runs on the same seeds, and a seed fixes partition, graphs and batches, so methods are
 compared pair by pair. Each gets a learning rate of its own, given or searched on the validation
-split with a seed that isn't reported. Beside ADF-LoRA runs Dec-LoRA at half its rate: each of ADF's
-factors moves half as often, and a gain that this control shows too isn't ADF's.
+split with a seed that isn't reported. Beside a method that has a control runs that one too, at a
+rate at which it moves as far: a gain that the control shows as well isn't the method's.
 
 A plan says what to run, `compare` runs it and yields what the runs say, `conclude` reads the run
 folders and works out the figures; comparison_report.py writes them down.
@@ -22,30 +22,18 @@ from typing import Any
 import numpy as np
 
 from plait.events import Event
-from plait.experiments.executors import Ended, Executor, Said, executor_for, num_jobs
-from plait.experiments.plan import (
-    MATCHED,
-    Cell,
-    Entry,
-    Plan,
-    reported_cell,
-    save_plan,
-    tuning_cells,
-)
+from plait.experiments.executors import CellEnded, CellSaid, Executor, executor_for, num_jobs
+from plait.experiments.plan import Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
 from plait.experiments.significance import Difference, Estimate, differences, estimate
 from plait.methods import build_method
 from plait.runs.loggers import require
 from plait.runs.run_folder import load_events, load_summary
 
-FIGURES = (
-    "accuracy_client_min",
-    "accuracy_averaged_model",
-    "loss_client_mean",
-    "cross_term",
-    "sent_bytes",
-    "wall_seconds",
-)
-"""What the table shows of a summary beside the score."""
+SHOWN = (
+    "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "cross_term",
+    "sent_bytes", "wall_seconds",
+)  # fmt: skip
+"""The figures in the table beside the score."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +123,9 @@ def _said(plan: Plan, executor: Executor) -> Iterator[tuple[Cell, Event]]:
     yield from _events(executor([reported_cell(plan, entry, seed) for seed, entry in lines]))
 
 
-def _events(said: Iterable[Said], may_diverge: bool = False) -> Iterator[tuple[Cell, Event]]:
+def _events(said: Iterable[CellSaid], may_diverge: bool = False) -> Iterator[tuple[Cell, Event]]:
     for cell, one in said:
-        if not isinstance(one, Ended):
+        if not isinstance(one, CellEnded):
             yield cell, one
         elif one.failure and not (may_diverge and one.failure.diverged):
             raise ValueError(f"{cell.label}, seed {cell.config.seed}: {one.failure.reason}")
@@ -146,21 +134,21 @@ def _events(said: Iterable[Said], may_diverge: bool = False) -> Iterator[tuple[C
 def entries(plan: Plan) -> list[Entry]:
     """The lines of the table with their learning rates; searched ones are read from their runs."""
     rates = {m: best_rate(m, tuning_cells(plan, m)) for m in plan.searched}
-    found = {one.label: one for one in entries_at(plan, rates)}
-    matched, rival = found.get(MATCHED), found.get("dec-lora")
-    # Where the search gave Dec-LoRA just that rate, it is its own control.
-    if matched and rival and matched.lr == rival.lr:
-        del found[MATCHED]
-    return list(found.values())
+    # A control that comes out as a line that is there already runs once.
+    once: dict[tuple[str, float], Entry] = {}
+    for one in entries_at(plan, rates):
+        once.setdefault((one.method, one.lr), one)
+    return list(once.values())
 
 
 def entries_at(plan: Plan, searched: Mapping[str, float]) -> list[Entry]:
     """The lines of the table, with the rates that the search gave."""
     rates = {m: searched.get(m, plan.lrs.get(m, plan.config.lr)) for m in plan.methods}
     found = [Entry(method, method, rate) for method, rate in rates.items()]
-    if MATCHED in plan.labels:
-        found.append(Entry(MATCHED, "dec-lora", rates["adf"] / 2))
-    return found
+    return found + [
+        Entry(label, control.method, rates[method] * control.lr_factor)
+        for label, (method, control) in plan.controls.items()
+    ]
 
 
 def best_rate(method: str, cells: Iterable[Cell]) -> float:
@@ -222,10 +210,11 @@ def verdict(conclusion: Conclusion) -> str:
     verb = "trails" if rival.estimate.mean < 0 else verb
     line = f"{name} {verb} {rival.rival}, its best rival, by {abs(rival.estimate.mean):.3f}"
     line = f"{line}: {significance(rival, len(conclusion.plan.seeds))}."
-    matched = {one.rival: one for one in conclusion.differences}.get(MATCHED)
-    if matched and matched is not rival:
-        words = "significant" if matched.significant else "not significant"
-        line += f" Over the matched control: {matched.estimate.mean:+.3f}, {words}."
+    for one in conclusion.differences:
+        of, _ = conclusion.plan.controls.get(one.rival, ("", None))
+        if of == name and one is not rival:
+            words = "significant" if one.significant else "not significant"
+            line += f" Over the matched control: {one.estimate.mean:+.3f}, {words}."
     return line
 
 
@@ -239,6 +228,6 @@ def significance(one: Difference, num_seeds: int) -> str:
     return f"{word} over {num_seeds} paired seeds (p = {one.p_holm:.2g}, Holm)"
 
 
-def figures(outcome: Outcome) -> dict[str, float]:
+def table_figures(outcome: Outcome) -> dict[str, float]:
     """Means over seeds of what the table shows beside the score."""
-    return {key: float(np.mean(outcome.values(key))) for key in FIGURES}
+    return {key: float(np.mean(outcome.values(key))) for key in SHOWN}

@@ -22,6 +22,7 @@ from plait.config import THIS_MACHINE, Machine
 from plait.events import Event, Started
 from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
+from plait.machine.process_settings import configure_process
 from plait.runs.loggers import logged
 from plait.runs.run import Run
 
@@ -40,19 +41,19 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CellEnded:
     """A run's last word."""
 
     failure: Failure | None = None
 
 
-Said = tuple[Cell, Event | Ended]
-Executor = Callable[[Sequence[Cell]], Iterator[Said]]
+CellSaid = tuple[Cell, Event | CellEnded]
+Executor = Callable[[Sequence[Cell]], Iterator[CellSaid]]
 
 
 def here(
     cells: Sequence[Cell], loggers: Sequence[str] = (), machine: Machine = THIS_MACHINE
-) -> Iterator[Said]:
+) -> Iterator[CellSaid]:
     """Carry the cells out in this process, one after the other, and write to loggers."""
     for cell in cells:
         for said in _told(cell, loggers, machine):
@@ -72,7 +73,7 @@ def in_processes(
     idle: list[_Lane] = []
     busy: dict[Connection, tuple[_Lane, Cell]] = {}
 
-    def carry_out(cells: Sequence[Cell]) -> Iterator[Said]:
+    def carry_out(cells: Sequence[Cell]) -> Iterator[CellSaid]:
         waiting = deque(cells)
         while waiting or busy:
             while waiting and len(busy) < jobs:
@@ -85,9 +86,9 @@ def in_processes(
                     said = lane.pipe.recv()
                 except (EOFError, ConnectionResetError):
                     del busy[lane.pipe]
-                    said = Ended(Failure("Its process was killed; is there enough memory?"))
+                    said = CellEnded(Failure("Its process was killed; is there enough memory?"))
                 else:
-                    if isinstance(said, Ended):
+                    if isinstance(said, CellEnded):
                         del busy[lane.pipe]
                         idle.append(lane)
                 yield cell, said
@@ -130,7 +131,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _told(cell: Cell, loggers: Sequence[str], machine: Machine) -> Iterator[Event | Ended]:
+def _told(cell: Cell, loggers: Sequence[str], machine: Machine) -> Iterator[Event | CellEnded]:
     """What a run says, or goes on to say; nothing that goes wrong with it is raised."""
     began = False
     try:
@@ -140,12 +141,12 @@ def _told(cell: Cell, loggers: Sequence[str], machine: Machine) -> Iterator[Even
             yield event
     except (ValueError, OSError) as error:
         # What can't run is refused before the first event; after it only training can go wrong.
-        yield Ended(Failure(str(error), diverged=began and isinstance(error, ValueError)))
+        yield CellEnded(Failure(str(error), diverged=began and isinstance(error, ValueError)))
     except Exception as error:
         traceback.print_exc()
-        yield Ended(Failure(f"{type(error).__name__}: {error}"))
+        yield CellEnded(Failure(f"{type(error).__name__}: {error}"))
     else:
-        yield Ended()
+        yield CellEnded()
 
 
 class _Lane:
@@ -174,9 +175,7 @@ class _Lane:
 
 def _serve(pipe: Connection, threads: int, loggers: Sequence[str], machine: Machine) -> None:
     """Carry out the cells that come, until the process that started this one is gone."""
-    import torch
-
-    torch.set_num_threads(threads)
+    configure_process(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
     parent = parent_process()
     assert parent is not None

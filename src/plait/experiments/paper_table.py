@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plait.config import Config
-from plait.experiments.significance import Difference, Estimate, differences, estimate, stands_out
+from plait.experiments.significance import (
+    STAR,
+    Difference,
+    Estimate,
+    differences,
+    estimate,
+    stands_out,
+)  # fmt: skip
+from plait.markdown import markdown_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +84,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Block:
+class TableBlock:
     """The part of the table in which all axes but the task and T are the same.
 
     Attributes:
@@ -90,7 +98,7 @@ class Block:
     columns: list[Column]
 
 
-def blocks(frame: pd.DataFrame, reference: str | None = None) -> list[Block]:
+def blocks(frame: pd.DataFrame, reference: str | None = None) -> list[TableBlock]:
     """The blocks of a sweep's rows, as `results.collect` makes them.
 
     Args:
@@ -136,7 +144,7 @@ def _line_names(shown: pd.DataFrame, axes: list[str]) -> list[str]:
 def _at_edge(frame: pd.DataFrame, shown: pd.DataFrame) -> list[bool]:
     """Whether each row's rate is the lowest or highest of those searched for its method and task.
 
-    The control has no search: its rate is half of ADF's.
+    A control has no search: its rate follows from that of the method it controls.
     """
     tuning = frame[frame["kind"] == "tuning"]
     rates = tuning.groupby(["method", "task"])["lr"].agg(["min", "max"])
@@ -150,7 +158,7 @@ def _title(apart: Sequence[str], values: tuple[Any, ...]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in pairs)
 
 
-def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> Block:
+def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> TableBlock:
     tasks = list(dict.fromkeys(rows["task"]))
     scores: dict[str, dict[str, Scores]] = {task: {line: {} for line in lines} for task in tasks}
     finished = rows[rows["state"] == "finished"]
@@ -163,7 +171,7 @@ def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> 
     columns = [
         Column(name, of, reference, edges.get(name, frozenset())) for name, of in scores.items()
     ]
-    return Block(title, lines, columns)
+    return TableBlock(title, lines, columns)
 
 
 def _mean(of_tasks: list[Scores]) -> Scores:
@@ -176,11 +184,11 @@ def _mean(of_tasks: list[Scores]) -> Scores:
 
 Grid = list[list[str]]
 LATEX = (
-    ("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (" *", r"$^*$"), (EDGE, r"$^\dagger$")
+    ("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), (STAR, r"$^*$"), (EDGE, r"$^\dagger$")
 )  # fmt: skip
 
 
-def _grids(block: Block, bold: str) -> list[Grid]:
+def _grids(block: TableBlock, bold: str) -> list[Grid]:
     """The scores, and the differences of the reference to the others."""
     head = [block.title, *(column.name for column in block.columns)]
     scores = [[line, *(_score(c, line, bold) for c in block.columns)] for line in block.lines]
@@ -193,23 +201,15 @@ def _grids(block: Block, bold: str) -> list[Grid]:
 def _score(column: Column, line: str, bold: str) -> str:
     if not column.scores[line]:
         return "-"
-    text = _with_reach(column.estimates[line], ".3f") + EDGE * (line in column.at_edge)
+    text = column.estimates[line].shown() + EDGE * (line in column.at_edge)
     return bold.format(text) if column.best == line else text
 
 
 def _difference(column: Column, rival: str) -> str:
-    if rival not in column.differences:
-        return "-"
-    one = column.differences[rival]
-    return _with_reach(one.estimate, "+.3f") + (" *" if one.significant else "")
+    return column.differences[rival].shown if rival in column.differences else "-"
 
 
-def _with_reach(one: Estimate, form: str) -> str:
-    reach = "" if one.high is None else f" ± {one.high - one.mean:.3f}"
-    return f"{one.mean:{form}}{reach}"
-
-
-def notes(blocks: Sequence[Block]) -> list[str]:
+def table_notes(blocks: Sequence[TableBlock]) -> list[str]:
     """What has to be known to read the table."""
     columns = [column for block in blocks for column in block.columns]
     counts = sorted({len(v) for column in columns for v in column.scores.values()})
@@ -229,10 +229,10 @@ def notes(blocks: Sequence[Block]) -> list[str]:
     return found
 
 
-def text(blocks: Sequence[Block]) -> str:
+def as_text(blocks: Sequence[TableBlock]) -> str:
     """For a terminal."""
     parts = [_aligned(grid) for block in blocks for grid in _grids(block, "**{}**")]
-    return "\n".join([*parts, *notes(blocks)]) + "\n"
+    return "\n".join([*parts, *table_notes(blocks)]) + "\n"
 
 
 def _aligned(grid: Grid) -> str:
@@ -245,17 +245,14 @@ def _aligned(grid: Grid) -> str:
     return "\n".join(rows) + "\n"
 
 
-def markdown(blocks: Sequence[Block]) -> str:
+def as_markdown(blocks: Sequence[TableBlock]) -> str:
     """For a page."""
-    parts = []
-    for block in blocks:
-        for head, *rows in _grids(block, "**{}**"):
-            lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join([*parts, *notes(blocks)]) + "\n"
+    grids = [grid for block in blocks for grid in _grids(block, "**{}**")]
+    parts = [markdown_table(head, rows, numbers=True) for head, *rows in grids]
+    return "\n\n".join([*parts, *table_notes(blocks)]) + "\n"
 
 
-def latex(blocks: Sequence[Block]) -> str:
+def as_latex(blocks: Sequence[TableBlock]) -> str:
     """For a paper; needs the package booktabs."""
     parts = []
     for block in blocks:
@@ -266,7 +263,7 @@ def latex(blocks: Sequence[Block]) -> str:
                 rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule",
                 *lines[1:], r"\bottomrule", r"\end{tabular}",
             ]))  # fmt: skip
-    return "\n\n".join([*parts, *(f"% {note}" for note in notes(blocks))]) + "\n"
+    return "\n\n".join([*parts, *(f"% {note}" for note in table_notes(blocks))]) + "\n"
 
 
 def _escaped(cell: str) -> str:
@@ -275,7 +272,7 @@ def _escaped(cell: str) -> str:
     return cell
 
 
-def comma_separated(blocks: Sequence[Block]) -> str:
+def as_csv(blocks: Sequence[TableBlock]) -> str:
     """Every figure, a line for each cell of the table."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -283,14 +280,8 @@ def comma_separated(blocks: Sequence[Block]) -> str:
     for block in blocks:
         for column in block.columns:
             for line, one in column.estimates.items():
-                scores = [
-                    len(column.scores[line]),
-                    one.mean,
-                    one.low,
-                    one.high,
-                    column.best == line,
-                ]
-                row = [block.title, column.name, line, *scores, *_against(column, line)]
+                own = [len(column.scores[line]), one.mean, one.low, one.high, column.best == line]
+                row = [block.title, column.name, line, *own, *_against(column, line)]
                 writer.writerow(row)
     return out.getvalue()
 
@@ -309,9 +300,9 @@ def _against(column: Column, line: str) -> list[Any]:
     return [column.reference, of.mean, of.low, of.high, of.p, one.p_holm, one.significant]
 
 
-FORMATS: dict[str, Callable[[Sequence[Block]], str]] = {
-    "text": text,
-    "markdown": markdown,
-    "latex": latex,
-    "csv": comma_separated,
+FORMATS: dict[str, Callable[[Sequence[TableBlock]], str]] = {
+    "text": as_text,
+    "markdown": as_markdown,
+    "latex": as_latex,
+    "csv": as_csv,
 }

@@ -18,10 +18,11 @@ from typing import Any
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.lookup import lookup
 from plait.machine.files import write_atomically
-from plait.methods import METHODS
+from plait.methods import METHODS, Control
+from plait.presets import PresetRow
 
 PLAN = "plan.json"
-MATCHED = "dec-lora (matched)"
+KEPT = ("methods", "seeds", "lrs", "lr_grid", "matched_control")
 FIRST_TUNING_SEED = 1000
 
 
@@ -54,7 +55,7 @@ class Plan:
         out: The folder of all runs.
         lrs: Learning rates by method; `config.lr` for methods that are not here.
         lr_grid: If there are any, the rates to search for methods without one in `lrs`.
-        matched_control: Add Dec-LoRA at half of ADF's learning rate.
+        matched_control: Add the control of each method that has one.
         resume: Reuse finished runs, go on with begun ones.
         machine: Where and how fast.
 
@@ -63,7 +64,7 @@ class Plan:
     """
 
     config: Config
-    methods: tuple[str, ...] = ("adf", "dec-lora", "ffa", "rolora")
+    methods: tuple[str, ...] = tuple(PresetRow.methods.split(","))
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path
     lrs: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -84,21 +85,25 @@ class Plan:
                 raise ValueError(f"There is a learning rate for {method}, which isn't compared.")
 
     def to_json(self) -> dict[str, Any]:
-        """What to compare as plain JSON values, and neither where nor whether to resume."""
-        return {
-            "config": self.config.to_json(),
-            "methods": list(self.methods),
-            "seeds": list(self.seeds),
-            "lrs": dict(self.lrs),
-            "lr_grid": list(self.lr_grid),
-            "matched_control": self.matched_control,
-        }
+        """What to compare as plain JSON values; where it is, and whether to resume, is left out."""
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {"config": self.config.to_json(), **json.loads(json.dumps(kept))}
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The lines of the table."""
-        matched = self.matched_control and "adf" in self.methods
-        return (*self.methods, MATCHED) if matched else self.methods
+        return (*self.methods, *self.controls)
+
+    @property
+    def controls(self) -> dict[str, tuple[str, Control]]:
+        """Label -> the compared method that this line is the control of, and the control."""
+        found: dict[str, tuple[str, Control]] = {}
+        for method in self.methods if self.matched_control else ():
+            if control := METHODS[method](self.config).control:
+                label = f"{control.method} (matched)"
+                label = f"{control.method} (matched-{method})" if label in found else label
+                found[label] = method, control
+        return found
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -121,15 +126,12 @@ def load_plan(out: Path) -> Plan:
     if not (out / PLAN).is_file():
         raise ValueError(f"{out} holds no comparison: there is no {PLAN} in it.")
     values = json.loads((out / PLAN).read_text())
-    return Plan(
-        config=Config.from_json(values["config"]),
-        methods=tuple(values["methods"]),
-        seeds=tuple(values["seeds"]),
-        out=out,
-        lrs=values["lrs"],
-        lr_grid=tuple(values["lr_grid"]),
-        matched_control=values["matched_control"],
-    )
+    return Plan(config=Config.from_json(values.pop("config")), out=out, **as_given(values))
+
+
+def as_given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `Plan` that a file has, its lists as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in KEPT}
 
 
 def save_plan(plan: Plan) -> None:

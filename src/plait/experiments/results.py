@@ -14,9 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.experiments.executors import Ended, Executor, Failure
+from plait.experiments.executors import CellEnded, Executor, Failure
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
+from plait.figures import FIGURES
 from plait.machine.files import write_atomically
 from plait.runs.run_folder import load_summary
 
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results.parquet"
 FAILURE, MADE_BY = "failure.json", "made-by.json"
-FIGURES = (
-    "metric", "majority", "accuracy_client_mean", "accuracy_client_std", "accuracy_client_min",
-    "accuracy_averaged_model", "loss_client_mean", "loss_averaged_model", "cross_term",
-    "consensus_A", "consensus_B", "rho", "sent_bytes", "wall_seconds",
-)  # fmt: skip
-"""What a row has of a run's summary."""
+IN_SUMMARY = tuple(name for name, one in FIGURES.items() if one.take)
 
 
 # -- the state of a run
@@ -56,7 +52,7 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
     for cell in todo:
         (cell.folder / FAILURE).unlink(missing_ok=True)
     for cell, said in executor(todo):
-        if not isinstance(said, Ended):
+        if not isinstance(said, CellEnded):
             continue
         failure = said.failure
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +129,7 @@ def _row(cell: Cell, settings: dict[str, Any], kind: str, sweep: Sweep) -> dict[
         "folder": str(cell.folder.relative_to(sweep.out)),
         **settings,
         **own,
-        **{key: summary.get(key) for key in FIGURES},
+        **{key: summary.get(key) for key in ("metric", *IN_SUMMARY)},
     }
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+STAR = " *"
 LEVEL = 0.95
 """Confidence of every interval; a difference is significant when its adjusted p <= 1 - LEVEL."""
 
@@ -33,6 +34,11 @@ class Estimate:
     low: float | None
     high: float | None
     p: float | None
+
+    def shown(self, sign: str = "") -> str:
+        """The mean to three digits with the reach of its interval; `sign` is `+` or nothing."""
+        reach = "" if self.high is None else f" ± {self.high - self.mean:.3f}"
+        return f"{self.mean:{sign}.3f}{reach}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -85,6 +91,11 @@ class Difference:
     def significant(self) -> bool:
         """Whether chance is an unlikely explanation of the difference."""
         return self.p_holm is not None and self.p_holm <= 1 - LEVEL
+
+    @property
+    def shown(self) -> str:
+        """It as a cell of a table, starred where it is significant."""
+        return self.estimate.shown("+") + STAR * self.significant
 
 
 def differences(scores: dict[str, list[float]], reference: str) -> list[Difference]:

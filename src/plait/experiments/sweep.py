@@ -22,17 +22,15 @@ from typing import Any
 from plait.config import Config, Machine, names_of
 from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
-from plait.experiments.plan import Cell, Plan, reported_cell, slug, tuning_cells
+from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
 from plait.machine.files import write_atomically
-from plait.methods import build_method
+from plait.machine.text_files import read_text
+from plait.methods import build_method, settled
 from plait.presets import changed, read_settings, start_from
 from plait.topology import TOPOLOGIES, build_schedule
 
 FILE = "sweep.toml"
-KEYS = (
-    "preset", "methods", "seeds", "lrs", "lr_grid", "matched_control",
-    "settings", "axes", "search_at", "small",
-)  # fmt: skip
+KEYS = ("preset", *KEPT, "settings", "axes", "search_at", "small")
 NOT_SHARED = ("method", "seed", "lr", "eval_split")
 """Settings that are of a run, not of a comparison."""
 
@@ -134,8 +132,8 @@ def effective(config: Config, base: Config) -> Config:
     """The config, with settings that make no difference to its run as they are in `base`.
 
     Example:
-        >>> effective(Config(method="ffa", switch_every=10), Config()).switch_every
-        5
+        >>> effective(Config(topology="ring", p=0.5), Config()).p
+        0.1
     """
     like = dataclasses.replace(config, lr=base.lr, eval_split=base.eval_split)
     return dataclasses.replace(
@@ -153,9 +151,8 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
     if all((method.train(t), method.share(t)) == (other.train(t), other.share(t)) for t in rounds):
         unused.append("switch_every")
     silent = not any(method.share(t) for t in rounds)
-    if silent or method.topology:
-        unused.append("topology")
-    if silent or not TOPOLOGIES[method.topology or config.topology].uses_p:
+    unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
+    if silent or not TOPOLOGIES[settled(config).topology].uses_p:
         unused.append("p")
     return tuple(unused)
 
@@ -184,8 +181,7 @@ def load_sweep(file: Path, out: Path, small: bool = False) -> Sweep:
         sweep = _from_values(values, out)
         for plan in sweep.plans:
             for method in plan.methods:
-                build_method(dataclasses.replace(plan.config, method=method))
-            build_schedule(plan.config)
+                build_schedule(settled(dataclasses.replace(plan.config, method=method)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
     return sweep
@@ -221,13 +217,9 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
     plans = [
         Plan(
             config=dataclasses.replace(config, **dict(zip(axes, combination, strict=True))),
-            methods=tuple(values.get("methods", Plan.methods)),
-            seeds=tuple(values.get("seeds", Plan.seeds)),
-            lrs=values.get("lrs", {}),
-            lr_grid=tuple(values.get("lr_grid", ())),
-            matched_control=values.get("matched_control", Plan.matched_control),
             out=out,
             machine=machine,
+            **as_given(values),
         )
         for combination in itertools.product(*axes.values())
     ]
@@ -252,4 +244,4 @@ def claim(sweep: Sweep, file: Path) -> None:
     if out.exists() and not (out / FILE).exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder and holds no sweep; take another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / FILE, file.read_text(encoding="utf-8"))
+    write_atomically(out / FILE, read_text(file))

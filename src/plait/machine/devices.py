@@ -1,7 +1,6 @@
 """Where to compute, in which type, and how arrays get there.
 
-What depends on the kind of device is here, and in the kernels for the CPU (compiled.py,
-frozen_linear.py).
+How to compute is the backend's to say (model/backend.py).
 """
 
 from __future__ import annotations
@@ -39,24 +38,6 @@ def bfloat16_units() -> bool:
     return bool(
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def all_at_once(device: torch.device) -> bool:
-    """Whether products of clients' own matrices are one batched product, as accelerators like it.
-
-    On a CPU they go client by client, so that what a client gets, to the last bit, doesn't depend
-    on who else is there.
-    """
-    return device.type != "cpu"
-
-
-def chunk_tokens(given: int | None, device: torch.device) -> int:
-    """About how many tokens to compute at once: as many as given, or what suits the device.
-
-    Few enough for the cache of a core, or enough to keep an accelerator busy for as long as the
-    host takes to say what comes next.
-    """
-    return given or (2048 if device.type == "cpu" else 32768)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -17,7 +17,7 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: It can't be written; nothing is left of it.
     """
-    _atomically(path, lambda partial: partial.write_text(text))
+    _atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

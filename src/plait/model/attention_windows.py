@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from plait.data.tokens import Batch
-from plait.machine import devices
 from plait.machine.devices import moved
 
 
@@ -27,18 +26,18 @@ class Places:
 
     Attributes:
         index: (slots,) int64, the token in each slot; 0 where there is none.
-        inverse: (T,) int64, the slot of each token; 0 for filler.
+        inverse: (T,) int64, the slot of each token; 0 for padding.
     """
 
     index: Tensor
     inverse: Tensor
 
     @classmethod
-    def of(cls, slots: np.ndarray, size: int, filler: int) -> Places:
-        """Tokens at `slots` (T - filler,) of `size`; the filler goes nowhere."""
+    def of(cls, slots: np.ndarray, size: int, padding: int) -> Places:
+        """Tokens at `slots` (T - padding,) of `size`; the padding goes nowhere."""
         index = np.zeros(size, dtype=np.int64)
         index[slots] = np.arange(len(slots))
-        inverse = np.concatenate([slots, np.zeros(filler, dtype=np.int64)])
+        inverse = np.concatenate([slots, np.zeros(padding, dtype=np.int64)])
         return cls(torch.from_numpy(index), torch.from_numpy(inverse))
 
     def to(self, device: torch.device) -> Places:
@@ -80,7 +79,7 @@ class Slices:
             yield slices.index_select(0, there).view(*shape, -1)
 
     def views(self, slices: Tensor) -> list[Tensor]:
-        """(count, d / H) in the arrangement of `split`, without a copy."""
+        """(count, d / H) in the order of `split`, without a copy."""
         blocks = slices.split([parts * wH * S for parts, wH, S in self._shapes])
         return [block.view(*shape, -1) for block, shape in zip(blocks, self._shapes, strict=True)]
 
@@ -92,14 +91,17 @@ class Slices:
 class Windows:
     """The windows of a batch, as attention with so many heads needs them."""
 
-    def __init__(self, batch: Batch, num_heads: int, dtype: torch.dtype) -> None:
-        """Work out all places, once for all layers; scores will be of `dtype`."""
+    def __init__(
+        self, batch: Batch, num_heads: int, dtype: torch.dtype, per_octave: int = 4
+    ) -> None:
+        """Work out all places, once for all layers; scores will be of `dtype`.
+
+        There are at most `per_octave` sizes of window up to each power of two.
+        """
         self.num_heads = num_heads
-        filler = len(batch.ids) - batch.num_tokens
+        padding = len(batch.ids) - batch.num_tokens
         # A softmax over rows that don't fill vector registers, 64 bytes, is several times slower.
-        # Accelerators mind some more slots less than some more calls.
-        per_octave = 1 if devices.all_at_once(batch.ids.device) else 4
-        windows, apart = lay_out(batch.sizes, filler, 64 // dtype.itemsize, per_octave)
+        windows, apart = lay_out(batch.sizes, padding, 64 // dtype.itemsize, per_octave)
         windows = windows.to(batch.ids.device)
         apart = [moved(one, batch.ids.device) for one in apart]
         # (w H, S, S) for each size: what is added to the scores, -inf for another text's slot.
@@ -155,7 +157,7 @@ class _Attention(torch.autograd.Function):
 
 
 def lay_out(
-    texts: np.ndarray, filler: int, slots: int, per_octave: int = 4
+    texts: np.ndarray, padding: int, slots: int, per_octave: int = 4
 ) -> tuple[Places, list[Tensor]]:
     """Whole texts side by side in windows of, say, 16, 32, 48, 64, 80, 96, 112, 128, 160 slots.
 
@@ -165,7 +167,7 @@ def lay_out(
 
     Args:
         texts: (n, b), tokens of each text.
-        filler: Tokens of no text at the end.
+        padding: Tokens of no text at the end.
         slots: A power of two that the number of slots of a window is a multiple of.
         per_octave: At most so many sizes up to each power of two.
 
@@ -199,7 +201,7 @@ def lay_out(
         windows = text_of_slot[begin:end].reshape(count, size)
         # Empty slots attend to each other, which keeps their unused softmax finite.
         apart.append(torch.from_numpy(windows[:, :, None] != windows[:, None, :]))
-    return Places.of(places, num_slots, filler), apart
+    return Places.of(places, num_slots, padding), apart
 
 
 def _side_by_side(lengths: np.ndarray, size: int) -> tuple[np.ndarray, int]:

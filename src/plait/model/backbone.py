@@ -1,7 +1,7 @@
 """The one frozen model that all clients share, and where their adapters sit in it.
 
 Any `AutoModelForSequenceClassification` will do. Its encoder runs packed (packed_encoder.py) or
-with hooks (rectangle_encoder.py); its classifier is the model's own code in both cases.
+in rectangles (rectangle_encoder.py); its classifier is the model's own code in both cases.
 
 Legend: R texts of a batch, n clients, C labels, d the model's width.
 """
@@ -11,27 +11,24 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from plait.config import THIS_MACHINE, Config, Head, Machine
 from plait.data.tokens import Batch, Tokens, pack
 from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
-from plait.machine import devices
 from plait.machine.devices import resolve_device, resolve_dtype
-from plait.machine.process import keep_freed
-from plait.model.frozen_linear import take_rows_apart
+from plait.machine.process_settings import configure_process
+from plait.model.backend import Backend, build_backend
 from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.loading import Loaded
 from plait.model.packed_encoder import PACKED_MODEL_TYPES, PackedEncoder
-from plait.model.rectangle_encoder import HookedEncoder
+from plait.model.rectangle_encoder import RectangleEncoder
 
 HEAD_NAMES = ("classifier", "score")
 """What PEFT takes for the classifier of a sequence classification model."""
@@ -54,26 +51,24 @@ class Backbone:
         kept: Head and freshly drawn parameters by name: what an adapter needs beside its factors.
         machine: Where to compute, and how much at once.
         device: The same, resolved.
+        backend: How it computes.
     """
 
-    def __init__(
-        self, loaded: Loaded, config: Config, machine: Machine = THIS_MACHINE, packed: bool = True
-    ) -> None:
+    def __init__(self, loaded: Loaded, config: Config, machine: Machine = THIS_MACHINE) -> None:
         """Freeze the model and lay out the adapters.
 
         Args:
             loaded: The model, its tokenizer, and what of it the checkpoint didn't have.
             config: Rank, targets, head and precision.
-            machine: Where to compute, and how much at once.
-            packed: Use the packed encoder where the architecture has one.
+            machine: Where and how to compute, and how much at once.
 
         Raises:
-            ValueError: No linear layer matches the targets.
+            ValueError: No linear layer matches the targets, or the backend isn't there.
         """
+        configure_process()
         self.machine, self.device = machine, resolve_device(machine.device)
-        if self.device.type == "cpu":
-            keep_freed()
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self.backend = build_backend(self.device, self.dtype, machine.backend)
         self.tokenizer = loaded.tokenizer
         model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)
@@ -98,20 +93,21 @@ class Backbone:
             scale=config.alpha / config.rank,
             head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
         )
-        self.encoder: PackedEncoder | HookedEncoder = (
-            PackedEncoder(base, prefix, self.layout)
-            if packed and base.config.model_type in PACKED_MODEL_TYPES
-            else HookedEncoder(model, base, self.layout)
-        )
+        self.encoder = build_encoder(model, base, prefix, self.layout, self.backend)
         self.head: MeanHead | OwnHead = MeanHead(model) if mean_pooled else OwnHead(model)
-        self._rows_apart = self.head_policy == "frozen" and take_rows_apart(self.head)
+        self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
+        self._width = int(base.config.hidden_size)
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
+    @property
+    def chunk_tokens(self) -> int:
+        """About how many tokens to compute at once."""
+        return self.backend.chunk_tokens(self.machine.chunk_tokens)
+
     def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""
-        any_width = self.encoder.any_width or devices.all_at_once(self.device)
-        return pack(tokens, rows, filled=not any_width).to(self.device)
+        return pack(tokens, rows, self.encoder.padded).to(self.device)
 
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
@@ -127,8 +123,8 @@ class Backbone:
             (n, b, C) float32.
         """
         A, B = factors[Factor.A], factors[Factor.B]
-        hidden = self.encoder(batch, A, B, dropout, self.head.first_tokens)
-        features = self.head.pool(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
+        features = self.head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
         with self._head_lock:
             return self._head_logits(features, factors).float()
 
@@ -136,15 +132,7 @@ class Backbone:
         """(n, b, d) -> (n, b, C)."""
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {self._head_prefix + name: part.to(self.dtype) for name, part in heads.items()}
-        if devices.all_at_once(self.device):
-            return vmap(partial(functional_call, self.head))(parts, features)  # type: ignore[no-any-return]
-        if self._rows_apart:
-            return self.head(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # type: ignore[no-any-return]
-        # Client by client: few rows are multiplied otherwise than many.
-        own = [{name: part[i] for name, part in parts.items()} for i in range(len(features))]
-        return torch.stack(
-            [functional_call(self.head, *call) for call in zip(own, features, strict=True)]
-        )
+        return self._stacked_head(parts, features)
 
     @torch.no_grad()
     def with_hidden(self, tokens: Tokens) -> Tokens:
@@ -153,19 +141,34 @@ class Backbone:
         Only where that saves layers, and at most `Machine.cache_gib` of it; else it is computed
         again in every step.
         """
-        encoder = self.encoder
-        if isinstance(encoder, HookedEncoder) or encoder.first_adapted == 0:
-            return tokens
-        width = encoder.layers[0].norm_1.weight.numel()
-        if len(tokens.ids) * width * self.dtype.itemsize > self.machine.cache_gib * 2**30:
+        below, width = self.encoder.below, self._width
+        room = self.machine.cache_gib * 2**30
+        if below is None or len(tokens.ids) * width * self.dtype.itemsize > room:
             return tokens
         hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
         order = np.argsort(tokens.lengths, kind="stable")
         for texts in np.array_split(order, -(-len(tokens.ids) // 2048)):
             batch = self.batch(tokens, texts[None])
-            below = encoder.below(batch).cpu()
-            hidden[batch.source[: batch.num_tokens].cpu()] = below[: batch.num_tokens]
+            real = batch.source[: batch.num_tokens].cpu()
+            hidden[real] = below(batch).cpu()[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
+
+
+def build_encoder(
+    model: Any, base: Any, prefix: str, layout: Layout, backend: Backend
+) -> PackedEncoder | RectangleEncoder:
+    """The fastest encoder that there is for an architecture and that the backend takes.
+
+    Args:
+        model: The whole model.
+        base: Its encoder.
+        prefix: The path to it.
+        layout: Where adapters sit.
+        backend: How to compute.
+    """
+    if backend.packs and base.config.model_type in PACKED_MODEL_TYPES:
+        return PackedEncoder(base, prefix, layout, backend)
+    return RectangleEncoder(model, base, layout)
 
 
 def in_head(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen linear layers, their weights laid out for the machine beforehand.
+"""Frozen linear layers: as they are, or prepacked for oneDNN or for our kernels.
 
 Legend: T tokens.
 """
@@ -12,39 +12,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from plait.machine.devices import bfloat16_units
-from plait.model.kernels.compiled import frozen_kernels
+from plait.model.kernels.compiled import Kernels
+
+
+def side_by_side(layers: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weight (d_out_1 + d_out_2 + ..., d_in) and bias of several layers as one."""
+    weight = torch.cat([layer.weight for layer in layers]).detach().contiguous()
+    return weight, torch.cat([layer.bias for layer in layers]).detach()
 
 
 class FrozenLinear:
-    """x W^T + b with W frozen and, on the CPU, laid out for our kernel or for oneDNN's.
+    """x W^T + b with W frozen.
 
     Attributes:
-        kernels: Ours, which multiply a bit faster than oneDNN and want no width beforehand; or
-            None.
         weight: (d_out, d_in).
         bias: (d_out,).
-        packed: W as the forward pass wants it.
-        packed_t: W as the backward pass wants it.
+        batch_invariant: What a token gets, and how fast, doesn't depend on how many there are.
     """
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
-        """The layers side by side, as one: (d_out_1 + d_out_2 + ..., d_in)."""
-        self.weight = torch.cat([layer.weight for layer in layers]).detach().contiguous()
-        self.bias = torch.cat([layer.bias for layer in layers]).detach()
-        self.kernels = frozen_kernels(self.weight)
-        self.prepacked = (
-            self.weight.device.type == "cpu"
-            and torch.backends.mkldnn.is_available()
-            and (self.weight.dtype is torch.float32 or bfloat16_units())
-        )
-        if self.kernels:
-            self.packed = self.kernels.arrange(self.weight.t())
-            self.packed_t = self.kernels.arrange(self.weight)
-        elif self.prepacked:
-            reorder = torch.ops.mkldnn._reorder_linear_weight
-            self.packed = reorder(self.weight)
-            self.packed_t = reorder(self.weight.t().contiguous())
+    batch_invariant = False
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, d_in) -> (T, d_out), with a gradient for x."""
@@ -52,21 +41,55 @@ class FrozenLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, d_in) -> (T, d_out)."""
-        if self.kernels:
-            return self.kernels.linear(x.contiguous(), self.packed, self.bias, len(self.weight))
-        if self.prepacked:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
         return functional.linear(x, self.weight, self.bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """(T, d_out) -> (T, d_in)."""
-        if self.kernels:
-            return self.kernels.linear(grad.contiguous(), self.packed_t, None, self.weight.shape[1])
-        if self.prepacked:
-            linear = torch.ops.mkldnn._linear_pointwise
-            return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return]
         return grad @ self.weight
+
+
+class OneDnnLinear(FrozenLinear):
+    """W prepacked for oneDNN's products, on a CPU."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(weight, bias)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.packed, self.packed_t = reorder(weight), reorder(weight.t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d_in) -> (T, d_out)."""
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """(T, d_out) -> (T, d_in)."""
+        linear = torch.ops.mkldnn._linear_pointwise
+        return linear(grad.contiguous(), self.packed_t, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+class KernelLinear(FrozenLinear):
+    """W prepacked for our kernels, which multiply a bit faster than oneDNN.
+
+    Attributes:
+        kernels: The kernels, which must suit W.
+        packed: W as the forward pass wants it.
+        packed_t: W as the backward pass wants it.
+    """
+
+    batch_invariant = True
+
+    def __init__(self, weight: Tensor, bias: Tensor, kernels: Kernels) -> None:
+        super().__init__(weight, bias)
+        self.kernels = kernels
+        self.packed, self.packed_t = kernels.prepack(weight.t()), kernels.prepack(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d_in) -> (T, d_out)."""
+        return self.kernels.linear(x.contiguous(), self.packed, self.bias, len(self.weight))
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """(T, d_out) -> (T, d_in)."""
+        return self.kernels.linear(grad.contiguous(), self.packed_t, None, self.weight.shape[1])
 
 
 class _Frozen(torch.autograd.Function):
@@ -82,16 +105,16 @@ class _Frozen(torch.autograd.Function):
         return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
 
 
-class RowsApart(nn.Module):
+class BatchInvariantLinear(nn.Module):
     """A frozen `nn.Linear` by our kernels: what a row gets doesn't depend on how many there are."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
         self.width = len(linear.weight)
         whole = skip_init(nn.Linear, linear.in_features, -(-self.width // 16) * 16)
         for to, value in ((whole.weight.data, linear.weight), (whole.bias.data, linear.bias)):
             to.zero_()[: self.width] = value
-        self.frozen = FrozenLinear([whole])
+        self.frozen = KernelLinear(*side_by_side([whole]), kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
@@ -99,12 +122,12 @@ class RowsApart(nn.Module):
         return y.reshape(*x.shape[:-1], self.width)
 
 
-def take_rows_apart(module: nn.Module) -> bool:
-    """Put `RowsApart` in the place of a frozen module's linear layers.
+def make_batch_invariant(module: nn.Module, kernels: Kernels) -> bool:
+    """Put `BatchInvariantLinear` in the place of a frozen module's linear layers.
 
     Returns:
-        Whether rows are apart everywhere. There are no kernels for other widths and types, and
-        nobody knows what another layer with weights does.
+        Whether the module now is batch-invariant. There are no kernels for other widths and types,
+        and nobody knows what another layer with weights does.
     """
     weighted = [
         (parent, name, child)
@@ -115,10 +138,9 @@ def take_rows_apart(module: nn.Module) -> bool:
     linear = [(p, name, child) for p, name, child in weighted if isinstance(child, nn.Linear)]
     others = [child for *_, child in weighted if not isinstance(child, nn.Linear | nn.LayerNorm)]
     suits = not others and all(
-        child.bias is not None and child.in_features % 16 == 0 and frozen_kernels(child.weight[:0])
-        for *_, child in linear
+        child.bias is not None and kernels.suit(child.weight[:0]) for *_, child in linear
     )
     if suits:
         for parent, name, child in linear:
-            setattr(parent, name, RowsApart(child))
+            setattr(parent, name, BatchInvariantLinear(child, kernels))
     return suits

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.data.tokens import Batch
-from plait.model.frozen_linear import FrozenLinear
+from plait.model.frozen_linear import KernelLinear
 from plait.model.kernels.compiled import LONG, POINTER
 
 PORTION_TOKENS, PIECE_TOKENS = 64, 256
@@ -78,7 +78,7 @@ class Pieces:
     """
 
     def __init__(self, batch: Batch) -> None:
-        """Cut a batch without filler: for one thread in large pieces, for several in small ones."""
+        """Cut a batch without padding: for one thread in large pieces, for several in small."""
         most = PIECE_TOKENS if torch.get_num_threads() == 1 else PORTION_TOKENS
         portions: list[int] = []  # their first texts
         pieces: list[int] = []  # their first portions
@@ -117,7 +117,7 @@ class FusedLayer:
 
     def __init__(
         self,
-        linears: dict[str, FrozenLinear],
+        linears: dict[str, KernelLinear],
         norms: dict[str, nn.LayerNorm],
         num_heads: int,
         places: dict[int, int],
@@ -131,7 +131,7 @@ class FusedLayer:
             places: 0 for query, 1 for key, 2 for value -> the number of the place, where LoRA sits.
         """
         self._keep = linears, norms
-        self.kernels: Any = linears["qkv"].kernels
+        self.kernels = linears["qkv"].kernels
         self.f, self.d = linears["up"].weight.shape
         self.count = len(places)
         fields: dict[str, Any] = {"d": self.d, "f": self.f, "H": num_heads, "count": self.count}

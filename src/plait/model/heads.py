@@ -48,15 +48,15 @@ def scale_to_width(x: Tensor) -> Tensor:
 class MeanHead(nn.Module):
     """Last hidden state (T, d) -> logits (R, C) by `MeanPooledClassifier`'s rule."""
 
-    first_tokens = False
+    asked_only = False
 
     def __init__(self, model: MeanPooledClassifier) -> None:
         super().__init__()
         self.classifier = model.classifier
 
     @staticmethod
-    def pool(hidden: Tensor, batch: Batch) -> Tensor:
-        """(T, d) -> features (R, d)."""
+    def read(hidden: Tensor, batch: Batch) -> Tensor:
+        """(T, d) -> features (Q, d), the mean of each text."""
         text = torch.repeat_interleave(batch.lengths, output_size=batch.num_tokens)
         total = hidden.new_zeros(len(batch.lengths), hidden.shape[1])
         total = total.index_add(0, text, hidden[: batch.num_tokens])
@@ -74,7 +74,7 @@ class OwnHead(nn.Module):
     so pooler, activation and head are the architecture's own, whatever they are.
     """
 
-    first_tokens = True
+    asked_only = True
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class OwnHead(nn.Module):
         self.model = model
 
     @staticmethod
-    def pool(hidden: Tensor, _batch: Batch) -> Tensor:
-        """(R, d), the first tokens, are the features."""
+    def read(hidden: Tensor, _batch: Batch) -> Tensor:
+        """(Q, d), what was asked for, are the features."""
         return hidden
 
     def forward(self, features: Tensor) -> Tensor:

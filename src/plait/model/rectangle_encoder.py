@@ -29,10 +29,11 @@ class _Now(threading.local):
     keep: Dropout | None
 
 
-class HookedEncoder:
+class RectangleEncoder:
     """`base(...)` for the texts of n clients at once."""
 
-    any_width = False  # as PackedEncoder has it
+    padded = False  # as PackedEncoder has them
+    below = None
 
     def __init__(self, model: Any, base: Any, layout: Layout) -> None:
         """Hook the adapted layers of `model`; `base` is its encoder."""
@@ -54,9 +55,9 @@ class HookedEncoder:
         return add_branch
 
     def __call__(
-        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, first_tokens: bool
+        self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, asked_only: bool
     ) -> Tensor:
-        """The last hidden state (T, d) or (R, d), as `PackedEncoder.__call__`."""
+        """The last hidden state (T, d) or (Q, d), as `PackedEncoder.__call__`."""
         all_A, all_B = self.layout.views(Factor.A, A), self.layout.views(Factor.B, B)
         num_texts, device = batch.sizes.shape[1], batch.ids.device
         lengths = torch.from_numpy(batch.sizes.ravel())  # worked out on the host, which won't wait
@@ -70,14 +71,14 @@ class HookedEncoder:
             real = moved(mask.flatten().nonzero()[:, 0], device)
             index, client = moved(places_here, device), moved(texts // num_texts, device)
             self._now.of_text = {name: (all_A[name][client], all_B[name][client]) for name in all_A}
-            self._now.keep = dropout and _arranged(dropout, index)
+            self._now.keep = dropout and _in_rectangle(dropout, index)
             kinds = {"token_type_ids": types[index]} if self.has_types else {}
             attended = moved(mask.long(), device)
             out = self.base(input_ids=ids[index], attention_mask=attended, **kinds)
             hidden.append(out.last_hidden_state.flatten(0, 1)[real])
             places.append(places_here[mask])
         packed = torch.cat(hidden)[moved(torch.cat(places).argsort(), device)]
-        return packed[batch.starts] if first_tokens else packed
+        return packed[batch.asked] if asked_only else packed
 
 
 def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> list[Tensor]:
@@ -107,7 +108,7 @@ def _rectangle(starts: Tensor, lengths: Tensor, none: int) -> tuple[Tensor, Tens
     return torch.where(mask, starts[:, None] + columns, none), mask
 
 
-def _arranged(dropout: Dropout, index: Tensor) -> Dropout:
+def _in_rectangle(dropout: Dropout, index: Tensor) -> Dropout:
     """The packed dropout mask (T, d) in a group's rectangle (R_g, L_g, d)."""
 
     def keep(name: str, x: Tensor) -> Tensor:

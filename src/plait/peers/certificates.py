@@ -13,7 +13,6 @@ import random
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
@@ -22,17 +21,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.peers.credentials import Pair
 from plait.peers.federation import (
     Federation,
     Limits,
     Member,
-    PeerSettings,
     is_loopback,
     split_address,
 )
 
-METRICS = "127.0.0.1:9600"
-"""Where a peer on a machine of its own shows its figures."""
+METRICS_PORT = 9600
+"""Where a peer on a machine of its own shows its figures, on 127.0.0.1."""
 
 PORTS = range(20_000, 32_000)
 """Where a federation on one machine finds its ports."""
@@ -42,14 +41,6 @@ KEY_USAGES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
     *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
 )
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A certificate and its key, both PEM."""
-
-    certificate: bytes
-    key: bytes
 
 
 def make_authority(name: str, days: float = 3650) -> Pair:
@@ -81,35 +72,6 @@ def make_certificate(authority: Pair, name: str, days: float = 365) -> Pair:
     return _signed(builder, key, signer_key)
 
 
-def read_credentials(settings: PeerSettings) -> tuple[bytes, Pair]:
-    """The authority's certificate, and a peer's own pair, fit for use.
-
-    Raises:
-        ValueError: A file is missing, expired, for another name, or doesn't belong to the key.
-            There is no falling back to an insecure channel.
-    """
-    for path in (settings.ca, settings.certificate, settings.key):
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is missing. Peers talk over mutual TLS only: put the file there, or name "
-                f"another in the peer.toml of {settings.name}."
-            )
-    pair = Pair(settings.certificate.read_bytes(), settings.key.read_bytes())
-    certificate = x509.load_pem_x509_certificate(pair.certificate)
-    key = serialization.load_pem_private_key(pair.key, None)
-    if certificate.public_key() != key.public_key():
-        raise ValueError(f"{settings.key} is not the key of {settings.certificate}.")
-    if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
-        raise ValueError(f"{settings.certificate} expired on {certificate.not_valid_after_utc}.")
-    names = _dns_names(certificate)
-    if settings.name not in names:
-        raise ValueError(
-            f"{settings.certificate} is for {', '.join(names) or 'no DNS name'}; the peer's name "
-            f"{settings.name} must be among its subject alternative names."
-        )
-    return settings.ca.read_bytes(), pair
-
-
 def init_federation(
     directory: Path,
     names: Sequence[str],
@@ -124,7 +86,8 @@ def init_federation(
     """Write the files of a new federation: configs, a test CA, certificates.
 
     Without addresses all peers are on this machine. With them each listens on its address's port,
-    on all of its machine's interfaces unless the address is of the machine itself.
+    on all of its machine's interfaces unless the address is of the machine itself. Peers of one
+    host show their figures on ports of their own.
 
     Args:
         directory: A new or empty folder.
@@ -149,7 +112,7 @@ def init_federation(
         local = [f"127.0.0.1:{port}" for port in free_ports(2 * len(names))]
         addresses, metrics = local[::2], local[1::2]
     else:
-        metrics = [METRICS] * len(names)
+        metrics = metrics_addresses(addresses)
     members = tuple(Member(name=n, address=a) for n, a in zip(names, addresses, strict=True))
     values = config.to_json() | {"clients": len(names)}
     federation = Federation(
@@ -168,6 +131,24 @@ def init_federation(
     for member, here in zip(members, metrics, strict=True):
         _write_peer(directory / member.name, member, authority, here, machine)
     return path
+
+
+def metrics_addresses(addresses: Sequence[str]) -> list[str]:
+    """Where each peer shows its figures: on a port that no other of its host uses.
+
+    Example:
+        >>> metrics_addresses(["a:7600", "b:7600", "a:7601"])
+        ['127.0.0.1:9600', '127.0.0.1:9600', '127.0.0.1:9601']
+    """
+    taken = {split_address(address) for address in addresses}
+    found = []
+    for address in addresses:
+        host, port = split_address(address)[0], METRICS_PORT
+        while (host, port) in taken:
+            port += 1
+        taken.add((host, port))
+        found.append(f"127.0.0.1:{port}")
+    return found
 
 
 def federation_toml(federation: Federation) -> str:
@@ -281,11 +262,3 @@ def _signed(
         certificate.public_bytes(pem),
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain),
     )
-
-
-def _dns_names(certificate: x509.Certificate) -> list[str]:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
-    except x509.ExtensionNotFound:
-        return []
-    return names.value.get_values_for_type(x509.DNSName)

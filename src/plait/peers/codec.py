@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from typing import Any, Literal
 
 from torch import Tensor
 from xxhash import xxh3_128
 
-from plait.factors import VALUE, Factor, Slot, slot_name, slots_name
+from plait.factors import VALUE, Factor, Slot, slots_name
 from plait.lora import Layout
-from plait.peers.message_body import DTYPE, Template, pack, template_of, unpack
+from plait.peers.message_body import DTYPE, LENGTH, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
 
 VERSION = 2
@@ -69,6 +70,11 @@ class Message:
     header: Header
     body: bytes = field(repr=False)
 
+    @property
+    def values_bytes(self) -> int:
+        """Bytes of the values, without the head that says where they lie."""
+        return len(self.body) - LENGTH.size - int(LENGTH.unpack_from(self.body)[0])
+
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
         """The body as it travels, cut once for all receivers."""
@@ -96,7 +102,8 @@ class Question:
     """What a peer asks another.
 
     Attributes:
-        kind: For its `status`, its factors of a `round`, or its `state`.
+        kind: For its `status`, its factors of a `round`, its `state`, or, whatever the digest of
+            one's own is, for the `settings` that all must share.
         round: Which round's factors.
         asker_round: Where the one who asks is.
         sender: Who asks; the transport fills in this one and the following.
@@ -106,7 +113,7 @@ class Question:
         version: Of the protocol.
     """
 
-    kind: Literal["status", "round", "state"]
+    kind: Literal["status", "round", "state", "settings"]
     round: int = 0
     asker_round: int = 0
     sender: str = ""
@@ -152,10 +159,12 @@ class Identity:
         return layout_digest(self.layout)
 
     @cached_property
-    def _slots(self) -> dict[str, Slot]:
-        """Name -> slot, of all that a message may hold, in the order in which it holds them."""
+    def _slots(self) -> dict[str, tuple[Slot, ...]]:
+        """Every set of slots that a message may hold, by its name."""
         slots = [(kind, factor) for kind in self.kinds for factor in (*Factor.AB, Factor.HEAD)]
-        return {slot_name(slot): slot for slot in slots}
+        sizes = range(1, len(slots) + 1)
+        sets = (some for size in sizes for some in combinations(slots, size))
+        return {slots_name(some): some for some in sets}
 
     def check(self, header: Header | Question, certified: frozenset[str] | None) -> None:
         """Refuse a header that isn't for this peer, or isn't from who it says.
@@ -180,6 +189,8 @@ class Identity:
             "layout": (self.layout_digest, Reason.WRONG_SHAPE),
             "dtype": (DTYPE, Reason.WRONG_SHAPE),
         }
+        if getattr(header, "kind", "") == "settings":
+            del expected["config_digest"]  # one with others is told which they are
         for name, (ours, reason) in expected.items():
             theirs = getattr(header, name, ours)
             if theirs != ours:
@@ -191,10 +202,8 @@ class Identity:
         Raises:
             Refused: It can't be, or is above the limit.
         """
-        slots = tuple(
-            slot for name, slot in self._slots.items() if name in header.factors.split("|")
-        )
-        if not slots or slots_name(slots) != header.factors:
+        slots = self._slots.get(header.factors)
+        if slots is None:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
         template = template_of(self.layout, slots)
         most = min(template.most_bytes, self.max_message_bytes)

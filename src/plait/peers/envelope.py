@@ -116,7 +116,7 @@ def read_question(data: bytes) -> Question:
         Refused: It is none.
     """
     values = _fields(_parsed(pb.Question, data, ENVELOPE_BYTES))
-    if values["kind"] not in ("status", "round", "state"):
+    if values["kind"] not in ("status", "round", "state", "settings"):
         raise Refused(Reason.MALFORMED, f"a question for {values['kind']!r:.80}")
     return Question(**values)
 

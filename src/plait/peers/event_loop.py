@@ -6,11 +6,12 @@ gRPC's poller belongs to a process, not to a loop: two loops would wake each oth
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from plait.machine.process_settings import configure_process
 
 Result = TypeVar("Result")
 
@@ -29,7 +30,7 @@ class Background:
         with self._lock:
             self._users += 1
             if self._loop is None:
-                _keep_freed_memory()
+                configure_process()
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(
                     target=self._loop.run_forever, name="plait-transport", daemon=True
@@ -52,19 +53,6 @@ class Background:
         """Run a coroutine on the thread."""
         assert self._loop is not None, "start() comes first"
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep some of what is freed instead of giving it back page by page.
-
-    gRPC allocates and frees each message several times over. With these settings a message of
-    3 MiB costs a third less (benchmarks/transport.py), for at most `kept` bytes of idle memory.
-    """
-    kept, largest = 64 << 20, 32 << 20
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt:
-        for option, value in ((-1, kept), (-2, largest // 2), (-3, largest)):
-            mallopt(option, value)  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
 BACKGROUND = Background()

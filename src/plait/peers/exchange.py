@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 from plait.peers.codec import Message, Question
-from plait.peers.inbox import Letter, Rows, Task, Turn
-from plait.peers.mailbox import FOREIGN, LOG, Desk
+from plait.peers.inbox import FactorRows, Letter, LinkTask, Turn
+from plait.peers.mailbox import EXPECTED, FOREIGN, LOG, Desk
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import Reply, Transport
 
@@ -25,6 +27,9 @@ ASK_S = 5.0
 MIN_PUSH_S = 1.0
 
 GONE = frozenset({Reason.UNREACHABLE, Reason.NO_ANSWER})
+
+FOR_GOOD = FOREIGN | {Reason.TOO_LARGE, Reason.WRONG_SHAPE}
+"""Refusals that the next round will not change."""
 
 
 class Left(Exception):  # noqa: N818
@@ -53,16 +58,28 @@ class Exchange:
 
     Attributes:
         desk: What the neighbours reach of it.
+        others: All other members.
+        neighbours: Those that it exchanges messages with in some round; the rest need not be
+            reachable, and nothing is said of them.
         leave: Set it to end every wait.
-        sent_bytes: Bytes of factors that neighbours took.
     """
 
-    def __init__(self, desk: Desk, transport: Transport, terms: Terms) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        transport: Transport,
+        terms: Terms,
+        neighbours: Collection[int] | None = None,
+    ) -> None:
         self.desk, self.transport, self.terms = desk, transport, terms
         self.inbox = desk.inbox
+        self.others = frozenset(range(len(desk.names))) - {self.inbox.me}
+        self.neighbours = self.others if neighbours is None else frozenset(neighbours)
         self.leave = threading.Event()
-        self.sent_bytes = 0
-        self._busy: set[tuple[int, Task]] = set()
+        self._counted_bytes = 0
+        self._refusing: dict[int, str] = {}
+        self._survey_due = 0.0
+        self._busy: set[tuple[int, LinkTask]] = set()
         self._gone: set[int] = set()
         # Enough threads for every link at once: a stopped neighbour holds its own until a deadline.
         self._pool = ThreadPoolExecutor(2 * len(desk.names), "plait-exchange")
@@ -80,13 +97,14 @@ class Exchange:
             self.inbox.send(message)
         self._begin = time.monotonic()
         for peer in turn.heard_by:
-            self._start(peer, Task.PUSH)
+            self._start(peer, LinkTask.PUSH)
 
     def wait(self) -> None:
         """Until every neighbour's row is there or its time is over; those that are late are asked.
 
         Raises:
             Left: `leave` was set.
+            ValueError: Nobody takes what this peer sends.
         """
         pause = 0.02 if self.inbox.symmetric else self.terms.retry_s
         due = self._begin + pause
@@ -104,11 +122,12 @@ class Exchange:
                 if self.inbox.left() == left:
                     # Half a second at most: a signal sets `leave` and notifies nobody.
                     self.desk.condition.wait(min(due - now, 0.5))
+        self.check_welcome()  # whoever refuses is not waited for
 
-    def _left(self) -> dict[int, set[Task]]:
+    def _left(self) -> dict[int, set[LinkTask]]:
         """What is still worth waiting for."""
         with self.desk.condition:
-            left, spent = self.inbox.left(), time.monotonic() - self._begin
+            left, spent = self.inbox.left(), self._spent()
             if any(spent < self._patience(peer) for peer in left):
                 return left
             # Whoever has to be told of a decision waits longer than the one who takes it.
@@ -116,7 +135,7 @@ class Exchange:
                 return self.inbox.left()
             return {}
 
-    def close(self) -> dict[int, Rows]:
+    def close(self) -> dict[int, FactorRows]:
         """End the open round; a neighbour that is missing and can't be reached is absent."""
         with self.desk.condition:
             round_, left = self.inbox.round, set(self.inbox.left())
@@ -129,7 +148,87 @@ class Exchange:
                 self.desk.set_absent(peer, "it can't be reached")
         return heard
 
+    def settle(self) -> int:
+        """Bytes of values that neighbours took since the last call: acknowledged, or asked for.
+
+        Waits, while the last round's time lasts, for messages that are still on their way; one that
+        found its neighbour not there yet is sent again.
+        """
+        round_ = self.inbox.round - 1
+        message = self.inbox.mine(round_)
+        again: set[int] = set()
+        while message is not None and not self.leave.is_set():
+            with self.desk.condition:
+                waiting = self._on_their_way(round_, again)
+                if not waiting or self._spent() > self.terms.round_timeout_s:
+                    break
+                for peer in waiting:
+                    if (peer, LinkTask.PUSH) not in self._busy:
+                        again.add(peer)
+                        self._do(peer, LinkTask.PUSH, partial(self._push, peer, message))
+                self.desk.condition.wait(0.05)
+        with self.desk.condition:
+            taken = self.inbox.taken_bytes - self._counted_bytes
+            self._counted_bytes = self.inbox.taken_bytes
+        return taken
+
+    def _on_their_way(self, round_: int, again: set[int]) -> set[int]:
+        """Neighbours that may yet take the message of a round that was closed."""
+        waiting = self.inbox.without(round_) - self.desk.absent - self._refusing.keys()
+        sending = {k for k in waiting - self._gone if (k, LinkTask.PUSH) in self._busy}
+        if self.inbox.symmetric:  # what was decided stands
+            return sending
+        # Whoever was heard is there by now, whatever became of the message to it.
+        return sending | (waiting & self.inbox.heard_in(round_)) - again
+
+    def check_welcome(self) -> None:
+        """Stop where nobody takes what this peer sends: it would train alone to the end.
+
+        Raises:
+            ValueError: Every neighbour refuses for good, or does not run the same.
+        """
+        with self.desk.condition:
+            against = self.desk.foreign | self._refusing
+        if not self.neighbours or not self.neighbours <= against.keys():
+            return
+        for peer in self.neighbours - self._refusing.keys():  # refused here; it hasn't said why
+            against[peer] = self._what_differs(self.desk.names[peer]) or against[peer]
+        said = "; ".join(f"{self.desk.names[k]}: {against[k]}" for k in sorted(self.neighbours))
+        raise ValueError(
+            f"No neighbour works with {self.desk.name}. {said}. All peers need the same "
+            "federation.toml and the same version of plait."
+        )
+
     # -- before the first round and after the last
+
+    def whereabouts(self) -> int:
+        """The round that a majority of the members has reached.
+
+        Where somebody says that it is too far ahead, all members are asked, now and then.
+
+        Raises:
+            ValueError: All neighbours say so, and too few others can be asked to believe them.
+        """
+        ahead, now = self.desk.ahead(), time.monotonic()
+        if not ahead or now < self._survey_due:
+            return self.desk.target()
+        self.greet(self.others)
+        self._survey_due = now + self.terms.round_timeout_s
+        target, ahead = self.desk.target(), self.desk.ahead()
+        if target <= self.inbox.round + self.inbox.keep_rounds and self.neighbours <= ahead:
+            raise ValueError(self.unsure(ahead))
+        return target
+
+    def unsure(self, ahead: Collection[int]) -> str:
+        """What to tell an operator when there is no majority to believe."""
+        names, claims = self.desk.names, self.desk.claims()
+        said = ", ".join(f"{names[peer]} says round {claims[peer]}" for peer in sorted(ahead))
+        example = names[min(ahead, default=min(self.others))]
+        return (
+            f"{self.desk.name} is at round {self.inbox.round} and can't tell where the others are: "
+            f"{said or 'too few answer'}, and no majority of the members confirms it. If you know "
+            f"whom to believe, start this peer again with --trust NAME, such as --trust {example}."
+        )
 
     def greet(self, peers: Iterable[int]) -> None:
         """Ask some peers where they are, all at once; returns when all have answered or not."""
@@ -137,12 +236,10 @@ class Exchange:
         for answer in asked:
             answer.result()
 
-    def inquire(self, peer: int, kind: str = "status") -> Reply | None:
+    def inquire(self, peer: int, kind: Literal["status", "state"] = "status") -> Reply | None:
         """Ask a peer for its status or state; None if it has none or can't be reached."""
         name = self.desk.names[peer]
-        question = Question(
-            kind="state" if kind == "state" else "status", asker_round=self.inbox.round
-        )
+        question = Question(kind=kind, asker_round=self.inbox.round)
         try:
             reply = self.transport.ask(name, question, ASK_S)
         except Refused as refused:
@@ -167,30 +264,36 @@ class Exchange:
 
     # -- one link
 
-    def _start(self, peer: int, task: Task) -> None:
+    def _start(self, peer: int, task: LinkTask) -> None:
         """Push or ask on a thread of the pool, each at most once at a time for a neighbour."""
+        round_, message = self.inbox.round, self.inbox.mine()
+        assert message is not None, "send() comes before wait()"
+        work = {
+            LinkTask.PUSH: lambda: self._push(peer, message),
+            LinkTask.ASK: lambda: self._ask(peer, round_),
+        }
+        self._do(peer, task, work[task])
+
+    def _do(self, peer: int, task: LinkTask, work: Callable[[], None]) -> None:
         if (peer, task) in self._busy:
             return
         self._busy.add((peer, task))
-        round_, message = self.inbox.round, self.inbox.mine()
-        assert message is not None, "send() comes before wait()"
 
-        def work() -> None:
+        def attempt() -> None:
             try:
-                if task is Task.PUSH:
-                    self._push(peer, message)
-                else:
-                    self._ask(peer, round_)
+                work()
             except Exception:  # a bug of ours; nobody looks at what a pool's thread raises
                 LOG.exception("%s with %s failed", task.value, self.desk.names[peer])
             finally:
                 self._busy.discard((peer, task))
+                with self.desk.condition:
+                    self.desk.condition.notify_all()
 
-        self._pool.submit(work)
+        self._pool.submit(attempt)
 
     def _push(self, peer: int, message: Message) -> None:
         name = self.desk.names[peer]
-        spent = time.monotonic() - self._begin
+        spent = self._spent()
         if self.inbox.symmetric and spent > self.terms.round_timeout_s:
             return
         # Not beyond the round: an old acknowledgement is worth nothing, and holds a thread.
@@ -200,8 +303,8 @@ class Exchange:
             self._outcome(peer, ack.reason or Reason.OTHER, ack.detail)
             return
         self._gone.discard(peer)
+        self._refusing.pop(peer, None)
         with self.desk.condition:
-            self.sent_bytes += len(message.body)
             self.inbox.delivered(peer, message.header.round)
             self.desk.condition.notify_all()
 
@@ -236,16 +339,35 @@ class Exchange:
 
     def _outcome(self, peer: int, reason: Reason, detail: str) -> None:
         """Take note of a call that a neighbour refused, or that did not get through."""
+        if peer not in self.neighbours:
+            return
         name = self.desk.names[peer]
         if reason in GONE:
             self._gone.add(peer)
             self.desk.report("unanswered", name, detail, reason.name)
             return
         self._gone.discard(peer)
-        if reason is not Reason.NOT_HERE:
-            self.desk.report("rejected", name, f"{name} refused: {detail}", reason.name)
+        if reason in EXPECTED:
+            return
+        if reason is Reason.WRONG_CONFIG:
+            detail = self._what_differs(name) or detail
+        self.desk.report("rejected", name, f"{name} refused: {detail}", reason.name)
+        if reason in FOR_GOOD:
+            self._refusing[peer] = detail
         if reason in FOREIGN:
-            self.desk.set_absent(peer, "it does not run the same")
+            self.desk.set_foreign(peer, detail)
+
+    def _what_differs(self, name: str) -> str:
+        """The settings in which a neighbour differs, both values each; empty if it doesn't say."""
+        try:
+            theirs = self.transport.ask(name, Question(kind="settings"), ASK_S).facts
+        except Refused:
+            return ""
+        return differences(self.desk.settings, theirs, name)
+
+    def _spent(self) -> float:
+        """Seconds since this peer sent its message of the round."""
+        return time.monotonic() - self._begin
 
     def _patience(self, peer: int) -> float:
         if peer in self.desk.absent:
@@ -253,3 +375,19 @@ class Exchange:
         if peer not in self.desk.seen:
             return max(self.terms.start_timeout_s, self.terms.round_timeout_s)
         return self.terms.round_timeout_s
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> str:
+    """The settings in which two peers differ, a few of them, in words.
+
+    Example:
+        >>> differences({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0}, "ben")
+        'lr is 0.1 here and 0.2 at ben'
+    """
+    keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    shown = [
+        f"{key:.40} is {ours.get(key)!r:.60} here and {theirs.get(key)!r:.60} at {name}"
+        for key in keys[:4]
+    ]
+    more = [f"{len(keys) - 4} more differ"] if len(keys) > 4 else []
+    return ", ".join([*shown, *more])

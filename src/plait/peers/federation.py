@@ -19,9 +19,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from plait.config import Config, FileSettings, Machine, names_of
+from plait.machine.text_files import read_text
 from plait.presets import fits
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -29,6 +30,9 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 OF_MACHINE = names_of(Machine) - {"engine", "workers"}
 LOCAL_SETTINGS = names_of(FileSettings) | OF_MACHINE
+HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
+"""A name, an IPv4 address, or an IPv6 address in brackets."""
+
 """Settings of a run in which the peers of a federation may differ."""
 
 Table = TypeVar("Table")
@@ -153,20 +157,24 @@ class Federation:
         return self.peers[self.index(name)]
 
     def digest(self) -> str:
-        """Sixteen hex digits that are equal when peers agree on all that must be agreed on.
+        """Sixteen hex digits that are equal when peers agree on all that must be agreed on."""
+        text = json.dumps(self.shared(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shared(self) -> dict[str, Any]:
+        """What must be agreed on, flat and as JSON has it.
 
         Settings that are a peer's own are left out, and where the peers are reached.
         """
         config = self.config.to_json()
         shared = {
             "federation": self.id,
-            "run": {key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
+            **{key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
         }
-        text = json.dumps(shared, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return cast("dict[str, Any]", json.loads(json.dumps(shared)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,9 +285,22 @@ def split_address(address: str) -> tuple[str, int]:
         ('::1', 7600)
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"The address is {address!r}; write host:port, such as 10.0.0.1:7600.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    named = HOST.fullmatch(host)
+    if named and port.isdecimal() and 0 < int(port) < 65536:
+        return named["v6"] or host, int(port)
+    raise ValueError(f"The address is {address!r}; write host:port, such as {_right(address)}.")
+
+
+def _right(address: str) -> str:
+    """What somebody may have meant who wrote an address in another form."""
+    scheme, host, port = re.fullmatch(
+        r"(\w+://)?(.*?)(?::(\d{1,5}))?/?", address, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    if scheme and HOST.fullmatch(host) and port:
+        return f"{host}:{port}"
+    if host.count(":") > 1 and port and re.fullmatch(r"[0-9a-fA-F:.]+", host):
+        return f"[{host}]:{port}, an IPv6 host in brackets"
+    return "10.0.0.1:7600"
 
 
 def is_loopback(host: str) -> bool:
@@ -292,8 +313,8 @@ def is_loopback(host: str) -> bool:
 
 def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not TOML, or not UTF-8
+        values = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:

@@ -24,7 +24,7 @@ from plait.factors import Slot
 from plait.peers.codec import Message
 from plait.peers.refusals import Reason, Refused
 
-Rows = dict[Slot, Tensor]
+FactorRows = dict[Slot, Tensor]
 """Slot -> (P,) of one client."""
 
 
@@ -51,7 +51,7 @@ class Turn:
 class Letter:
     """A message that was checked and accepted."""
 
-    rows: Rows
+    rows: FactorRows
     digest: bytes
 
 
@@ -68,7 +68,7 @@ class Word:
     agreed: bool | None
 
 
-class Task(Enum):
+class LinkTask(Enum):
     """What is left to do for a link of the open round."""
 
     PUSH = "push"
@@ -84,6 +84,7 @@ class Page:
         mine: What this peer sent, once it has.
         had: Their digests, once the round is closed: what was asked for may come again by itself.
         delivered: Who has acknowledged it.
+        pulled: Who had it as an answer.
         agreed: Symmetric loss: the links on which both sides mix.
         void: Symmetric loss: those on which neither does.
     """
@@ -92,6 +93,7 @@ class Page:
     had: dict[int, bytes] = field(default_factory=dict)
     mine: Message | None = None
     delivered: set[int] = field(default_factory=set)
+    pulled: set[int] = field(default_factory=set)
     agreed: set[int] = field(default_factory=set)
     void: set[int] = field(default_factory=set)
 
@@ -101,6 +103,7 @@ class Inbox:
 
     Attributes:
         round: The round that is open.
+        taken_bytes: Values of this peer's messages that neighbours have, each counted once.
         closing: Symmetric loss: the round's time is over. Nothing new is taken or given, so no
             link can still be decided for here; what was decided elsewhere is still learned.
     """
@@ -120,6 +123,7 @@ class Inbox:
         self.me, self.turn, self.rounds = me, turn, rounds
         self.keep_rounds, self.symmetric = keep_rounds, symmetric
         self.round = 0
+        self.taken_bytes = 0
         self.closing = False
         self._pages: dict[int, Page] = {}
 
@@ -173,8 +177,15 @@ class Inbox:
     def delivered(self, receiver: int, round_: int) -> None:
         """Note that a neighbour acknowledged this peer's message."""
         if round_ in self._pages:
+            self._count(receiver, round_)
             self._page(round_).delivered.add(receiver)
             self._commit(receiver, round_)
+
+    def pulled(self, asker: int, round_: int) -> None:
+        """Note that a neighbour had this peer's message as an answer."""
+        if round_ in self._pages:
+            self._count(asker, round_)
+            self._page(round_).pulled.add(asker)
 
     def decided(self, peer: int, round_: int, agreed: bool) -> None:
         """Note that the other side of a link says that both mix, or that neither does."""
@@ -185,7 +196,7 @@ class Inbox:
     def in_limbo(self) -> bool:
         """Whether, with symmetric loss, another side may have decided and this one not know it."""
         self.closing = self.symmetric
-        return self.closing and any(Task.ASK in tasks for tasks in self.left().values())
+        return self.closing and any(LinkTask.ASK in tasks for tasks in self.left().values())
 
     # -- what is asked
 
@@ -225,12 +236,24 @@ class Inbox:
         page = self._page(round_)
         page.mine, page.agreed = message, heard
 
-    def left(self) -> dict[int, set[Task]]:
+    def without(self, round_: int) -> set[int]:
+        """Those that hear this peer in a round and don't have its message, as far as is known."""
+        page = self._pages.get(round_)
+        if page is None or page.mine is None:
+            return set()
+        return set(self.turn(round_).heard_by) - page.delivered - page.pulled
+
+    def heard_in(self, round_: int) -> set[int]:
+        """Those whose message of a closed round came."""
+        page = self._pages.get(round_)
+        return set(page.had) if page else set()
+
+    def left(self) -> dict[int, set[LinkTask]]:
         """What is still to be done in the open round, by neighbour; empty when all are there."""
         page, turn = self._page(self.round), self.turn(self.round)
         if not self.symmetric:
-            return {peer: {Task.ASK} for peer in turn.hears if peer not in page.letters}
-        left: dict[int, set[Task]] = {}
+            return {peer: {LinkTask.ASK} for peer in turn.hears if peer not in page.letters}
+        left: dict[int, set[LinkTask]] = {}
         for peer in turn.hears:
             if peer in page.agreed | page.void:
                 continue
@@ -238,10 +261,11 @@ class Inbox:
                 continue
             ask = peer < self.me or peer not in page.letters
             push = peer not in page.delivered and not self.closing
-            left[peer] = {task for task, due in ((Task.PUSH, push), (Task.ASK, ask)) if due}
+            due = ((LinkTask.PUSH, push), (LinkTask.ASK, ask))
+            left[peer] = {task for task, is_due in due if is_due}
         return left
 
-    def close(self) -> dict[int, Rows]:
+    def close(self) -> dict[int, FactorRows]:
         """End the open round: what to mix with, by sender; later messages of it are refused."""
         page = self._page(self.round)
         sure = page.agreed if self.symmetric else set(page.letters)
@@ -264,6 +288,11 @@ class Inbox:
         page = self._pages.get(round_)
         # With symmetric loss an acknowledgement is a promise to mix, and it is too late for that.
         return page is not None and not self.symmetric and page.had.get(sender) == digest
+
+    def _count(self, receiver: int, round_: int) -> None:
+        page = self._page(round_)
+        if page.mine and receiver not in page.delivered | page.pulled:
+            self.taken_bytes += page.mine.values_bytes
 
     def _commit(self, peer: int, round_: int) -> None:
         page = self._page(round_)

@@ -8,24 +8,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.events import Evaluated
+from plait.figures import taken
 from plait.machine.files import write_atomically
-from plait.methods import build_method
+from plait.methods import settled
 from plait.mixing import mean
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
@@ -67,18 +71,19 @@ def up(
         ValueError: The config can't run, the folder is in use, or a peer failed.
     """
     config = Config.from_json(config.to_json() | {"clients": num_peers})
-    build_method(config), build_schedule(config)  # a typing error shows here, not N times in logs
+    build_schedule(settled(config))  # a typing error shows here, not N times in logs
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; take another --out.")
     names = [f"peer-{k}" for k in range(num_peers)]
     federation_file = init_federation(
         out / "federation", names, config, limits=limits, machine=machine
     )
-    processes = start(federation_file, names, out)
-    try:
-        yield from watch(processes, federation_file)
-    finally:
-        stop(processes)
+    with told_to_end():
+        processes = start(federation_file, names, out)
+        try:
+            yield from watch(processes, federation_file)
+        finally:
+            stop(processes)
     failed = [end for end in ended(processes, out) if end.code]
     if failed:
         raise ValueError(
@@ -86,6 +91,23 @@ def up(
             + f". The logs are {out}/<name>.log."
         )
     merge(federation_file, out)
+
+
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """SIGTERM, of a service manager or a job's time limit, ends the block as Ctrl-C does."""
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(
@@ -156,7 +178,12 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         shutil.copytree(folder / "adapters" / name, adapters / name)
     _average(adapters, len(folders))
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
-    scores = np.array([summary["accuracy"] for summary in summaries])
+    together = Evaluated(
+        round=federation.config.rounds - 1, rows=0, seconds=math.nan,
+        scores=[summary["accuracy"] for summary in summaries],
+        losses=[summary["loss"] for summary in summaries],
+        averaged_score=math.nan, averaged_loss=math.nan,  # which nobody has
+    )  # fmt: skip
     shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
     incidents = {
         name: summary["incidents"]
@@ -166,10 +193,7 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     summary = {key: summaries[0][key] for key in shared} | {
         "clients": len(folders),
         "topology": federation.config.topology,
-        "accuracy_client_mean": float(scores.mean()),
-        "accuracy_client_std": float(scores.std()),
-        "accuracy_client_min": float(scores.min()),
-        "loss_client_mean": float(np.mean([summary["loss"] for summary in summaries])),
+        **{key: value for key, value in taken([together]).items() if not math.isnan(value)},
         "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
         "incidents": incidents,
     }

@@ -12,12 +12,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import median_low
 from typing import Any
 
 from plait.events import Incident
 from plait.peers.codec import Answer, Header, Message, Question
-from plait.peers.inbox import Inbox, Letter, Rows
+from plait.peers.inbox import FactorRows, Inbox, Letter
+from plait.peers.quorum import Quorum
 from plait.peers.refusals import Reason, Refused
 
 LOG = logging.getLogger("plait.peer")
@@ -25,7 +25,7 @@ LOG = logging.getLogger("plait.peer")
 OBSERVER = 2**32 - 1
 """The round of one who asks as a peer without being one: `plait status`."""
 
-EXPECTED = frozenset({Reason.NOT_HERE})
+EXPECTED = frozenset({Reason.NOT_HERE, Reason.NOT_DUE})
 """Refusals that belong to the protocol: a neighbour asks for what is not there yet."""
 
 
@@ -44,12 +44,19 @@ class Desk:
         absent: Neighbours that are not waited for until they are heard of again.
         counts: (kind of incident, peer, reason) -> how often.
         resting: The peer's own state between two rounds, for one that lost its own.
+        quorum: Whose word on the round counts.
+        settings: What all peers must share, for one whose digest is another.
+        foreign: Neighbours that don't run the same, and what they or this peer said of it.
         facts: What else the status says, set by the engine.
         live: As `facts`, looked up when somebody asks.
     """
 
-    def __init__(self, inbox: Inbox, names: Sequence[str]) -> None:
+    def __init__(self, inbox: Inbox, names: Sequence[str], quorum: Quorum | None = None) -> None:
         self.inbox, self.names = inbox, tuple(names)
+        others = frozenset(range(len(names))) - {inbox.me}
+        self.quorum = quorum or Quorum(voters=lambda _: others)
+        self.settings: dict[str, Any] = {}
+        self.foreign: dict[int, str] = {}
         self.condition = threading.Condition()
         self.seen: dict[int, int] = {}
         self.absent: set[int] = set()
@@ -57,6 +64,8 @@ class Desk:
         self.resting: Callable[[], Message] | None = None
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
+        self._took: set[int] = set()
+        self._gave: dict[int, Message] = {}
         self._incidents: list[Incident] = []
         self._reported: set[tuple[int, str, str, str]] = set()
         self._began = time.monotonic()
@@ -77,28 +86,36 @@ class Desk:
                 raise Refused(Reason.MALFORMED, f"a {header.kind!r:.40} that nobody asked for")
             self.inbox.admit(sender, header.round, header.active, header.factors, header.digest)
 
-    def take(self, header: Header, rows: Rows) -> None:
+    def take(self, header: Header, rows: FactorRows) -> None:
         """Take a message that was checked; raises `Refused` when its round has closed meanwhile."""
         self.admit(header)
         with self.condition:
             sender = self._number(header.sender)
             self.inbox.take(sender, header.round, Letter(rows, header.digest))
+            self._took.add(sender)
             self.condition.notify_all()
 
     def answer(self, question: Question) -> Answer:
         """Answer a neighbour; raises `Refused`."""
         with self.condition:
             asker = self._number(question.sender)
+            if question.kind == "settings":
+                return Answer(self.settings)
             if question.asker_round != OBSERVER:
                 self._hear(asker, question.asker_round)
             if question.kind == "status":
                 return Answer(self.status())
             if question.kind == "state":
-                if self.resting is None:
-                    raise Refused(Reason.NOT_HERE, "no round is done here yet")
-                return Answer({"round": self.inbox.round}, self.resting())
+                return Answer({"round": self.inbox.round}, self._state(asker, question.asker_round))
             word = self.inbox.answer(asker, question.round)
             return Answer({"round": self.inbox.round, "agreed": word.agreed}, word.message)
+
+    def gave(self, asker: str, message: Message) -> None:
+        """Note that an answer's message has gone out whole."""
+        with self.condition:
+            if message.header.kind == "round":
+                self.inbox.pulled(self._number(asker), message.header.round)
+            self.condition.notify_all()
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Record that something was refused here."""
@@ -106,7 +123,7 @@ class Desk:
             return
         self.report("refused", sender, detail, reason.name)
         if reason in FOREIGN and sender in self.names:
-            self.set_absent(self.names.index(sender), "it does not run the same")
+            self.set_foreign(self.names.index(sender), detail)
 
     # -- what the engine calls
 
@@ -174,16 +191,52 @@ class Desk:
             name = self.names[peer]
             self.report("absent", name, f"not waiting for {name} until it is back: {why}")
 
-    def target(self) -> int:
-        """The round that most of the others have reached, as far as they were heard of.
-
-        The lower median: one neighbour that lies about its round moves nobody.
-        """
+    def set_foreign(self, peer: int, detail: str) -> None:
+        """Expect nothing of a neighbour that does not run the same, until it is heard of again."""
         with self.condition:
-            return median_low(self.seen.values()) if self.seen else 0
+            self.foreign.setdefault(peer, detail)
+        self.set_absent(peer, "it does not run the same")
+
+    def target(self) -> int:
+        """The round that the others have reached by the word of a majority of them."""
+        with self.condition:
+            return self.quorum.reached(self.claims())
+
+    def claims(self) -> dict[int, int]:
+        """Peer -> the round that it says it is in; a run has no more than its rounds."""
+        with self.condition:
+            return {peer: min(round_, self.inbox.rounds) for peer, round_ in self.seen.items()}
+
+    def ahead(self) -> set[int]:
+        """Those who say they are further than the messages that are kept for them."""
+        with self.condition:
+            limit = self.inbox.round + self.inbox.keep_rounds
+            return {peer for peer, round_ in self.claims().items() if round_ > limit}
+
+    def _state(self, asker: int, asker_round: int) -> Message:
+        """The state for one that needs it: a neighbour, now or soon, that lost its own or joins.
+
+        Once: the same again when the answer got lost, and nothing newer.
+        """
+        here = self.inbox.round
+        if self.resting is None:
+            raise Refused(Reason.NOT_HERE, "no round is done here yet")
+        last = self.inbox.rounds - 1
+        soon = range(min(here, last), min(here + self.inbox.keep_rounds, last) + 1)
+        if not any(asker in self.inbox.turn(t).heard_by for t in soon):
+            raise Refused(Reason.NOT_A_NEIGHBOUR, f"not in round {here}, nor soon after")
+        if asker in self._took and asker_round + self.inbox.keep_rounds >= here:
+            raise Refused(Reason.NOT_DUE, f"whoever is in round {asker_round} has a state")
+        if asker not in self._gave:
+            self._gave[asker] = self.resting()
+        name = self.names[asker]
+        state = self._gave[asker]
+        self.report("gave", name, f"the state of round {state.header.round} went to {name}")
+        return state
 
     def _hear(self, peer: int, round_: int) -> None:
         self.seen[peer] = max(0, round_)
+        self.foreign.pop(peer, None)
         if peer in self.absent:
             self.absent.discard(peer)
             self.report("back", self.names[peer], f"{self.names[peer]} is back")
@@ -193,6 +246,23 @@ class Desk:
         if name not in self.names:
             raise Refused(Reason.WRONG_SENDER, f"{name!r:.80} is not in the federation")
         return self.names.index(name)
+
+
+class Few(logging.Filter):
+    """The first lines of each place in the code, and no more: their number is others' doing."""
+
+    MOST = 20
+
+    def __init__(self) -> None:
+        """Nothing has been said yet."""
+        super().__init__()
+        self._said: Counter[tuple[str, int]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is one of the first of its place."""
+        place = (record.pathname, record.lineno)
+        self._said[place] += 1
+        return self._said[place] <= self.MOST
 
 
 class JsonLines(logging.Formatter):

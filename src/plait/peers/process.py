@@ -10,13 +10,15 @@ it sent in the round before is saved with it: a neighbour may not have had it ye
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import logging
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,34 @@ import torch
 from safetensors import SafetensorError
 
 from plait.config import Config
-from plait.data.tasks import Rows as TaskRows
-from plait.data.tasks import Task, load_task
+from plait.data.tasks import load_task
 from plait.engines.checkpoint import load_beside
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
+from plait.factors import slots_name
+from plait.figures import taken
 from plait.lora import Stack
+from plait.machine.process_settings import configure_process
+from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
 from plait.peers.exchange import Exchange, Left, Terms
-from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
-from plait.peers.inbox import Inbox, Rows
-from plait.peers.mailbox import Desk, JsonLines
+from plait.peers.federation import (
+    Federation,
+    Limits,
+    Member,
+    PeerSettings,
+    load_federation,
+    load_peer,
+)
+from plait.peers.guard import HANDSHAKE_S, raise_descriptor_limit
+from plait.peers.inbox import FactorRows, Inbox, Turn
+from plait.peers.joining import Entrance
+from plait.peers.mailbox import Desk, Few, JsonLines
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
+from plait.peers.quorum import Quorum, middle
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
@@ -48,19 +63,22 @@ from plait.topology import topology_row
 
 LOG = logging.getLogger("plait.peer")
 
-GREET_AGAIN_S = 1.0
+MOST_TURNS = 1000
 KEY_BYTES = 32
 SENT = "sent"
 """In a checkpoint, the body of the last message, (bytes,) uint8."""
 
 
-def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) -> bool:
+def run_peer(
+    federation_file: Path, name: str, insecure_loopback: bool = False, trust: str | None = None
+) -> bool:
     """Take part in a federation until its last round; writes the peer's run folder.
 
     Args:
         federation_file: `federation.toml`; `<name>/peer.toml` lies beside it.
         name: Which peer this is.
         insecure_loopback: No TLS; refused for any address that is not of this machine.
+        trust: The peer whose word on the round, and whose state, are taken without a majority.
 
     Returns:
         Whether it is done; False if it was told to leave before (SIGTERM, SIGINT).
@@ -69,11 +87,16 @@ def run_peer(federation_file: Path, name: str, insecure_loopback: bool = False) 
         ValueError: The files ask for what can't be, or training diverged.
         OSError: The run folder can't be written.
     """
+    configure_process()
     log_to_stderr(name)
+    raise_descriptor_limit()
+    leave = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: leave.set())
     try:
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
-        with Process(federation, settings, insecure_loopback) as process:
+        with Process(federation, settings, leave, insecure_loopback, trust) as process:
             return process.run()
     except (ValueError, OSError) as error:
         LOG.error("stopped: %s", error, extra={"kind": "stopped"})
@@ -87,31 +110,46 @@ def log_to_stderr(name: str) -> None:
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+    # What the libraries say, of themselves or of what a stranger sends them: JSON, and not much.
+    root = logging.StreamHandler(sys.stderr)
+    root.setFormatter(JsonLines(name))
+    root.addFilter(Few())
+    logging.getLogger().handlers[:] = [root]
 
 
 class Process:
     """Everything that a peer has while it runs."""
 
     def __init__(
-        self, federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+        self,
+        federation: Federation,
+        settings: PeerSettings,
+        leave: threading.Event,
+        insecure_loopback: bool = False,
+        trust: str | None = None,
     ) -> None:
-        """Open the folder, prepare the run and take up the state; nothing listens yet."""
+        """Open the folder, prepare the run and take up the state; nothing listens yet.
+
+        Once `leave` is set, by whoever it may be, the peer goes.
+        """
         self.federation, self.settings = federation, settings
         self.me = federation.index(settings.name)
         self.member = federation.member(settings.name)
         check_members(federation)
         self.folder = open_folder(settings, settings.apply(federation.config))
-        self.leave = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.leave.set())
+        self.leave = leave
         self.job = prepare_peer(federation, settings)
+        check_sizes(self.job, federation.limits)
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
         rounds = self.job.config.rounds
         inbox = Inbox(self.me, turn, rounds, limits.keep_rounds, limits.symmetric_loss)
-        self.desk = Desk(inbox, federation.names)
+        trusted = None if trust is None else federation.index(trust)
+        quorum = Quorum(voters=voters_of(federation.peers, self.me), trusted=trusted)
+        self.desk = Desk(inbox, federation.names, quorum)
+        self.desk.settings = federation.shared()
         self.transport = GrpcTransport(
             federation, settings, self.job.backbone.layout, self.desk,
             insecure_loopback=insecure_loopback,
@@ -128,12 +166,12 @@ class Process:
                 start_timeout_s=limits.start_timeout_s,
                 linger_s=limits.linger_s,
             ),
+            neighbours_of(turn, rounds),
         )
         self.exchange.leave = self.leave
         noise = noise_of(self.folder, self.job.config)
         self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
         self.end = min(rounds, self.member.leaves or rounds)
-        self.others = [k for k in range(len(federation.peers)) if k != self.me]
 
     def __enter__(self) -> Process:
         """Begin to listen."""
@@ -163,10 +201,10 @@ class Process:
             LOG.info("told to leave; round %d can be taken up again", self.desk.inbox.round)
             return False
         self._finish()
-        self.exchange.linger(self.others, self.end)
+        self.exchange.linger(self.exchange.neighbours, self.end)
         return True
 
-    def write(self, rows: Rows, round_: int, active: str, kind: str) -> Message:
+    def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
         """A message of this peer."""
         return encode(
             rows,
@@ -182,47 +220,40 @@ class Process:
     # -- where to begin
 
     def _begin(self) -> None:
-        """Find out where the others are; take a neighbour's state where there is none of one's own.
+        """Find out where the others are; begin from their states where there is none of one's own.
 
         A new process a few rounds behind does them all: it comes out where it would have been.
         """
         with self.desk.condition:
             self.desk.inbox.skip_to(self.first_round)
             self._remember(self.first_round - 1)
-        self.exchange.greet(self.others)
+        turn = self.desk.inbox.turn
+        entrance = Entrance(
+            self.exchange, self.member.joins, lambda done: state_of(self.job, turn, done)
+        )
         has_state = self.first_round > 0
-        late = self.desk.target() > self.desk.inbox.keep_rounds
-        if not has_state and (late or self.member.joins > 0):
-            self._join()
+        if not has_state and (self.member.joins > 0 or entrance.is_late()):
+            self._join(entrance)
+        if has_state:
+            self.exchange.greet(self.exchange.neighbours)
+        self.exchange.check_welcome()
 
-    def _join(self) -> None:
+    def _join(self, entrance: Entrance) -> None:
         """Wait until there is a state to begin from, and begin from it."""
-        while not self.leave.is_set():
-            self.exchange.greet(self.others)
-            target = self.desk.target()
-            ready = [p for p in self.others if self.desk.seen.get(p, 0) >= max(1, target)]
-            if target < self.member.joins or not ready:
-                self.leave.wait(GREET_AGAIN_S)
-                continue
-            for peer in ready:
-                reply = self.exchange.inquire(peer, "state")
-                if reply and reply.header and reply.factors and reply.header.kind == "state":
-                    self.first_round = min(max(reply.header.round, self.member.joins), self.end - 1)
-                    self.peer.adopt(reply.factors)
-                    name = self.desk.names[peer]
-                    self.desk.report(
-                        "joined", name, f"began at round {self.first_round} from {name}'s state"
-                    )
-                    return
-            self.leave.wait(GREET_AGAIN_S)
-        raise Left
+        target, states = entrance.find()
+        self.first_round = min(max(target, self.member.joins), self.end - 1)
+        own = {slot: self.stack.state[slot][0].cpu() for slot in states[0]}
+        self.peer.adopt(middle(own, states))
+        names = ", ".join(self.desk.names[peer] for peer in sorted(entrance.states))
+        detail = f"began at round {self.first_round} from the states of {names}"
+        self.desk.report("joined", self.desk.name, detail)
 
     # -- what is kept
 
     def _see(self, event: Event) -> None:
         """Record an event, and save the state where a round is complete."""
         self.done.append(event)
-        self.folder.record(event)
+        with_descriptors(lambda: self.folder.record(event))
         match event:
             case RoundDone():
                 self.desk.facts["phase"] = event.active
@@ -262,7 +293,7 @@ class Process:
         message = self.desk.inbox.mine(rounds_done - 1)
         sent = {SENT: torch.tensor(np.frombuffer(message.body, np.uint8))} if message else {}
         try:
-            self.folder.save(self.stack, rounds_done, **sent)
+            with_descriptors(lambda: self.folder.save(self.stack, rounds_done, **sent))
         except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
@@ -279,32 +310,38 @@ class Process:
         LOG.info("done: %s%s", adapter, spent)
 
     def _summary(self) -> dict[str, Any]:
-        config = self.job.config
+        config, found = self.job.config, taken(self.done)
         last = [event for event in self.done if isinstance(event, Evaluated)][-1]
         rounds = [event for event in self.done if isinstance(event, RoundDone)]
-        incidents = [event for event in self.done if isinstance(event, Incident)]
+        incidents = [event.kind for event in self.done if isinstance(event, Incident)]
         return {
             "peer": self.settings.name,
             "client": self.me,
-            "method": config.method,
-            "task": config.task,
-            "seed": config.seed,
-            "rounds": config.rounds,
+            **{key: getattr(config, key) for key in ("method", "task", "seed", "rounds")},
             "rounds_done": len(rounds),
             "metric": self.job.started.metric,
             "majority": self.job.started.majority,
-            "accuracy": last.scores[0],
-            "loss": last.losses[0],
+            "accuracy": found["accuracy_client_mean"],
+            "loss": found["loss_client_mean"],
             "rows": last.rows,
-            "sent_bytes": sum(event.sent_bytes for event in rounds),
-            "incidents": {
-                kind: sum(1 for incident in incidents if incident.kind == kind)
-                for kind in sorted({incident.kind for incident in incidents})
-            },
-            "train_seconds": sum(event.train_seconds for event in rounds),
+            "sent_bytes": found["sent_bytes"],
+            "incidents": {kind: incidents.count(kind) for kind in sorted(set(incidents))},
+            "train_seconds": found["train_seconds"],
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
         }
+
+
+def with_descriptors(write: Callable[[], None]) -> None:
+    """Write; where strangers hold all descriptors wait for the end of their handshakes."""
+    end = time.monotonic() + 4 * HANDSHAKE_S
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def open_folder(settings: PeerSettings, config: Config) -> RunFolder:
@@ -351,7 +388,7 @@ def check_members(federation: Federation) -> None:
         (changing, "peers that join or leave"),
         (federation.limits.symmetric_loss, "symmetric_loss"),
     ):
-        if needs and not topology_row(federation.config).symmetric:
+        if needs and not topology_row(settled(federation.config)).symmetric:
             raise ValueError(
                 f"{what} need a symmetric topology; {federation.config.topology} with "
                 f"weights {federation.config.weights} is not."
@@ -368,31 +405,47 @@ def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
             f"{settings.name} has a train_file of its own, so the federation must name the classes "
             'for all: put labels = ["...", "..."] at the top of federation.toml.'
         )
-    own = relabelled(load_task(config), federation.labels)
-    return prepare(config, settings.machine, own)
+    if config.task != "file":
+        raise ValueError(
+            f"{settings.name} has a train_file of its own, and the task is {config.task}; put "
+            'task = "file" under [run] of federation.toml.'
+        )
+    return prepare(config, settings.machine, load_task(config, federation.labels))
 
 
-def relabelled(task: Task, labels: Sequence[str]) -> Task:
-    """A task with its classes numbered as the federation does; not every peer has every class.
+def neighbours_of(turn: Callable[[int], Turn], rounds: int) -> frozenset[int]:
+    """Whoever a peer exchanges messages with in some round; of very many the first decide."""
+    turns = [turn(t) for t in range(min(rounds, MOST_TURNS))]
+    return frozenset(peer for one in turns for peer in (*one.hears, *one.heard_by))
+
+
+def voters_of(members: Sequence[Member], me: int) -> Callable[[int], frozenset[int]]:
+    """Round -> the other members that have come as far: those of the round before it."""
+
+    @lru_cache(maxsize=1024)
+    def voters(round_: int) -> frozenset[int]:
+        took_part = (k for k, one in enumerate(members) if one.takes_part(max(0, round_ - 1)))
+        return frozenset(took_part) - {me}
+
+    return voters
+
+
+def state_of(job: Job, turn: Callable[[int], Turn], round_: int) -> tuple[str, str]:
+    """What a state after so many rounds says of itself: (active, factors)."""
+    return turn(max(0, round_ - 1)).active, slots_name(job.travelled(round_))
+
+
+def check_sizes(job: Job, limits: Limits) -> None:
+    """Refuse a run whose messages nobody would take.
 
     Raises:
-        ValueError: A class is not among `labels`.
+        ValueError: With both sizes.
     """
-    unknown = sorted(set(task.label_names) - set(labels))
-    if unknown or not task.objective.has_classes:
+    template = template_of(job.backbone.layout, job.travels)
+    most = len(template.head) + template.values_bytes
+    if most > limits.max_message_bytes:
         raise ValueError(
-            f"The training rows have {', '.join(unknown) or 'no classes'}; federation.toml names "
-            f"{', '.join(labels)}."
+            f"A message of this run has up to {most} bytes, and max_message_bytes is "
+            f"{limits.max_message_bytes}: nobody would take it. Raise max_message_bytes under "
+            "[limits] of federation.toml at every peer, or lower the rank."
         )
-    number = np.array([labels.index(name) for name in task.label_names])
-
-    def rows(split: TaskRows) -> TaskRows:
-        return dataclasses.replace(split, labels=number[split.labels])
-
-    return dataclasses.replace(
-        task,
-        train=rows(task.train),
-        validation=rows(task.validation),
-        test=rows(task.test),
-        label_names=tuple(labels),
-    )

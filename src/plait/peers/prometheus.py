@@ -49,13 +49,23 @@ class Figures(Collector):
 
 
 def serve_metrics(address: str | None, desk: Desk, transport: GrpcTransport) -> Callable[[], None]:
-    """Answer Prometheus at `address`, `host:port`; nowhere for None. Call the result to stop."""
+    """Answer Prometheus at `address`, `host:port`; nowhere for None. Call the result to stop.
+
+    Raises:
+        ValueError: The address is in use, or not of this machine.
+    """
     if address is None:
         return lambda: None
     host, port = split_address(address)
     registry = CollectorRegistry()
     registry.register(Figures(desk, transport))
-    server, thread = start_http_server(port, host, registry)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise ValueError(
+            f"Can't show figures at {address}: {error}. Stop what uses it, or change `metrics` in "
+            "peer.toml."
+        ) from error
 
     def stop() -> None:
         server.shutdown()

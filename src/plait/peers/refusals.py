@@ -26,6 +26,7 @@ class Reason(Enum):
     NORM_TOO_LARGE = "norm too large"
     BUSY = "busy"
     NOT_HERE = "not here"
+    NOT_DUE = "not due"
     NO_ANSWER = "no answer"
     UNREACHABLE = "unreachable"
     OTHER = "other"

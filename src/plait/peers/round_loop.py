@@ -28,10 +28,10 @@ from plait.mixing import neighbour_weights
 from plait.peers.codec import Message
 from plait.peers.exchange import Exchange, Left
 from plait.peers.federation import Member
-from plait.peers.inbox import Rows, Turn
+from plait.peers.inbox import FactorRows, Turn
 from plait.privacy import Noise
 
-Write = Callable[[Rows, int, str, str], Message]
+Write = Callable[[FactorRows, int, str, str], Message]
 """(factors, round, active, kind) -> a message of this peer."""
 
 
@@ -120,7 +120,7 @@ class Peer:
         """Whether this client is evaluated after a round: as in a simulation, and when it ends."""
         return self.job.evaluations.after(round_) or round_ + 1 == self.end
 
-    def adopt(self, rows: Rows) -> None:
+    def adopt(self, rows: FactorRows) -> None:
         """Begin from a neighbour's state: one that lost its own, or joins late."""
         for slot, row in rows.items():
             self.stack.state[slot] = row[None].to(self.job.backbone.device)
@@ -134,8 +134,9 @@ class Peer:
         Further back than what they keep, every message would come too late and so would every
         answer. The rounds between count as rounds in which this peer was not there.
         """
+        reached = self.exchange.whereabouts()
         with self.desk.condition:
-            behind, target = self.inbox.round, min(self.desk.target(), self.end - 1)
+            behind, target = self.inbox.round, min(reached, self.end - 1)
             if target <= behind + self.inbox.keep_rounds:
                 return behind
             self.inbox.skip_to(target)
@@ -162,7 +163,7 @@ class Peer:
             round_,
             losses,
             [(self.me, peer, float(turn.weights[peer])) for peer in heard],
-            len(turn.heard_by),
+            sent_bytes=self.exchange.settle(),
             before=before,
             after=[],
             pairs_apart=pairs_apart,
@@ -171,7 +172,7 @@ class Peer:
         )
 
     def _mix(
-        self, round_: int, turn: Turn, heard: dict[int, Rows]
+        self, round_: int, turn: Turn, heard: dict[int, FactorRows]
     ) -> tuple[list[LayerState], list[Pair]]:
         """Mix with what came.
 
@@ -203,6 +204,6 @@ class Peer:
             self.desk.resting = lambda: self.write(rows, round_, active, "state")
 
 
-def _stacked(heard: dict[int, Rows], slot: Slot, like: Tensor) -> Tensor:
+def _stacked(heard: dict[int, FactorRows], slot: Slot, like: Tensor) -> Tensor:
     """(n, P), a slot of all that were heard, where `like` (1, P) is."""
     return torch.cat([like[:0], *(rows[slot][None].to(like.device) for rows in heard.values())])

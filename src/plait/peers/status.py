@@ -14,7 +14,7 @@ from typing import Any
 
 from plait.factors import Slot
 from plait.lora import Layout
-from plait.peers.codec import Answer, Header, Question
+from plait.peers.codec import Answer, Header, Message, Question
 from plait.peers.federation import load_federation, load_peer
 from plait.peers.mailbox import OBSERVER
 from plait.peers.refusals import Reason, Refused
@@ -52,6 +52,9 @@ class _Nobody:
     def answer(self, question: Question) -> Answer:
         """Know nothing."""
         raise Refused(Reason.NOT_HERE, "this is no peer")
+
+    def gave(self, asker: str, message: Message) -> None:
+        """Nothing was given."""
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Nobody is listening."""

@@ -20,14 +20,13 @@ from typing import Any, Protocol
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health_pb2
 from torch import Tensor
 
 from plait.factors import Slot
 from plait.lora import Layout
-from plait.peers.certificates import read_credentials
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
+from plait.peers.credentials import read_credentials
 from plait.peers.envelope import (
     Assembly,
     read_ack,
@@ -42,16 +41,22 @@ from plait.peers.envelope import (
 )
 from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import Federation, PeerSettings, is_loopback, split_address
+from plait.peers.guard import (
+    HANDSHAKE_S,
+    IDLE_S,
+    REASONS,
+    Guard,
+    Names,
+    most_connections,
+)
 from plait.peers.refusals import Reason, Refused
 
 Options = list[tuple[str, int | str]]
-Names = frozenset[str] | None
-"""The names in a certificate; None where there is no TLS."""
-
-OPEN_CALLS = 4
-"""Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
+WORD_S = 1.0
+"""How long the last word of a call may take."""
 
 DELIVER, ASK = "/plait.v1.Peer/Deliver", "/plait.v1.Peer/Ask"
+HEALTH = "/grpc.health.v1.Health/Check"
 HEADER = "plait-header-bin"
 """The metadata of a delivery: its header."""
 
@@ -111,6 +116,9 @@ class Desk(Protocol):
 
     def answer(self, question: Question) -> Answer:
         """A peer asks; raise `Refused` for no answer."""
+
+    def gave(self, asker: str, message: Message) -> None:
+        """An answer's message has gone out whole."""
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Something from a peer was refused, here or by one of the above."""
@@ -174,7 +182,6 @@ class GrpcTransport:
                 _check_loopback(address)
         self._desk = desk
         self._call_timeout_s = limits.round_timeout_s
-        self._open: Counter[str] = Counter()
         self._channels: dict[str, aio.Channel] = {}
         self._server: aio.Server | None = None
 
@@ -221,15 +228,23 @@ class GrpcTransport:
     # -- on the background thread: as a server
 
     async def _serve(self) -> None:
-        server = aio.server(options=OPTIONS, maximum_concurrent_rpcs=8 * len(self._addresses))
-        handlers = {
-            "Deliver": grpc.stream_unary_rpc_method_handler(self._deliver),
-            "Ask": grpc.unary_stream_rpc_method_handler(self._answer),
-        }
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("plait.v1.Peer", handlers),)
+        # A call gets a little longer than what it is for, so that the caller still hears why.
+        guard = Guard(
+            self._addresses, self._certified, self._call_timeout_s + WORD_S, self._desk.refused
         )
-        await _add_health(server)
+        server = aio.server(
+            options=[*OPTIONS, *server_options()],
+            interceptors=[guard],
+            maximum_concurrent_rpcs=8 * len(self._addresses),
+        )
+        # To a server each is a stream, whatever it is to its caller: so that writing has a time
+        # limit too, and there is no other method, such as the health service's Watch.
+        for path, method in ((DELIVER, self._deliver), (ASK, self._answer), (HEALTH, _healthy)):
+            service, name = path.strip("/").split("/")
+            handler = grpc.stream_stream_rpc_method_handler(method)
+            server.add_generic_rpc_handlers(
+                (grpc.method_handlers_generic_handler(service, {name: handler}),)
+            )
         try:
             if self._credentials is None:
                 port = server.add_insecure_port(self._listen)
@@ -242,16 +257,19 @@ class GrpcTransport:
                     ),
                 )
         except RuntimeError as error:
-            raise ValueError(f"Can't listen on {self._listen}: {error}") from error
+            raise ValueError(
+                f"Can't listen on {self._listen}: {error}. Stop what uses it, or change `listen` "
+                "in peer.toml."
+            ) from error
         assert port
         await server.start()
         self._server = server
 
-    async def _deliver(self, _stream: Any, context: Any) -> bytes:
+    async def _deliver(self, _stream: Any, context: Any) -> None:
         """The handler of a delivery."""
         certified = self._certified(context)
         work = partial(self._receive, certified, context)
-        return write_ack(await self._attempt(work, certified, context))
+        await context.write(write_ack(await self._attempt(work, certified, context)))
 
     async def _receive(self, certified: Names, context: Any) -> None:
         """Take a message: every check, in the order of what it costs."""
@@ -263,9 +281,10 @@ class GrpcTransport:
         self.counts.received_bytes[header.sender] += len(body)
         self._desk.take(header, decode(header, body, self.identity))
 
-    async def _answer(self, data: bytes, context: Any) -> None:
+    async def _answer(self, _stream: Any, context: Any) -> None:
         """The handler of a question."""
         certified = self._certified(context)
+        data = await _next(context) or b""
         work = partial(self._reply_to, data, certified, context)
         refused = await self._attempt(work, certified, context)
         # One who doesn't read what it asked for would not read this either.
@@ -281,6 +300,7 @@ class GrpcTransport:
             for piece in answer.message.pieces:
                 await context.write(piece)
             self.counts.sent_bytes[question.sender] += len(answer.message.body)
+            self._desk.gave(question.sender, answer.message)
 
     def _certified(self, context: Any) -> Names:
         """The names in the certificate of whoever calls; None without TLS."""
@@ -297,12 +317,9 @@ class GrpcTransport:
     async def _attempt(
         self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
     ) -> Refused | None:
-        """Do a peer's bidding: a few things at a time, within a time. A refusal is counted."""
+        """Do a peer's bidding within a time. A refusal is counted."""
         caller = "|".join(sorted(certified or ())) or str(context.peer())
-        self._open[caller] += 1
         try:
-            if self._open[caller] > OPEN_CALLS:
-                raise Refused(Reason.BUSY, f"more than {OPEN_CALLS} calls at a time")
             async with asyncio.timeout(self._call_timeout_s):
                 await work()
             return None
@@ -310,9 +327,6 @@ class GrpcTransport:
             refused = error
         except TimeoutError:
             refused = Refused(Reason.NO_ANSWER, "the call did not end in time")
-        finally:
-            self._open[caller] -= 1
-            self._open += Counter()  # forget who has none open
         self._desk.refused(caller, refused.reason, refused.detail)
         return refused
 
@@ -362,7 +376,7 @@ class GrpcTransport:
         return Reply(facts=facts, header=header, factors=factors)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
-        check = self._channel(to).unary_unary("/grpc.health.v1.Health/Check")
+        check = self._channel(to).unary_unary(HEALTH)
         try:
             asked = health_pb2.HealthCheckRequest().SerializeToString()
             answer = health_pb2.HealthCheckResponse.FromString(
@@ -414,15 +428,24 @@ def _grpc_errors(to: str) -> Iterator[None]:
     try:
         yield
     except aio.AioRpcError as error:
-        late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        reason = Reason.NO_ANSWER if late else Reason.UNREACHABLE
+        reason = REASONS.get(error.code(), Reason.UNREACHABLE)
         raise Refused(reason, f"{to}: {error.code().name} {error.details()}") from None
 
 
-async def _add_health(server: aio.Server) -> None:
-    servicer = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+def server_options() -> Options:
+    """What a server grants to connections, of whoever opens them."""
+    return [
+        ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S)),
+        ("grpc.max_connection_idle_ms", int(1000 * IDLE_S)),
+        ("grpc.max_allowed_incoming_connections", most_connections()),
+        ("grpc.max_concurrent_streams", 64),
+    ]
+
+
+async def _healthy(_stream: Any, context: Any) -> None:
+    """The health service's one method that is needed: a server that answers is well."""
+    answer = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+    await context.write(answer.SerializeToString())
 
 
 def _check_loopback(address: str) -> None:

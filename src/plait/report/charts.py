@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from plait.experiments.significance import Difference, Estimate
+from plait.figures import FIGURES, Figure
 from plait.report.recorded_run import MOST_DRAWN, Track
 from plait.report.series import (
     FILLS,
-    MEASURES,
-    STYLES,
-    Array,
-    Measure,
+    LINE_STYLES,
     Said,
+    Series,
     band,
     last_scores,
     over_rounds,
@@ -37,21 +36,21 @@ Chart = dict[str, Any]
 """What plotly.js takes: `data` and `layout`, and `alt`, which says in words what is drawn."""
 
 
-def over_rounds_chart(groups: Mapping[str, Said], measure: Measure, unit: str = "") -> Chart:
-    """A measure of every label over the rounds, with the range of its runs as a band."""
+def over_rounds_chart(groups: Mapping[str, Said], figure: Figure, metric: str) -> Chart:
+    """A figure of every label over the rounds, with the range of its runs as a band."""
     traces: list[Chart] = []
-    for (label, runs), (color, dash) in zip(groups.items(), cycle(STYLES), strict=False):
-        traces += _banded(label, *over_rounds(runs, measure), color, dash)
-    why = remark(groups, measure)
+    for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
+        traces += _banded(label, *over_rounds(runs, figure), color, dash)
+    why, unit = remark(groups, figure), figure.unit.format(metric=metric)
     layout = {
         "xaxis": _axis("rounds done"),
-        "yaxis": _axis(unit or measure.unit, log=measure.log and any(map(_positive, traces))),
+        "yaxis": _axis(unit, log=figure.log and any(map(_positive, traces))),
         "annotations": [_remark(why)] if why else [],
     }
-    return _chart(traces, layout, f"{measure.title} over the rounds")
+    return _chart(traces, layout, f"{figure.title} over the rounds")
 
 
-def _banded(label: str, x: Array, values: Array, color: str, dash: str) -> list[Chart]:
+def _banded(label: str, x: Series, values: Series, color: str, dash: str) -> list[Chart]:
     mean, low, high = band(values)
     keep = _thinned(len(x))
     x, mean, low, high = x[keep], mean[keep], low[keep], high[keep]
@@ -59,8 +58,8 @@ def _banded(label: str, x: Array, values: Array, color: str, dash: str) -> list[
     if len(values) > 1:
         fill = {"fill": "toself", "fillcolor": color + "22", "line": {"width": 0}}
         there = ~np.isnan(mean)
-        around = {"x": numbers(np.concatenate([x[there], x[there][::-1]])),
-                  "y": numbers(np.concatenate([low[there], high[there][::-1]]))}  # fmt: skip
+        around = {"x": plain_numbers(np.concatenate([x[there], x[there][::-1]])),
+                  "y": plain_numbers(np.concatenate([low[there], high[there][::-1]]))}  # fmt: skip
         quiet = {"hoverinfo": "skip", "showlegend": False, "legendgroup": label, "mode": "lines"}
         traces.append({"type": "scatter", "name": f"{label}, range", **around, **fill, **quiet})
     line = {"color": color, "dash": dash, "width": 2}
@@ -70,8 +69,8 @@ def _banded(label: str, x: Array, values: Array, color: str, dash: str) -> list[
 def bytes_chart(groups: Mapping[str, Said], metric: str) -> Chart:
     """What was sent against what was reached."""
     traces = []
-    for (label, runs), (color, dash) in zip(groups.items(), cycle(STYLES), strict=False):
-        _, values = over_rounds(runs, MEASURES["scores"])
+    for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
+        _, values = over_rounds(runs, FIGURES["accuracy_client_mean"])
         sent = sent_megabytes(runs)[: values.shape[1]]
         traces += _banded(label, sent, values, color, dash)
     layout = {"xaxis": _axis("sent by all clients, MB"),
@@ -85,13 +84,11 @@ def clients_chart(groups: Mapping[str, Said], metric: str) -> Chart:
     Of more than a hundred clients the percentiles are drawn.
     """
     traces = []
-    for (label, runs), (color, dash) in zip(groups.items(), cycle(STYLES), strict=False):
+    for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
         shares, values = last_scores(runs)
         traces += _banded(label, shares, values, color, dash) if len(shares) else []
-    layout = {
-        "xaxis": _axis("clients from the worst to the best, %"),
-        "yaxis": _axis(f"{metric} of a client"),
-    }
+    layout = {"xaxis": _axis("clients from the worst to the best, %"),
+              "yaxis": _axis(f"{metric} of a client")}  # fmt: skip
     return _chart(traces, layout, "Clients' last scores, sorted from the worst to the best")
 
 
@@ -102,10 +99,10 @@ def intervals_chart(estimates: Mapping[str, Estimate], unit: str, zero: bool) ->
     trace = {
         "type": "scatter",
         "mode": "markers",
-        "x": numbers([one.mean for one in estimates.values()]),
+        "x": plain_numbers([one.mean for one in estimates.values()]),
         "y": labels,
-        "error_x": {"type": "data", "array": numbers(reach), "thickness": 2, "width": 6},
-        "marker": {"size": 11, "color": STYLES[0][0]},
+        "error_x": {"type": "data", "array": plain_numbers(reach), "thickness": 2, "width": 6},
+        "marker": {"size": 11, "color": LINE_STYLES[0][0]},
         "name": unit,
         "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
     }
@@ -139,15 +136,15 @@ def fan_chart(track: Track, metric: str) -> Chart:
     low, ten, half, ninety, high = (
         np.array([np.percentile(one.scores, level) for one in found]) for level in levels
     )
-    color, worst = STYLES[0][0], int(np.argmin(found[-1].scores))
+    color, worst = LINE_STYLES[0][0], int(np.argmin(found[-1].scores))
     traces = [
         _area("all clients", rounds, low, high, color + "1A"),
         _area("middle 80% of clients", rounds, ten, ninety, color + "40"),
         _line("median client", rounds, half, {"color": color, "width": 2}),
         _line(f"worst client (now {worst})", rounds, low,
-              {"color": STYLES[1][0], "width": 1.5, "dash": "dot"}),
+              {"color": LINE_STYLES[1][0], "width": 1.5, "dash": "dot"}),
         _line("averaged model", rounds, [one.averaged_score for one in found],
-              {"color": STYLES[4][0], "width": 1.5, "dash": "dash"}),
+              {"color": LINE_STYLES[4][0], "width": 1.5, "dash": "dash"}),
     ]  # fmt: skip
     layout = {"xaxis": _axis("rounds done"), "yaxis": _axis(metric)}
     return _chart(traces, layout, f"{metric} of the clients over the rounds, as percentiles")
@@ -156,14 +153,13 @@ def fan_chart(track: Track, metric: str) -> Chart:
 def consensus_chart(track: Track) -> Chart:
     """Consensus distance of A and of B and the cross term of a run, its phases shaded."""
     traces = []
-    styles = (("consensus_A", STYLES[0]), ("consensus_B", STYLES[1]), ("cross_term", STYLES[2]))
-    names = {"consensus_A": "Ξ of A", "consensus_B": "Ξ of B", "cross_term": "cross term ‖C‖"}
-    for name, (color, _) in styles:
-        rounds, values = over_rounds([track.events], MEASURES[name])
+    names = ("consensus_A", "consensus_B", "cross_term")
+    for name, (color, _) in zip(names, LINE_STYLES, strict=False):
+        rounds, values = over_rounds([track.events], FIGURES[name])
         keep = _thinned(len(rounds))
         dash = "dot" if name == "cross_term" else "solid"
         line = {"color": color, "width": 2, "dash": dash}
-        traces.append(_line(names[name], rounds[keep], values[0][keep], line))
+        traces.append(_line(FIGURES[name].title, rounds[keep], values[0][keep], line))
     stretches = phases(track.events)
     words = "shaded: A trains; not shaded: B trains"
     unknown = bool(stretches) and not any(one.after for one in track.rounds)
@@ -229,14 +225,14 @@ def _line(name: str, x: Any, y: Any, line: Chart) -> Chart:
         "marker": {"size": 4, "color": line["color"]},
         "name": name,
         "legendgroup": name,
-        "x": numbers(x),
-        "y": numbers(y),
+        "x": plain_numbers(x),
+        "y": plain_numbers(y),
         "line": line,
     }
 
 
-def _area(name: str, x: Any, low: Array, high: Array, fill: str) -> Chart:
-    around = {"x": numbers([*x, *x[::-1]]), "y": numbers([*low, *high[::-1]])}
+def _area(name: str, x: Any, low: Series, high: Series, fill: str) -> Chart:
+    around = {"x": plain_numbers([*x, *x[::-1]]), "y": plain_numbers([*low, *high[::-1]])}
     look = {"fill": "toself", "fillcolor": fill, "line": {"width": 0}, "mode": "lines"}
     return {"type": "scatter", "name": name, **around, **look, "hoverinfo": "skip"}
 
@@ -262,6 +258,6 @@ def _thinned(count: int) -> list[int]:
     return sorted({round(x) for x in np.linspace(0, count - 1, MOST_POINTS)})
 
 
-def numbers(values: Any) -> list[float | None]:
+def plain_numbers(values: Any) -> list[float | None]:
     """Five significant digits; None for a gap."""
     return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]

@@ -12,13 +12,15 @@ from typing import Any
 
 from rich.table import Table
 
-from plait.experiments.comparison import Conclusion, Outcome, figures, significance, verdict
-from plait.experiments.significance import Difference, Estimate
+from plait.experiments.comparison import Conclusion, Outcome, significance, table_figures, verdict
+from plait.experiments.significance import STAR, Difference
+from plait.figures import FIGURES
 from plait.machine.files import write_atomically
+from plait.markdown import markdown_table
 from plait.report.paper_figures import curves
 from plait.report.series import started
 
-STAR, EDGE = " *", "†"
+EDGE = "†"
 
 
 def write_report(conclusion: Conclusion) -> None:
@@ -32,36 +34,24 @@ def write_report(conclusion: Conclusion) -> None:
 # -- the table
 
 
-def table(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dict[str, list[str]]:
+def cells(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dict[str, list[str]]:
     """Label -> its line of the table; the head is the line of the empty label."""
     reference, metric = outcomes[0].entry.label, outcomes[0].summaries[0]["metric"]
     against = {one.rival: one for one in differences}
-    head = ["method", metric, "worst", "averaged", "lr", f"{reference} - this"]
-    lines = {"": [*head, "loss", "cross term", "MB sent", "seconds"]}
+    heads = [FIGURES[name].head for name in table_figures(outcomes[0])]
+    lines = {"": ["method", metric, *heads[:2], "lr", f"{reference} - this", *heads[2:]]}
     for outcome in outcomes:
-        label, lr, shown = outcome.entry.label, outcome.entry.lr, figures(outcome)
+        label, lr = outcome.entry.label, outcome.entry.lr
+        shown = [FIGURES[name].shown(value) for name, value in table_figures(outcome).items()]
         lines[label] = [
             label,
-            _with_reach(outcome.score, "0.3f"),
-            f"{shown['accuracy_client_min']:.3f}",
-            f"{shown['accuracy_averaged_model']:.3f}",
+            outcome.score.shown(),
+            *shown[:2],
             f"{lr:g}{EDGE if outcome.at_grid_edge else ''}",
-            _against(against[label]) if label in against else "",
-            f"{shown['loss_client_mean']:.3f}",
-            f"{shown['cross_term']:.2g}",
-            f"{shown['sent_bytes'] / 1e6:.1f}",
-            f"{shown['wall_seconds']:.0f}",
+            against[label].shown if label in against else "",
+            *shown[2:],
         ]
     return lines
-
-
-def _with_reach(one: Estimate, form: str) -> str:
-    reach = "" if one.high is None else f" ± {one.high - one.mean:.3f}"
-    return f"{one.mean:{form}}{reach}"
-
-
-def _against(one: Difference) -> str:
-    return _with_reach(one.estimate, "+.3f") + (STAR if one.significant else "")
 
 
 def notes(conclusion: Conclusion) -> list[str]:
@@ -82,14 +72,18 @@ def notes(conclusion: Conclusion) -> list[str]:
         found.append(f"{STAR.strip()}: significant at .05 after Holm's correction.")
     if any(one.at_grid_edge for one in outcomes):
         found.append(f"{EDGE}: at the edge of --lr-grid; a rate beyond it may be better.")
-    if len(outcomes) < len(plan.labels):
-        found.append("dec-lora's rate is half of adf's: it is its own matched control.")
-    return found
+    labels = [one.entry.label for one in outcomes]
+    return found + [
+        f"{method}'s matched control, {control.method} at {control.lr_factor:g} times its rate, is "
+        "a line already."
+        for label, (method, control) in plan.controls.items()
+        if label not in labels
+    ]
 
 
 def rich_tables(conclusion: Conclusion) -> list[Table]:
     """The table for a terminal: the scores, and under them the rest, each 80 columns wide."""
-    head, *lines = table(conclusion.outcomes, conclusion.differences).values()
+    head, *lines = cells(conclusion.outcomes, conclusion.differences).values()
     return [_rich(head, lines, part) for part in (slice(1, 6), slice(6, None))]
 
 
@@ -105,10 +99,8 @@ def _rich(head: list[str], lines: list[list[str]], part: slice) -> Table:
 
 def markdown(conclusion: Conclusion) -> str:
     """The table and its notes as Markdown."""
-    head, *lines = table(conclusion.outcomes, conclusion.differences).values()
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "\n\n".join([text, *notes(conclusion)]) + "\n"
+    head, *lines = cells(conclusion.outcomes, conclusion.differences).values()
+    return "\n\n".join([markdown_table(head, lines, numbers=True), *notes(conclusion)]) + "\n"
 
 
 def to_json(conclusion: Conclusion) -> dict[str, Any]:
@@ -130,7 +122,7 @@ def to_json(conclusion: Conclusion) -> dict[str, Any]:
                 "lr_at_grid_edge": one.at_grid_edge,
                 "accuracy_client_mean": one.score.mean,
                 "interval": [one.score.low, one.score.high],
-                **figures(one),
+                **table_figures(one),
                 "runs": one.summaries,
             }
             for one in conclusion.outcomes

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-POLL_S = 0.25
+LOOK_EVERY_S = 0.25
 PING_S = 15.0
 COOKIE = "plait_token"
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -194,7 +194,7 @@ def application(follower: Follower, token: str = "") -> Starlette:
 async def _follow(follower: Follower) -> None:
     while True:
         await asyncio.to_thread(follower.look)
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def _stream(follower: Follower, title: str, request: Request) -> AsyncIterator[str]:
@@ -213,7 +213,7 @@ async def _stream(follower: Follower, title: str, request: Request) -> AsyncIter
             # Tells a browser that is gone from one that waits.
             yield ": still here\n\n"
             last = time.monotonic()
-        await asyncio.sleep(POLL_S / 2)
+        await asyncio.sleep(LOOK_EVERY_S / 2)
 
 
 def _event(kind: str, data: str) -> str:

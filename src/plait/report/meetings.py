@@ -15,7 +15,7 @@ import numpy as np
 from plait.events import RoundDone
 from plait.report import charts
 from plait.report.recorded_run import MOST_DRAWN, Meetings, Track
-from plait.report.series import FLOOR, Array
+from plait.report.series import FLOOR, Series
 
 MOST_PAIRS = 30_000
 MOST_CELLS = 300_000
@@ -49,8 +49,8 @@ def topology(track: Track) -> charts.Chart:
         "drawn": [unique[code] for code in codes],
         "count": [one.count for one in met],
         "trains": [rounds[i].active for i in chosen],
-        "apart": [charts.numbers(_distances(rounds[i])[:clients]) for i in chosen],
-        "scores": [charts.numbers(scores.get(r, [])[:clients]) for r in latest],
+        "apart": [charts.plain_numbers(_distances(rounds[i])[:clients]) for i in chosen],
+        "scores": [charts.plain_numbers(scores.get(r, [])[:clients]) for r in latest],
         **_between(met),
     }
 
@@ -99,7 +99,7 @@ def _base64(values: np.ndarray) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 
-def _distances(done: RoundDone) -> Array:
+def _distances(done: RoundDone) -> Series:
     """(N,) each client's distance from the mean; what is rounding is 0."""
     squared = np.array(done.apart)
     return np.sqrt(np.where(squared < FLOOR, 0.0, squared))

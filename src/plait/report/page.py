@@ -8,22 +8,22 @@ run has said something. templates/page.js shows a payload, wherever it came from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
+from plait.experiments.significance import Difference
+from plait.figures import FIGURES, taken
 from plait.report import charts
 from plait.report.charts import Chart
-from plait.report.comparison_report import notes, table
+from plait.report.comparison_report import cells, notes
 from plait.report.meetings import topology
 from plait.report.recorded_run import Track
-from plait.report.series import MEASURES, Said, started
+from plait.report.series import Said, started
 from plait.report.study import Study, settings
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 Payload = dict[str, Any]
 
+COLUMNS = {name: one for name, one in FIGURES.items() if one.head}
 PLOTLY = "vendor/plotly-cartesian-4.1.1.min.js"
-MEASURES_OF_CONVERGENCE = ("scores", "worst", "averaged", "loss")
 
 
-def report(studies: Sequence[Study]) -> str:
+def html_report(studies: Sequence[Study]) -> str:
     """One HTML file with everything in it.
 
     Raises:
@@ -85,14 +85,16 @@ def payload(study: Study) -> Payload:
     metric = begun.metric if begun else "score"
     conclusion = study.conclusion()
     outcomes = conclusion.outcomes if conclusion else study.outcomes()
+    against = conclusion.differences if conclusion else study.differences()
     context = {
         "study": study,
         "begun": begun,
         "metric": metric,
         "facts": _facts(study, begun),
         "headline": _headline(study, conclusion),
-        "table": _results(outcomes, study, conclusion),
+        "table": _results(outcomes, against),
         "notes": notes(conclusion)[1:] if conclusion else [],
+        "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
         "runs": [_run_row(label, track) for label, track in study.tracks],
         "settings": settings(study.config),
         "commands": study.commands(),
@@ -102,7 +104,7 @@ def payload(study: Study) -> Payload:
         "title": study.title,
         "finished": study.finished,
         "pieces": {name: _piece(name, context) for name in pieces},
-        "charts": _charts(said, metric, outcomes, study, conclusion),
+        "charts": _charts(said, metric, outcomes, against),
         "runs": [_run(key, track, metric) for key, track in _keys(study).items()],
     }
 
@@ -153,72 +155,42 @@ def _headline(study: Study, conclusion: Conclusion | None) -> str:
     return f"{runs} run{'s' if runs > 1 else ''}, {done} rounds, all done."
 
 
-def _results(
-    outcomes: Sequence[Outcome], study: Study, conclusion: Conclusion | None
-) -> list[list[str]]:
+def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[list[str]]:
     if not outcomes:
         return []
-    found = conclusion.differences if conclusion else study.differences()
-    lines = list(table(outcomes, found).values())
+    lines = list(cells(outcomes, found).values())
     if len(outcomes) == 1:  # nothing to subtract from
         lines = [line[:5] + line[6:] for line in lines]
     return lines
 
 
 def _run_row(label: str, track: Track) -> list[str]:
-    """The figures of a run as in its `summary.json`; those so far while it goes on."""
-    figures = track.summary
+    """The figures of a run as in its `summary.json`; those so far, and known, until it is there."""
+    found = track.summary or taken(track.events)
+    shown = [one.shown(found.get(name, math.nan)) for name, one in COLUMNS.items()]
     done = f"{len(track.rounds)}/{track.config.rounds}"
-    shown = [
-        f"{figures['accuracy_client_mean']:.4f}",
-        f"{figures['accuracy_client_min']:.4f}",
-        f"{figures['accuracy_averaged_model']:.4f}",
-        f"{figures['loss_client_mean']:.4f}",
-        f"{figures['consensus_A']:.3g}",
-        f"{figures['consensus_B']:.3g}",
-        f"{figures['cross_term']:.3g}",
-        f"{figures['sent_bytes'] / 1e6:.1f}",
-        str(timedelta(seconds=round(figures["wall_seconds"]))),
-    ] if figures else _so_far(track)  # fmt: skip
     return [label, str(track.config.seed), done, *shown]
-
-
-def _so_far(track: Track) -> list[str]:
-    """What can be said of a run before its first round is done, or of peers, who see less."""
-    if not track.evaluations:
-        return [""] * 9
-    last = track.evaluations[-1]
-    sent = sum(one.sent_bytes for one in track.rounds) / 1e6
-    scores = [f"{np.mean(last.scores):.4f}", f"{min(last.scores):.4f}", ""]
-    return [*scores, f"{np.mean(last.losses):.4f}", "", "", "", f"{sent:.1f}", ""]
 
 
 # -- the charts
 
 
 def _charts(
-    said: dict[str, Said],
-    metric: str,
-    outcomes: Sequence[Outcome],
-    study: Study,
-    conclusion: Conclusion | None,
+    said: dict[str, Said], metric: str, outcomes: Sequence[Outcome], against: Sequence[Difference]
 ) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
-    differences = conclusion.differences if conclusion else study.differences()
     if len(outcomes) > 1:
         scores = {one.entry.label: one.score for one in outcomes}
         unit = f"{metric}, client mean"
         found["estimates"] = charts.intervals_chart(scores, unit, zero=False)
-    if differences:
+    if against:
         reference = outcomes[0].entry.label
-        found["differences"] = charts.differences_chart(differences, reference, metric)
-    for name in MEASURES_OF_CONVERGENCE:
-        unit = MEASURES[name].unit if name == "loss" else f"{metric}, {MEASURES[name].unit}"
-        found[name] = charts.over_rounds_chart(said, MEASURES[name], unit)
+        found["differences"] = charts.differences_chart(against, reference, metric)
+    for name, figure in FIGURES.items():
+        if figure.unit:
+            found[name] = charts.over_rounds_chart(said, figure, metric)
     found["bytes"] = charts.bytes_chart(said, metric)
     found["clients"] = charts.clients_chart(said, metric)
-    found["apart"] = charts.over_rounds_chart(said, MEASURES["apart"])
-    found["cross_term"] = charts.over_rounds_chart(said, MEASURES["cross_term"])
     return found
 
 

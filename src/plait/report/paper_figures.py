@@ -7,16 +7,16 @@ width of a column, in a size of type that is legible in print, with fonts that s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from plait.figures import FIGURES
 from plait.report.series import (
-    MEASURES,
-    STYLES,
-    Array,
-    Measure,
+    LINE_STYLES,
     Said,
+    Series,
     band,
     last_scores,
     over_rounds,
@@ -64,8 +64,8 @@ def curves(runs: Groups, path: Path) -> None:
     _draw_scores(panels["scores"], runs)
     panels["scores"].set_title(f"Clients' own models{_band_words(runs)}", loc="left")
     for panel, name in (("apart", "apart"), ("cross", "cross_term")):
-        _draw(panels[panel], runs, MEASURES[name])
-        panels[panel].set_title(MEASURES[name].title, loc="left")
+        _draw(panels[panel], runs, name)
+        panels[panel].set_title(FIGURES[name].title, loc="left")
     for one in panels.values():
         _dress(one)
     _legend(figure, panels["scores"])
@@ -92,7 +92,7 @@ def paper_figures(runs: Groups, folder: Path, form: Format) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(PRINT):
-        for name, draw in FIGURES.items():
+        for name, draw in PICTURES.items():
             figure = _figure(COLUMN_INCHES)
             axes = figure.subplots()
             draw(axes, runs)
@@ -109,56 +109,48 @@ def paper_figures(runs: Groups, folder: Path, form: Format) -> list[Path]:
 def _draw_scores(axes: Axes, runs: Groups) -> None:
     begun = started(runs)
     assert begun is not None
-    _draw(axes, runs, MEASURES["scores"])
+    _draw(axes, runs, "accuracy_client_mean")
     if begun.majority:
         axes.axhline(
             begun.majority, color="#666666", linewidth=1.2, linestyle=(0, (1, 2)),
             label="majority class",
         )  # fmt: skip
-    axes.set_ylabel(f"{begun.metric}, client mean")
 
 
-def _draw(axes: Axes, runs: Groups, measure: Measure) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
-        _draw_band(axes, label, *over_rounds(said, measure), color, dash)
-    if measure.log and axes.dataLim.y1 > 0:
+def _draw(axes: Axes, runs: Groups, name: str) -> None:
+    figure = FIGURES[name]
+    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
+        _draw_band(axes, label, *over_rounds(said, figure), color, dash)
+    if figure.log and axes.dataLim.y1 > 0:
         axes.set_yscale("log")
-    axes.set_ylabel(_plain(measure.unit))
-    axes.annotate(remark(runs, measure), (0.99, 0.03), xycoords="axes fraction", ha="right")
+    axes.set_ylabel(_plain(figure.unit.format(metric=_metric(runs))))
+    axes.annotate(remark(runs, figure), (0.99, 0.03), xycoords="axes fraction", ha="right")
 
 
 def _draw_bytes(axes: Axes, runs: Groups) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
-        _, values = over_rounds(said, MEASURES["scores"])
+    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
+        _, values = over_rounds(said, FIGURES["accuracy_client_mean"])
         _draw_band(axes, label, sent_megabytes(said)[: values.shape[1]], values, color, dash)
-    begun = started(runs)
     axes.set_xlabel("sent by all clients, MB")
-    axes.set_ylabel(f"{begun.metric if begun else 'score'}, client mean")
-
-
-def _draw_worst(axes: Axes, runs: Groups) -> None:
-    _draw(axes, runs, MEASURES["worst"])
-    begun = started(runs)
-    axes.set_ylabel(f"{begun.metric if begun else 'score'}, worst client")
+    axes.set_ylabel(f"{_metric(runs)}, client mean")
 
 
 def _draw_clients(axes: Axes, runs: Groups) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(STYLES), strict=False):
+    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
         shares, values = last_scores(said)
         _draw_band(axes, label, shares, values, color, dash)
-    begun = started(runs)
     axes.set_xlabel("clients from the worst to the best, %")
-    axes.set_ylabel(f"{begun.metric if begun else 'score'} of a client")
+    axes.set_ylabel(f"{_metric(runs)} of a client")
 
 
 def _draw_consensus(axes: Axes, runs: Groups) -> None:
     """A and B of the first label, the phases of its first run shaded."""
     label, said = next(iter(runs.items()))
     for name, (color, _), dash in zip(
-        ("consensus_A", "consensus_B"), STYLES, ("solid", "dash"), strict=False
+        ("consensus_A", "consensus_B"), LINE_STYLES, ("solid", "dash"), strict=False
     ):
-        rounds, values = over_rounds(said, MEASURES[name])
-        _draw_band(axes, f"{MEASURES[name].title}, {label}", rounds, values, color, dash)
+        rounds, values = over_rounds(said, FIGURES[name])
+        _draw_band(axes, f"{FIGURES[name].title}, {label}", rounds, values, color, dash)
     stretches = phases(said[0])
     for first, end, factors in stretches:
         if len(stretches) > 1 and factors.startswith("A"):
@@ -168,15 +160,15 @@ def _draw_consensus(axes: Axes, runs: Groups) -> None:
     axes.set_ylabel("Ξ, all layers; shaded: A trains" if len(stretches) > 1 else "Ξ, all layers")
 
 
-FIGURES: dict[str, Callable[[Axes, Groups], None]] = {
+PICTURES: dict[str, Callable[[Axes, Groups], None]] = {
     "accuracy": _draw_scores,
-    "worst-client": _draw_worst,
-    "loss": lambda axes, runs: _draw(axes, runs, MEASURES["loss"]),
+    "worst-client": partial(_draw, name="accuracy_client_min"),
+    "loss": partial(_draw, name="loss_client_mean"),
     "bytes": _draw_bytes,
     "clients": _draw_clients,
     "consensus": _draw_consensus,
-    "disagreement": lambda axes, runs: _draw(axes, runs, MEASURES["apart"]),
-    "cross-term": lambda axes, runs: _draw(axes, runs, MEASURES["cross_term"]),
+    "disagreement": partial(_draw, name="apart"),
+    "cross-term": partial(_draw, name="cross_term"),
 }
 """File name -> what draws it."""
 
@@ -184,7 +176,7 @@ FIGURES: dict[str, Callable[[Axes, Groups], None]] = {
 # -- parts
 
 
-def _draw_band(axes: Axes, label: str, x: Array, values: Array, color: str, dash: str) -> None:
+def _draw_band(axes: Axes, label: str, x: Series, values: Series, color: str, dash: str) -> None:
     mean, low, high = band(values)
     if len(values) > 1:
         axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
@@ -222,6 +214,11 @@ def _save(figure: Figure, path: Path, form: Format) -> None:
 def _band_words(runs: Groups) -> str:
     seeds = max(len(said) for said in runs.values())
     return f"  (mean of {seeds} seeds, band: their range)" if seeds > 1 else ""
+
+
+def _metric(runs: Groups) -> str:
+    begun = started(runs)
+    return begun.metric if begun else "score"
 
 
 def _plain(unit: str) -> str:

@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, summarize
+from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line
 from plait.metrics import MOST_PAIRED
+from plait.runs.run_folder import load_summary
 
 MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
 
 Pairs = np.ndarray[Any, np.dtype[np.uint16]]
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+Float32s = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Meetings:
     """
 
     pairs: Pairs
-    weights: Floats
+    weights: Float32s
     count: int
-    apart: Floats
+    apart: Float32s
 
 
 @dataclass
@@ -134,15 +135,11 @@ class Track:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Its figures: the written ones, or those so far; None before the first round's."""
-        if self.finished:
-            figures: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
-            return figures
-        enough = self.rounds and self.evaluations and self.rounds[-1].after
-        return summarize(self.config, self.events) if enough else None
+        """Its figures, once they are written."""
+        return load_summary(self.path) if self.finished else None
 
 
-class Federation(Track):
+class JoinedPeers(Track):
     """The peers of one federation as one run; each wrote a folder of what it saw of itself alone.
 
     A round is taken up when every peer that is still there has done it. The distances between
@@ -247,7 +244,7 @@ def _pairs(triples: Sequence[tuple[int, int, float]]) -> tuple[np.ndarray, np.nd
     return np.sort(table[:, :2].astype(int), axis=1), table[:, 2]
 
 
-def _once(ends: np.ndarray, weights: np.ndarray) -> tuple[Pairs, Floats]:
+def _once(ends: np.ndarray, weights: np.ndarray) -> tuple[Pairs, Float32s]:
     """Each pair of (E, 2) once, with the largest of its weights (E,)."""
     numbers, place = np.unique(ends[:, 0] * MOST_DRAWN + ends[:, 1], return_inverse=True)
     largest = np.zeros(len(numbers), dtype=np.float32)

@@ -1,28 +1,28 @@
 """From what runs said to lines over the rounds: what every picture of a run is drawn from.
 
-A `Measure` is a figure of one event. `over_rounds` takes it from all runs of a label and lays the
-runs side by side; a run that is still going has gaps where it has not come yet.
+`over_rounds` takes a figure (figures.py) from all runs of a label and lays the runs side by side; a
+run that is still going has gaps where it has not come yet.
 
 Legend: S runs (seeds) of a label, R rounds, N clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from plait.events import Evaluated, Event, RoundDone, Started
+from plait.figures import FIGURES, Figure
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Series = np.ndarray[Any, np.dtype[np.float64]]
 Said = Sequence[Sequence[Event]]
 """The events of each run of a label."""
 
 # Okabe and Ito's colours: told apart with any kind of colour vision. The dashes tell the lines
 # apart without any.
-STYLES = (
+LINE_STYLES = (
     ("#0072B2", "solid"),
     ("#D55E00", "dash"),
     ("#009E73", "dashdot"),
@@ -40,46 +40,27 @@ FLOOR = 1e-9
 """Distances below this are rounding: a factor that all clients hold in common."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A figure that events of one kind have.
-
-    Attributes:
-        kind: The events that have it.
-        value: It.
-        title: What it is.
-        unit: The axis.
-        log: Whether it spans orders of magnitude.
-    """
-
-    kind: type[Event]
-    value: Callable[[Any], float]
-    title: str
-    unit: str
-    log: bool = False
-
-
-def over_rounds(runs: Said, measure: Measure) -> tuple[Array, Array]:
+def over_rounds(runs: Said, figure: Figure) -> tuple[Series, Series]:
     """Rounds done (R,) and the figure of each run (S, R), NaN where a run has not come yet."""
-    chosen = [[event for event in events if isinstance(event, measure.kind)] for events in runs]
+    chosen = [[event for event in events if isinstance(event, figure.kinds)] for events in runs]
     longest = max(chosen, key=len, default=[])
     rounds = np.array([_done(event) for event in longest], dtype=float)
     values = np.full((len(chosen), len(rounds)), np.nan)
     for row, events in zip(values, chosen, strict=True):
-        row[: len(events)] = [measure.value(event) for event in events]
-    if measure.log:
+        row[: len(events)] = [figure.value(event) for event in events]
+    if figure.log:
         # A log scale has no zero: rounds in which nobody differs leave a gap.
         values[values < FLOOR] = np.nan
     return rounds, values
 
 
-def remark(groups: Mapping[str, Said], measure: Measure) -> str:
+def remark(groups: Mapping[str, Said], figure: Figure) -> str:
     """Why a label has no line where there is a log scale: it is zero, or nobody knows it."""
-    if not measure.log:
+    if not figure.log:
         return ""
     words: dict[str, list[str]] = {"0 throughout": [], "not known (a peer sees itself alone)": []}
     for label, runs in groups.items():
-        found = [measure.value(e) for run in runs for e in run if isinstance(e, measure.kind)]
+        found = [figure.value(e) for run in runs for e in run if isinstance(e, figure.kinds)]
         if found and np.isnan(found).all():
             words["not known (a peer sees itself alone)"].append(label)
         elif found and max(found) < FLOOR:
@@ -87,7 +68,7 @@ def remark(groups: Mapping[str, Said], measure: Measure) -> str:
     return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in words.items() if labels)
 
 
-def band(values: Array) -> tuple[Array, Array, Array]:
+def band(values: Series) -> tuple[Series, Series, Series]:
     """Mean, lowest and highest (R,) of the runs (S, R) that have come to each round."""
     there = ~np.isnan(values)
     any_there = there.any(axis=0)
@@ -100,18 +81,18 @@ def band(values: Array) -> tuple[Array, Array, Array]:
     return mean, low, high
 
 
-def sent_megabytes(runs: Said) -> Array:
+def sent_megabytes(runs: Said) -> Series:
     """(R,) what all clients of one run had sent up to each evaluation, mean over the runs, in MB.
 
     The first is before the first round.
     """
-    rounds, sent = over_rounds(runs, SENT)
-    done, _ = over_rounds(runs, MEASURES["scores"])
+    rounds, sent = over_rounds(runs, FIGURES["sent_bytes"])
+    done, _ = over_rounds(runs, FIGURES["accuracy_client_mean"])
     total = np.concatenate([[0.0], np.cumsum(band(sent)[0])]) / 1e6
     return np.array(total[np.searchsorted(rounds, done, side="right")])
 
 
-def last_scores(runs: Said) -> tuple[Array, Array]:
+def last_scores(runs: Said) -> tuple[Series, Series]:
     """The clients' last scores from the worst to the best, of each run that has any.
 
     Returns:
@@ -145,52 +126,6 @@ def started(runs: Mapping[str, Said]) -> Started | None:
     return next((event for event in said if isinstance(event, Started)), None)
 
 
-# -- the measures
-
-
 def _done(event: Event) -> int:
     assert not isinstance(event, Started)
     return event.round + 1
-
-
-def _over_layers(value: Callable[[Any], float]) -> Callable[[RoundDone], float]:
-    # A peer sees itself alone and says nothing of the distances between clients.
-    return lambda event: sum(map(value, event.after)) if event.after else np.nan
-
-
-def _cross_term(event: RoundDone) -> float:
-    squares = [layer.cross_term**2 for layer in event.after]
-    return float(np.sqrt(sum(squares))) if squares else np.nan
-
-
-SENT = Measure(RoundDone, lambda event: event.sent_bytes, "Sent in a round", "bytes")
-
-MEASURES: dict[str, Measure] = {
-    "scores": Measure(
-        Evaluated, lambda e: float(np.mean(e.scores)), "Clients' own models", "client mean"
-    ),
-    "worst": Measure(Evaluated, lambda e: min(e.scores), "Worst client", "lowest of all clients"),
-    "averaged": Measure(
-        Evaluated, lambda e: e.averaged_score, "Averaged model", "of the mean factors"
-    ),
-    "loss": Measure(
-        Evaluated, lambda e: float(np.mean(e.losses)), "Loss", "held-out loss, client mean"
-    ),
-    "apart": Measure(
-        RoundDone,
-        _over_layers(lambda layer: layer.consensus_A + layer.consensus_B),
-        "Disagreement after mixing",
-        "Ξ<sub>A</sub> + Ξ<sub>B</sub>, all layers",
-        log=True,
-    ),
-    "consensus_A": Measure(
-        RoundDone, _over_layers(lambda layer: layer.consensus_A), "Ξ of A", "Ξ", log=True
-    ),
-    "consensus_B": Measure(
-        RoundDone, _over_layers(lambda layer: layer.consensus_B), "Ξ of B", "Ξ", log=True
-    ),
-    "cross_term": Measure(
-        RoundDone, _cross_term, "Cross term after mixing", "‖C‖<sub>F</sub>, all layers", log=True
-    ),
-}
-"""What is drawn over the rounds."""

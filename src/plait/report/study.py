@@ -20,7 +20,7 @@ from plait.config import Config
 from plait.experiments.comparison import Conclusion, Outcome, conclude
 from plait.experiments.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
 from plait.experiments.significance import Difference, differences
-from plait.report.recorded_run import Federation, Track
+from plait.report.recorded_run import JoinedPeers, Track
 from plait.report.series import Said
 
 DEEPEST = 4
@@ -98,7 +98,7 @@ class Study:
             return [compare_command(self.plan)]
         return [
             up_command(track.config, track.path.name)
-            if isinstance(track, Federation)
+            if isinstance(track, JoinedPeers)
             else run_command(track.config, track.path.name)
             for _, track in self.tracks
         ]
@@ -193,8 +193,8 @@ def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
         # `plait up` and `plait init-federation` have the peers in a folder of this name.
         place = place.parent if place.name == "federation" else place
         joined = known.get(place)
-        if not isinstance(joined, Federation) or joined.parts != parts:
-            known[place] = Federation(place, parts)
+        if not isinstance(joined, JoinedPeers) or joined.parts != parts:
+            known[place] = JoinedPeers(place, parts)
         found.append(known[place])
     return found
 
@@ -264,8 +264,8 @@ def flags(config: Config, leave_out: Iterable[str] = ()) -> list[str]:
     """The flags of the settings that are not at their defaults.
 
     Example:
-        >>> flags(Config(method="ffa", clip_norm=None))
-        ['--method', 'ffa', '--clip-norm', 'None']
+        >>> flags(Config(rank=4, clip_norm=None))
+        ['--rank', '4', '--clip-norm', 'None']
     """
     default: dict[str, Any] = Config().to_json()
     changed = {key: value for key, value in config.to_json().items() if value != default[key]}

@@ -1,9 +1,9 @@
 """What a run says, passed on to TensorBoard, Weights & Biases, MLflow or Trackio.
 
 A logger opens a run of its own and takes numbers by step; which numbers an event holds is decided
-once, in `numbers`, and bears the names of `summary.json`. Step t is the state after t rounds, and
-the figures of a finished run come last, under `summary/`. Servers, projects and offline modes are
-what each package makes of its own environment variables.
+once, in figures.py. Step t is the state after t rounds, and the figures of a finished run come
+last, under `summary/`. Servers, projects and offline modes are what each package makes of its own
+environment variables.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from plait.config import Config
-from plait.events import Evaluated, Event, RoundDone, Started, summarize
+from plait.events import Evaluated, Event, RoundDone, Started
+from plait.figures import FIGURES, summarize
 from plait.lookup import lookup
-
-if TYPE_CHECKING:
-    pass
+from plait.markdown import markdown_table
 
 Numbers = Mapping[str, float]
-Write = Callable[[int, Numbers], None]
+LogWrite = Callable[[int, Numbers], None]
 """(step, name -> number): puts them into the logger's run."""
-Open = Callable[[Config, str, Path], AbstractContextManager[Write]]
+Open = Callable[[Config, str, Path], AbstractContextManager[LogWrite]]
 """(the run's config, its name, its folder) -> a logger's run, closed when the context is left."""
 
 
@@ -47,34 +44,9 @@ def numbers(event: Event) -> tuple[int, dict[str, float]]:
         >>> step, named["eval/accuracy_client_min"]
         (4, 0.5)
     """
-    match event:
-        case RoundDone():
-            return event.round + 1, _of_round(event)
-        case Evaluated():
-            return event.round + 1, {
-                "eval/accuracy_client_mean": float(np.mean(event.scores)),
-                "eval/accuracy_client_std": float(np.std(event.scores)),
-                "eval/accuracy_client_min": min(event.scores),
-                "eval/accuracy_averaged_model": event.averaged_score,
-                "eval/loss_client_mean": float(np.mean(event.losses)),
-                "eval/loss_averaged_model": event.averaged_loss,
-                "time/eval_seconds": event.seconds,
-            }
-    return 0, {}
-
-
-def _of_round(event: RoundDone) -> dict[str, float]:
-    return {
-        "train/loss_client_mean": float(np.mean(event.train_losses)),
-        "train/loss_client_max": max(event.train_losses),
-        "round/cross_term": float(np.sqrt(sum(layer.cross_term**2 for layer in event.after))),
-        "round/consensus_A": sum(layer.consensus_A for layer in event.after),
-        "round/consensus_B": sum(layer.consensus_B for layer in event.after),
-        "round/rho": event.rho,
-        "round/sent_bytes": event.sent_bytes,
-        "time/train_seconds": event.train_seconds,
-        "time/mix_seconds": event.mix_seconds,
-    }
+    step = event.round + 1 if isinstance(event, RoundDone | Evaluated) else 0
+    there = {k: one for k, one in FIGURES.items() if one.logged and isinstance(event, one.kinds)}
+    return step, {one.logged.format(k): one.value(event) for k, one in there.items()}
 
 
 def logged(
@@ -101,7 +73,7 @@ def logged(
     """
     rows, folder = require(loggers), Path(folder)
     said: list[Event] = []
-    writes: list[Write] = []
+    writes: list[LogWrite] = []
     with ExitStack() as stack:
         for event in events:
             if isinstance(event, Started):  # not before: a config that can't run logs nothing
@@ -113,7 +85,7 @@ def logged(
         _write(writes, config.rounds, _final(summarize(config, said)) if writes else {})
 
 
-def _write(writes: Iterable[Write], step: int, named: Numbers) -> None:
+def _write(writes: Iterable[LogWrite], step: int, named: Numbers) -> None:
     if named:
         for write in writes:
             write(step, named)
@@ -131,13 +103,13 @@ def _final(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _tensorboard(config: Config, _name: str, folder: Path) -> Iterator[Write]:
+def _tensorboard(config: Config, _name: str, folder: Path) -> Iterator[LogWrite]:
     from torch.utils.tensorboard import SummaryWriter
 
     # From step 0 on, what an interrupted run left here gives way to what is said now.
     with SummaryWriter(str(folder / "tensorboard"), purge_step=0) as writer:
-        rows = "\n".join(f"| {key} | {value} |" for key, value in config.to_json().items())
-        writer.add_text("config", f"| setting | value |\n|---|---|\n{rows}")
+        rows = [[key, str(value)] for key, value in config.to_json().items()]
+        writer.add_text("config", markdown_table(["setting", "value"], rows))
 
         def write(step: int, named: Numbers) -> None:
             for tag, number in named.items():
@@ -148,7 +120,7 @@ def _tensorboard(config: Config, _name: str, folder: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def _wandb(config: Config, name: str, folder: Path) -> Iterator[Write]:
+def _wandb(config: Config, name: str, folder: Path) -> Iterator[LogWrite]:
     wandb = importlib.import_module("wandb")
     project = os.environ.get("WANDB_PROJECT", "plait")
     with wandb.init(project=project, name=name, dir=folder, config=config.to_json()) as run:
@@ -158,7 +130,7 @@ def _wandb(config: Config, name: str, folder: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def _mlflow(config: Config, name: str, _folder: Path) -> Iterator[Write]:
+def _mlflow(config: Config, name: str, _folder: Path) -> Iterator[LogWrite]:
     mlflow = importlib.import_module("mlflow")
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "plait"))
     with mlflow.start_run(run_name=name):
@@ -167,7 +139,7 @@ def _mlflow(config: Config, name: str, _folder: Path) -> Iterator[Write]:
 
 
 @contextmanager
-def _trackio(config: Config, name: str, _folder: Path) -> Iterator[Write]:
+def _trackio(config: Config, name: str, _folder: Path) -> Iterator[LogWrite]:
     trackio = importlib.import_module("trackio")
     project = os.environ.get("TRACKIO_PROJECT", "plait")
     trackio.init(project=project, name=name, config=config.to_json())

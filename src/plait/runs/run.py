@@ -17,7 +17,8 @@ from plait.data.objectives import OBJECTIVES
 from plait.engines.job import prepare
 from plait.engines.rounds import Engine, all_rounds
 from plait.engines.simulate import Simulation
-from plait.events import Evaluated, Event, RoundDone, Started, summarize
+from plait.events import Evaluated, Event, RoundDone, Started
+from plait.figures import summarize
 from plait.lookup import lookup
 from plait.model.loading import load_model
 from plait.runs.run_folder import RunFolder, load_events, load_summary

@@ -40,36 +40,20 @@ POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 SIGNATURES = {
     "attention": [POINTER] * 5 + [LONG] * 4 + [INT],
     "gelu": [POINTER] * 2 + [LONG, INT],
-    "arrange": [POINTER] * 2 + [LONG] * 4,
+    "prepack": [POINTER] * 2 + [LONG] * 4,
     "linear": [POINTER] * 4 + [LONG] * 3 + [INT],
     "layers": [POINTER] * 4 + [LONG, POINTER] + [INT] * 2,
     "layers_gradient": [POINTER] * 6 + [LONG, POINTER] + [INT] * 2,
-    "products": [POINTER, LONG] * 2 + [POINTER] * 2 + [LONG] * 3 + [INT] * 2,
-    "sums": [POINTER] + [POINTER, LONG] * 2 + [POINTER] + [LONG] * 3 + [INT],
+    "grouped_matmul": [POINTER, LONG] * 2 + [POINTER] * 2 + [LONG] * 3 + [INT] * 2,
+    "grouped_matmul_t": [POINTER] + [POINTER, LONG] * 2 + [POINTER] + [LONG] * 3 + [INT],
 }
 
 
-def kernels(like: Tensor) -> Kernels | None:
-    """The kernels for arrays of this type on this device, if there are any."""
-    return _kernels(like.dtype) if like.device.type == "cpu" and like.dtype in TYPES else None
-
-
-def frozen_kernels(weight: Tensor) -> Kernels | None:
-    """The kernels for products with a frozen matrix, if there are any.
-
-    They are made for x86's vector units, for float32, and for widths that are multiples of 16. For
-    other machines PyTorch's library knows better, and it has bfloat16's units.
-    """
-    suits = (
-        weight.dtype is torch.float32
-        and torch.backends.cpu.get_cpu_capability() in CPUS
-        and all(width % 16 == 0 for width in weight.shape)
-    )
-    return kernels(weight) if suits else None
-
-
 @functools.cache
-def _kernels(dtype: torch.dtype) -> Kernels | None:
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for arrays of this type on the CPU, if there are any."""
+    if dtype not in TYPES:
+        return None
     compiler = shlex.split(os.environ.get("CC", "cc"))
     given = (*FLAGS, *CPUS.get(torch.backends.cpu.get_cpu_capability(), ()), *TYPES[dtype])
     # Clang's own OpenMP isn't the one that torch brings; then a kernel keeps to one thread.
@@ -125,6 +109,19 @@ class Kernels:
                 getattr(library, name).argtypes = signature
                 getattr(library, name).restype = None
 
+    @staticmethod
+    def suit(weight: Tensor) -> bool:
+        """Whether products with this frozen matrix (d_out, d_in) are for `prepack` and `linear`.
+
+        They are made for x86's vector units, for float32, and for widths that are multiples of 16.
+        For other machines PyTorch's library knows better, and it has bfloat16's units.
+        """
+        return (
+            weight.dtype is torch.float32
+            and torch.backends.cpu.get_cpu_capability() in CPUS
+            and all(width % 16 == 0 for width in weight.shape)
+        )
+
     def attention(
         self, qkv: Tensor, batch: Batch, num_heads: int, grad: Tensor | None = None
     ) -> Tensor:
@@ -138,7 +135,7 @@ class Kernels:
         """
         width = qkv.shape[1] // 3
         out = torch.empty_like(qkv) if grad is not None else qkv.new_empty(len(qkv), width)
-        out[batch.num_tokens :] = 0  # the filler
+        out[batch.num_tokens :] = 0  # the padding
         self._library.attention(
             out.data_ptr(), qkv.data_ptr(), None if grad is None else grad.data_ptr(),
             batch.starts.data_ptr(), batch.lengths.data_ptr(), len(batch.starts),
@@ -152,14 +149,14 @@ class Kernels:
         self._library.gelu(y.data_ptr(), x.data_ptr(), x.numel(), torch.get_num_threads())
         return y
 
-    def arrange(self, W: Tensor) -> Tensor:
+    def prepack(self, W: Tensor) -> Tensor:
         """W (K, N), K and N multiples of 16, in the order in which `linear` and `call` want it."""
         out = torch.empty(W.numel())
-        self._library.arrange(out.data_ptr(), W.data_ptr(), *W.stride(), *W.shape)
+        self._library.prepack(out.data_ptr(), W.data_ptr(), *W.stride(), *W.shape)
         return out
 
     def linear(self, x: Tensor, W: Tensor, bias: Tensor | None, N: int) -> Tensor:
-        """X W + bias, or without a bias x W, with W arranged: (T, K) -> (T, N)."""
+        """X W + bias, or without a bias x W, with W prepacked: (T, K) -> (T, N)."""
         out = x.new_empty(len(x), N)
         self.call("linear", out, x, W, bias, len(x), N, x.shape[1], torch.get_num_threads())
         return out
@@ -176,18 +173,20 @@ class Kernels:
         )  # fmt: skip
         getattr(self._library, name)(*given)
 
-    def products(self, out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False) -> None:
+    def grouped_matmul(
+        self, out: Tensor, x: Tensor, W: Tensor, batch: Batch, add: bool = False
+    ) -> None:
         """Out = x W, or out += x W, each client's tokens times its own: (T, K), (n, K, N)."""
         _, K, N = W.shape
-        self._library.products(
+        self._library.grouped_matmul(
             out.data_ptr(), out.stride(0), x.data_ptr(), x.stride(0), W.data_ptr(),
             batch.bounds.data_ptr(), batch.num_clients, K, N, add, torch.get_num_threads(),
         )  # fmt: skip
 
-    def sums(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
+    def grouped_matmul_t(self, x: Tensor, y: Tensor, batch: Batch) -> Tensor:
         """(n, M, N) float32, each client's x^T y of its own tokens: (T, M), (T, N)."""
         out = torch.empty(batch.num_clients, x.shape[1], y.shape[1])
-        self._library.sums(
+        self._library.grouped_matmul_t(
             out.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0),
             batch.bounds.data_ptr(), *out.shape, torch.get_num_threads(),
         )  # fmt: skip

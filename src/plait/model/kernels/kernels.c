@@ -386,7 +386,7 @@ static void normalise_gradient(float *to, const float *g, const float *x, struct
 }
 
 /* A frozen matrix (K, N) as `frozen` reads it: a panel of three registers' columns, then the next. */
-void arrange(float *to, const float *W, long row, long column, long K, long N) {
+void prepack(float *to, const float *W, long row, long column, long K, long N) {
     for (long n = 0; n < N; n += 3 * LANES)
         for (long k = 0, width = smaller(3 * LANES, N - n); k < K; k++)
             for (long j = 0; j < width; j++) *to++ = W[k * row + (n + j) * column];
@@ -410,7 +410,7 @@ static void multiply(float *C, long row, long M, long N, const float *other) {
 
 enum after { NOTHING, GELU, TIMES };
 
-/* C = first + A B, B arranged; then C = GELU(C), with the derivative to `other` if there is one, or
+/* C = first + A B, B prepacked; then C = GELU(C), with the derivative to `other` if there is one, or
  * C *= other, which lies in the order in which it was computed. */
 static void frozen(long M, long N, long K, const float *A, long row_A, const float *B, float *C,
                    long row_C, const float *first, long row_first, enum after after, float *other) {
@@ -433,7 +433,7 @@ INLINE long together(long T, int threads) {
     return smaller(384, (T / threads + TALL) / TALL * TALL);
 }
 
-/* out = x W + bias, or without a bias x W; W arranged. */
+/* out = x W + bias, or without a bias x W; W prepacked. */
 void linear(float *out, const float *x, const float *W, const float *bias, long T, long N, long K,
             int threads) {
     long rows = together(T, threads);
@@ -443,7 +443,7 @@ void linear(float *out, const float *x, const float *W, const float *bias, long 
     }
 }
 
-/* A layer's frozen weights: matrices arranged for the forward pass and for the backward pass, H heads.
+/* A layer's frozen weights: matrices prepacked for the forward pass and for the backward pass, H heads.
  * LoRA sits at `count` of query, key and value, which `part` numbers; `place` numbers all its places. */
 struct layer {
     const float *qkv, *qkv_back, *qkv_bias, *merge, *merge_back, *merge_bias;
@@ -705,7 +705,7 @@ void layers_gradient(const struct adapters *grads, const float *gradient, const 
 #endif
 
 /* Each client's tokens times its own matrix: out = x W, or out += x W, (T, K) and (n, K, N) -> (T, N). */
-void products(number *out, long row_out, const number *x, long row_x, const number *W,
+void grouped_matmul(number *out, long row_out, const number *x, long row_x, const number *W,
               const int64_t *bounds, long n, long K, long N, int add, int threads) {
     long blocks = 0, width = whole(N), depth = whole(K);
     for (long i = 0; i < n; i++)
@@ -727,7 +727,7 @@ void products(number *out, long row_out, const number *x, long row_x, const numb
 }
 
 /* For each client the sum of its tokens' outer products: out = x^T y, (T, M) and (T, N) -> (n, M, N). */
-void sums(float *out, const number *x, long row_x, const number *y, long row_y, const int64_t *bounds,
+void grouped_matmul_t(float *out, const number *x, long row_x, const number *y, long row_y, const int64_t *bounds,
           long n, long M, long N, int threads) {
     long blocks = (N + BLOCK - 1) / BLOCK, height = whole(M);
     PARALLEL {

@@ -1,0 +1,166 @@
+"""The figures of a run, each defined once: how an event has it, and how it is summed up and shown.
+
+`summary.json`, loggers, tables, charts and docs all loop over `FIGURES`. Those over layers are of
+all adapted layers together; `accuracy_...` is in the task's own metric, whatever that is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from plait.config import Config
+from plait.events import KINDS, Evaluated, Event, Incident, RoundDone, Started, releases
+from plait.metrics import LayerState
+from plait.privacy import spent
+
+Value = Callable[[Any], float]
+"""A figure of one event."""
+TAKES: dict[str, Callable[[Value, Sequence[Sequence[Event]]], float]] = {
+    "first": lambda value, events: value(events[0][0]),
+    "last": lambda value, events: value(events[-1][-1]),
+    "sum": lambda value, events: sum(sum(map(value, kind)) for kind in events),
+}
+"""How the summary takes a figure from the events that have it, kind by kind."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of `FIGURES`; in `head` and `unit`, `{metric}` stands for the task's metric.
+
+    Attributes:
+        title: Its name for people.
+        value: It, of one event; NaN of a peer, which sees itself alone and not all clients.
+        kinds: The events that have it.
+        take: One of `TAKES`; empty where the summary has it not.
+        logged: Its name for loggers, `{}` standing for its own; empty where it isn't logged.
+        head: Its column in tables.
+        form: How tables write it.
+        scale: What one unit of `head` is.
+        unit: Its axis in a chart of its own.
+        log: Whether it spans orders of magnitude.
+    """
+
+    title: str
+    value: Value
+    kinds: tuple[type[Event], ...] = (RoundDone,)
+    take: str = ""
+    logged: str = ""
+    head: str = ""
+    form: str = ".3f"
+    scale: float = 1
+    unit: str = ""
+    log: bool = False
+
+    def shown(self, value: float) -> str:
+        """A number of it as a cell of a table; nothing for NaN."""
+        return "" if math.isnan(value) else f"{value / self.scale:{self.form}}"
+
+
+def seconds(event: Event) -> float:
+    """What an event took, in seconds."""
+    if isinstance(event, RoundDone):
+        return event.train_seconds + event.mix_seconds
+    return 0.0 if isinstance(event, Incident) else event.seconds
+
+
+def _over_layers(value: Callable[[LayerState], float]) -> Value:
+    return lambda event: sum(map(value, event.after)) if event.after else math.nan
+
+
+_squared_cross_terms = _over_layers(lambda layer: layer.cross_term**2)
+_setting = partial(Figure, kinds=(Started,), take="first")
+_evaluated = partial(Figure, kinds=(Evaluated,), take="last", logged="eval/{}")
+_distance = partial(Figure, take="last", logged="round/{}", form=".2g", log=True)
+_time = partial(Figure, take="sum", logged="time/{}")
+
+FIGURES: dict[str, Figure] = {
+    "majority": _setting("Always giving the same answer", lambda e: e.majority),
+    "accuracy_client_mean": _evaluated(
+        "Clients' own models", lambda e: float(np.mean(e.scores)),
+        head="{metric}", unit="{metric}, client mean",
+    ),
+    "accuracy_client_std": _evaluated(
+        "Standard deviation over clients", lambda e: float(np.std(e.scores))
+    ),
+    "accuracy_client_min": _evaluated(
+        "Worst client", lambda e: min(e.scores), head="worst", unit="{metric}, worst client"
+    ),
+    "accuracy_averaged_model": _evaluated(
+        "Averaged model", lambda e: e.averaged_score,
+        head="averaged", unit="{metric}, of the mean factors",
+    ),
+    "loss_client_mean": _evaluated(
+        "Loss", lambda e: float(np.mean(e.losses)), head="loss", unit="held-out loss, client mean"
+    ),
+    "loss_averaged_model": _evaluated("Loss of the averaged model", lambda e: e.averaged_loss),
+    "train_loss_client_mean": Figure(
+        "Training loss", lambda e: float(np.mean(e.train_losses)), logged="train/loss_client_mean"
+    ),
+    "train_loss_client_max": Figure(
+        "Highest training loss", lambda e: max(e.train_losses), logged="train/loss_client_max"
+    ),
+    "cross_term": _distance(
+        "Cross term after mixing", lambda e: math.sqrt(_squared_cross_terms(e)),
+        head="cross term", unit="‖C‖<sub>F</sub>, all layers",
+    ),
+    "consensus_A": _distance(
+        "Ξ of A", _over_layers(lambda layer: layer.consensus_A), head="Ξ of A"
+    ),
+    "consensus_B": _distance(
+        "Ξ of B", _over_layers(lambda layer: layer.consensus_B), head="Ξ of B"
+    ),
+    "apart": Figure(
+        "Disagreement after mixing",
+        _over_layers(lambda layer: layer.consensus_A + layer.consensus_B),
+        unit="Ξ<sub>A</sub> + Ξ<sub>B</sub>, all layers", log=True,
+    ),
+    "rho": _setting("Disagreement that a round leaves, at worst", lambda e: e.rho),
+    "rho_of_round": Figure("The same of this round", lambda e: e.rho, logged="round/rho"),
+    "sent_bytes": Figure(
+        "Sent by all clients", lambda e: e.sent_bytes, take="sum", logged="round/{}",
+        head="MB sent", form=".1f", scale=1e6,
+    ),
+    "worker_bytes": Figure(
+        "What a cluster's workers handed each other", lambda e: e.worker_bytes, take="sum"
+    ),
+    "train_seconds": _time("Local training", lambda e: e.train_seconds),
+    "mix_seconds": _time("Mixing", lambda e: e.mix_seconds),
+    "eval_seconds": _time("Evaluation", seconds, (Evaluated,)),
+    "wall_seconds": _time(
+        "All of it, preparing included", seconds, (Started, RoundDone, Evaluated),
+        logged="", head="seconds", form=".0f",
+    ),
+}  # fmt: skip
+"""Name -> figure, in the order of `summary.json`."""
+
+
+def taken(events: Sequence[Event]) -> dict[str, float]:
+    """Name -> figure of a run as the summary takes it; without those whose events are missing."""
+    there: dict[type[Event], list[Event]] = {
+        kind: [event for event in events if isinstance(event, kind)] for kind in KINDS.values()
+    }
+    return {
+        name: TAKES[one.take](one.value, [there[kind] for kind in one.kinds])
+        for name, one in FIGURES.items()
+        if one.take and all(there[kind] for kind in one.kinds)
+    }
+
+
+def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
+    """What `summary.json` holds of a finished run: settings, figures, and spent privacy."""
+    events = list(events)
+    rounds = [event for event in events if isinstance(event, RoundDone)]
+    settings = ("method", "task", "seed", "rounds", "clients", "topology")
+    return {
+        **{name: getattr(config, name) for name in settings},
+        "metric": next(e.metric for e in events if isinstance(e, Started)),
+        **taken(events),
+        "config_digest": config.digest(),
+        **spent(config, releases(rounds)),
+    }

@@ -1,0 +1,111 @@
+"""Who gets to call a peer at all, and how many calls at a time: in front of every method.
+
+A call of somebody who is no member ends before any of it is read, and so does one above its
+caller's quota. Both end with a status alone: that is not subject to the caller's flow control, so
+nobody holds a call open by not reading. What a member's call holds counts until it has really
+ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from typing import Any, NoReturn
+
+import grpc
+from grpc import aio
+
+from plait.peers.refusals import Reason
+
+Names = frozenset[str] | None
+"""The names in a certificate; None where there is no TLS."""
+
+OPEN_CALLS = 4
+"""Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
+
+HANDSHAKE_S = 5.0
+"""Longest that a connection may take to show a certificate."""
+
+IDLE_S = 300.0
+"""Connections without a call for so long are closed; a peer that has one to make opens another."""
+
+STATUS = {
+    Reason.WRONG_SENDER: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.NO_ANSWER: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""How a refusal is said where there is no message to say it in."""
+
+REASONS = {status: reason for reason, status in STATUS.items()}
+
+
+class Guard(aio.ServerInterceptor):  # type: ignore[misc]
+    """Membership and quota for every method that the server has; others it has none of."""
+
+    def __init__(
+        self,
+        members: Collection[str],
+        certified: Callable[[Any], Names],
+        call_timeout_s: float,
+        refused: Callable[[str, Reason, str], None],
+    ) -> None:
+        """Of one server.
+
+        Args:
+            members: Who may call.
+            certified: Context of a call -> the names in the caller's certificate.
+            call_timeout_s: The longest that a call may last.
+            refused: Told (caller, reason, detail) of each refusal.
+        """
+        self._members, self._certified = frozenset(members), certified
+        self._call_timeout_s, self._refused = call_timeout_s, refused
+        self._open: Counter[str] = Counter()
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """The same method, behind this guard."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        return grpc.stream_stream_rpc_method_handler(partial(self._guarded, handler.stream_stream))
+
+    async def _guarded(
+        self, method: Callable[[Any, Any], Awaitable[None]], stream: Any, context: Any
+    ) -> None:
+        names = self._certified(context)
+        caller = "|".join(sorted(names or ())) or str(context.peer())
+        if names is not None and not names & self._members:
+            await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
+        if self._open[caller] >= OPEN_CALLS:
+            detail = f"more than {OPEN_CALLS} calls at a time"
+            await self._end(context, caller, Reason.BUSY, detail)
+        self._open[caller] += 1
+        context.add_done_callback(partial(self._close, caller))
+        try:
+            async with asyncio.timeout(self._call_timeout_s):
+                await method(stream, context)
+        except TimeoutError:
+            await self._end(context, caller, Reason.NO_ANSWER, "the call did not end in time")
+
+    async def _end(self, context: Any, caller: str, reason: Reason, detail: str) -> NoReturn:
+        self._refused(caller, reason, detail)
+        await context.abort(STATUS[reason], detail)
+        raise AssertionError("abort raises")
+
+    def _close(self, caller: str, _context: Any) -> None:
+        self._open[caller] -= 1
+        self._open += Counter()  # forget who has none open
+
+
+def raise_descriptor_limit() -> None:
+    """Take as many file descriptors as the system gives; the usual limit is made for programs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def most_connections() -> int:
+    """Connections that strangers and members may hold: half of what this process can open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, min(soft, 1 << 16) // 2) if soft != resource.RLIM_INFINITY else 1 << 15

@@ -1,0 +1,98 @@
+"""Figures by definition, in words of their own, and that nobody else computes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plait
+from fake_runs import events
+from plait.config import Config
+from plait.events import Evaluated, RoundDone, Started
+from plait.figures import FIGURES, TAKES, summarize, taken
+from plait.metrics import LayerState
+from plait.runs.loggers import numbers
+
+CONFIG = Config(clients=4, rounds=3)
+SAID = list(events(CONFIG, 0.8))
+ROUND, EVALUATION = SAID[-2], SAID[-1]
+KEYS = [
+    "method", "task", "seed", "rounds", "clients", "topology", "metric", "majority",
+    "accuracy_client_mean", "accuracy_client_std", "accuracy_client_min",
+    "accuracy_averaged_model", "loss_client_mean", "loss_averaged_model", "cross_term",
+    "consensus_A", "consensus_B", "rho", "sent_bytes", "worker_bytes", "train_seconds",
+    "mix_seconds", "eval_seconds", "wall_seconds", "config_digest",
+]  # fmt: skip
+LOGGED = {
+    "train/loss_client_mean", "train/loss_client_max", "round/cross_term", "round/consensus_A",
+    "round/consensus_B", "round/rho", "round/sent_bytes", "time/train_seconds",
+    "time/mix_seconds", "eval/accuracy_client_mean", "eval/accuracy_client_std",
+    "eval/accuracy_client_min", "eval/accuracy_averaged_model", "eval/loss_client_mean",
+    "eval/loss_averaged_model", "time/eval_seconds",
+}  # fmt: skip
+
+
+def of_event(event) -> dict[str, float]:
+    return {k: one.value(event) for k, one in FIGURES.items() if isinstance(event, one.kinds)}
+
+
+def test_layers_are_put_together_by_definition():
+    layers = [LayerState("a", 1.0, 2.0, 3.0, 0, 0, 0), LayerState("b", 0.5, 0.25, 4.0, 0, 0, 0)]
+    found = of_event(dataclasses.replace(ROUND, after=layers))
+    assert found["cross_term"] == 5
+    assert (found["consensus_A"], found["consensus_B"], found["apart"]) == (1.5, 2.25, 3.75)
+
+
+def test_a_peer_that_sees_itself_alone_knows_no_distances():
+    found = of_event(dataclasses.replace(ROUND, after=[]))
+    unknown = {name for name, value in found.items() if math.isnan(value)}
+    assert unknown == {"cross_term", "consensus_A", "consensus_B", "apart"}
+    assert FIGURES["cross_term"].shown(math.nan) == ""
+
+
+def test_a_summary_takes_the_last_of_states_and_the_sum_of_costs():
+    found = taken(SAID)
+    assert found["accuracy_client_mean"] == np.mean(EVALUATION.scores)
+    assert found["accuracy_client_std"] == np.std(EVALUATION.scores)
+    assert found["sent_bytes"] == 3 * ROUND.sent_bytes
+    assert found["train_seconds"] == 3 * ROUND.train_seconds
+    # Preparing takes 1 s, a round 2 s, an evaluation half of one.
+    assert found["wall_seconds"] == 1 + 3 * 2 + 4 * 0.5
+
+
+def test_what_nothing_was_said_of_is_left_out():
+    assert set(taken(SAID[:1])) == {"majority", "rho"}
+    assert taken(SAID[:2])["accuracy_client_min"] == pytest.approx(0.4)
+
+
+def test_the_names_of_the_summary_and_of_loggers_stay():
+    assert list(summarize(CONFIG, SAID)) == KEYS
+    assert {name for event in SAID for name in numbers(event)[1]} == LOGGED
+
+
+def test_every_figure_is_of_an_event_and_has_a_use():
+    for name, one in FIGURES.items():
+        assert one.title, name
+        assert set(one.kinds) <= {Started, RoundDone, Evaluated}
+        assert one.take or one.logged or one.unit, name
+        assert one.take in ("", *TAKES)
+
+
+def test_a_cell_has_the_unit_of_its_column():
+    assert FIGURES["sent_bytes"].shown(12_345_678) == "12.3"
+    assert FIGURES["cross_term"].shown(0.01234) == "0.012"
+    assert FIGURES["wall_seconds"].shown(61.4) == "61"
+
+
+@pytest.mark.parametrize("name", ["cross_term", "consensus_A", "consensus_B"])
+def test_nobody_else_puts_layers_together(name):
+    root = Path(plait.__file__).parent
+    using = {
+        path.name for path in root.rglob("*.py") if re.search(rf"\w\.{name}\b", path.read_text())
+    }
+    assert using == {"figures.py"}
