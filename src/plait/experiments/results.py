@@ -7,10 +7,7 @@ settings of a row are those of its comparison. Runs of the search are rows of th
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +16,13 @@ from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
 from plait.machine.files import write_atomically
-from plait.runs.run_folder import load_summary
+from plait.runs.run_folder import MADE_BY, load_summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RESULTS = "results.parquet"
-FAILURE, MADE_BY = "failure.json", "made-by.json"
+FAILURE = "failure.json"
 IN_SUMMARY = tuple(name for name, one in FIGURES.items() if one.take)
 
 
@@ -56,8 +53,8 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
             continue
         failure = said.failure
         cell.folder.mkdir(parents=True, exist_ok=True)
-        name, kept = (FAILURE, vars(failure)) if failure else (MADE_BY, {"version": code_version()})
-        write_atomically(cell.folder / name, json.dumps(kept) + "\n")
+        if failure:
+            write_atomically(cell.folder / FAILURE, json.dumps(vars(failure)) + "\n")
         yield cell
 
 
@@ -77,17 +74,6 @@ def failures(sweep: Sweep) -> list[str]:
     ]
     lost = {method: None for plan in sweep.plans for method in sweep.lost(plan)}
     return lines + [f"{method}: no learning rate of its search finished" for method in lost]
-
-
-@cache
-def code_version() -> str:
-    """The version of plait, and in a clone of its repository the commit, `-dirty` if changed."""
-    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return version("plait")
-    return f"{version('plait')}+{commit}"
 
 
 # -- the table
