@@ -23,6 +23,7 @@ class Started:
         objective: What is learned, a key of `OBJECTIVES`.
         label_names: The classes; empty where the objective has none.
         label_counts: (N, C) rows of each class at each client; (N, 1) without classes.
+            A peer with rows of its own doesn't know the others' and has 0 there.
         majority: Score of always answering the most frequent class of the evaluated split; 0
             for metrics other than accuracy.
         parameters: Factor name -> parameters of one client.

@@ -10,6 +10,7 @@ it sent in the round before is saved with it: a neighbour may not have had it ye
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import secrets
@@ -417,7 +418,15 @@ def check_members(federation: Federation) -> None:
 def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
     own = own_task(federation, settings)
-    return prepare(settings.apply(federation.config), settings.machine, own)
+    job = prepare(settings.apply(federation.config), settings.machine, own)
+    return job if own is None else counting_alone(job, federation.index(settings.name))
+
+
+def counting_alone(job: Job, me: int) -> Job:
+    """The job of a peer with rows of its own, which knows no other's label counts: they are 0."""
+    counts = job.started.label_counts
+    known = [row if k == me else [0] * len(row) for k, row in enumerate(counts)]
+    return dataclasses.replace(job, started=dataclasses.replace(job.started, label_counts=known))
 
 
 def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
