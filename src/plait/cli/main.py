@@ -20,8 +20,8 @@ from plait.cli import doctor as cli_doctor
 from plait.cli import lists as cli_lists
 from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
-from plait.cli import sweep as cli_sweep
 from plait.cli import runs as cli_runs
+from plait.cli import sweep as cli_sweep
 from plait.cli.arguments import Flag, Names, Start, defaults, parse, say_preparing, split, start_of
 from plait.config import Config
 from plait.data.sources import check_files

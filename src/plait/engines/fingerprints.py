@@ -1,4 +1,4 @@
-"""What a run read, as hashes: so that it isn't resumed, or its old result shown, with anything else.
+"""What a run read, as hashes: so that it is not resumed, or its old result shown, with other files.
 
 A config names files; what was in them is part of a run as well. Texts, labels and keys are hashed
 as they were understood, graphs and label mixtures as files. Of weights, which may be gigabytes,
