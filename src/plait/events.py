@@ -30,6 +30,8 @@ class Started:
         rho: Of the topology: how much of the disagreement survives a round, in [0, 1].
         eval_every: Rounds between evaluations; 0 for none but before the first and after the last.
         eval_rows: On how many rows, between those two.
+        held_out_rows: Rows of the evaluated split, all of which are judged after the last round; 0
+            in runs of an older plait.
         device: Where it computes.
         seconds: Time to prepare.
     """
@@ -44,6 +46,7 @@ class Started:
     rho: float
     eval_every: int = 1
     eval_rows: int = 0
+    held_out_rows: int = 0
     device: str
     seconds: float
 

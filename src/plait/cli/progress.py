@@ -35,7 +35,10 @@ class Line:
     Attributes:
         rounds: Rounds of each of its runs.
         evaluating: Whether the latest run is busy with an evaluation.
-        rows: The rows of all its evaluations but the last, whose rows are all there are.
+        every: Rounds between evaluations; 0 for none.
+        rows: The rows of all evaluations but the last.
+        all_rows: The rows of the last one.
+        models: Models that are evaluated: the clients' and the averaged one.
     """
 
     rounds: int
@@ -44,6 +47,8 @@ class Line:
     evaluating: bool = False
     every: int = 1
     rows: int = 0
+    all_rows: int = 0
+    models: int = 1
     active: str = ""
     metric: str = "accuracy"
     majority: float = 0.0
@@ -56,11 +61,14 @@ class Line:
                 self.runs, self.round, self.evaluated = self.runs + 1, 0, None
                 self.metric, self.majority = event.metric, event.majority
                 self.every, self.rows, self.evaluating = event.eval_every, event.eval_rows, True
+                self.all_rows, self.models = event.held_out_rows, len(event.label_counts) + 1
             case RoundDone():
                 self.round, self.active = event.round + 1, event.active
                 self.evaluating = self.schedule.after(event.round)
             case Evaluated():
                 self.evaluated, self.evaluating = event, False
+                self.rows = self.rows or event.rows
+                self.all_rows = max(self.all_rows, self.rows)
 
     @property
     def schedule(self) -> EvalSchedule:
@@ -71,6 +79,12 @@ class Line:
     def evaluations(self) -> int:
         """Evaluations of each of its runs: one before the first round, and those after rounds."""
         return 1 + sum(map(self.schedule.after, range(self.rounds)))
+
+    @property
+    def eval_work(self) -> int:
+        """Rows that each of its runs evaluates, of all models; at the start these are all alike."""
+        between = self.rows * (self.evaluations - 2)
+        return self.rows + self.models * (between + self.all_rows)
 
     @property
     def doing(self) -> str:
@@ -106,8 +120,8 @@ class View:
         done: Rounds done in all runs.
         evaluations: Evaluations done in all runs.
         seconds: What rounds took, and preparing.
-        eval_seconds: What evaluations took, but for those before the first round.
-        late_evaluations: How many those were.
+        eval_seconds: What evaluations took.
+        eval_work: Rows that they judged, of all models.
         clock: Tells the time in seconds.
     """
 
@@ -119,8 +133,7 @@ class View:
     evaluations: int = 0
     seconds: float = 0.0
     eval_seconds: float = 0.0
-    late_evaluations: int = 0
-    first_seconds: float = 0.0
+    eval_work: int = 0
     clock: Callable[[], float] = time.monotonic
     _seen_s: float = 0.0
 
@@ -133,11 +146,8 @@ class View:
             self.seconds += seconds(event)
             return
         self.evaluations += 1
-        if event.round >= 0:
-            self.late_evaluations += 1
-            self.eval_seconds += event.seconds
-        elif not self.first_seconds:  # of one model: at the start all clients' are the same
-            self.first_seconds = event.seconds * (len(event.scores) + 1)
+        self.eval_seconds += event.seconds
+        self.eval_work += event.rows * (1 if event.round < 0 else self.lines[label].models)
 
     @property
     def all_rounds(self) -> int:
@@ -146,26 +156,28 @@ class View:
 
     @property
     def all_evaluations(self) -> int:
-        """Evaluations of all runs together; of a label that has not begun, as many as of others."""
-        begun = {label: line.evaluations for label, line in self.lines.items()}
-        usual = max(begun.values(), default=2)
+        """Evaluations of all runs together."""
+        return self._in_all(lambda line: line.evaluations)
+
+    def _in_all(self, of: Callable[[Line], int]) -> int:
+        """A number of each run, over all runs; a label that has not begun has as much as others."""
+        begun = {label: of(line) for label, line in self.lines.items()}
+        usual = max(begun.values(), default=0)
         return sum(runs * begun.get(label, usual) for label, runs in self.planned.items())
 
     @property
     def left(self) -> str:
         """The time left, at the pace so far; never none while there is something to do."""
         rounds = max(0, self.all_rounds - self.done)
-        evaluations = max(0, self.all_evaluations - self.evaluations)
         if not self.done:
             return "-:--:--"
-        each = self.first_seconds
-        if self.late_evaluations:
-            each = self.eval_seconds / self.late_evaluations
-        total = (rounds * self.seconds / self.done + evaluations * each) / self.at_once
-        if not rounds + evaluations:
+        if not rounds and self.evaluations >= self.all_evaluations:
             return "0:00:00"
+        work = max(0, self._in_all(lambda line: line.eval_work) - self.eval_work)
+        total = rounds * self.seconds / self.done
+        total += work * self.eval_seconds / max(1, self.eval_work)
         since = self.clock() - self._seen_s
-        return str(timedelta(seconds=max(1, round(total - since))))
+        return str(timedelta(seconds=max(1, round(total / self.at_once - since))))
 
     def plain(self, label: str) -> str:
         """The latest evaluation of a label in one line."""

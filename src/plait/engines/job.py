@@ -196,6 +196,7 @@ def _first_event(
         rho=rho_of(config),
         eval_every=schedule.every or 0,
         eval_rows=schedule.rows or len(materials.held_out),
+        held_out_rows=len(materials.held_out),
         device=str(backbone.device),
         seconds=time.perf_counter() - begin,
     )

@@ -43,7 +43,8 @@ def listed(top: Path) -> list[Listed]:
     Raises:
         ValueError: There is none.
     """
-    found = sorted((_read(path) for path in _folders(top)), key=lambda one: one.changed_s)
+    read = [one for path in _folders(top) if (one := _read(path))]
+    found = sorted(read, key=lambda one: one.changed_s)
     if not found:
         raise ValueError(f"There is no run in {top}; `plait run --out` makes one.")
     return found
@@ -91,7 +92,12 @@ def _folders(top: Path) -> Iterator[Path]:
             inside[:] = sorted(name for name in inside if name not in NOT_RUNS)
 
 
-def _read(path: Path) -> Listed:
+def _read(path: Path) -> Listed | None:
+    """None of a folder with settings that this plait doesn't know."""
+    try:
+        config = Config.from_json(json.loads((path / "config.json").read_text()))
+    except ValueError:
+        return None
     done, metric, score = 0, "", None
     for event in _events(path / "events.jsonl"):
         metric = event.get("metric", metric)
@@ -101,7 +107,7 @@ def _read(path: Path) -> Listed:
             score = sum(event["scores"]) / len(event["scores"])
     return Listed(
         path=path,
-        config=Config.from_json(json.loads((path / "config.json").read_text())),
+        config=config,
         rounds_done=done,
         state="finished" if (path / "summary.json").is_file() else "begun",
         metric=metric,
