@@ -16,6 +16,7 @@ from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
 from plait.machine.files import write_atomically
+from plait.runs.made_by import code_version
 from plait.runs.run_folder import MADE_BY, load_summary
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
         cell.folder.mkdir(parents=True, exist_ok=True)
         if failure:
             write_atomically(cell.folder / FAILURE, json.dumps(vars(failure)) + "\n")
+        elif not (cell.folder / MADE_BY).is_file():  # begun by an older plait
+            text = json.dumps({"version": code_version()}) + "\n"
+            write_atomically(cell.folder / MADE_BY, text)
         yield cell
 
 
