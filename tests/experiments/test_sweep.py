@@ -448,3 +448,13 @@ def test_combinations_that_run_the_same_are_one(tmp_path):
     assert [(plan.config.topology, plan.config.p) for plan in plans] == [
         ("ring", 0.5), ("pairs", 0.5), ("pairs", 0.1),
     ]  # fmt: skip
+
+
+def test_a_sweep_does_not_go_on_with_other_rows(monkeypatch, tmp_path, capsys):
+    fake(monkeypatch)
+    written(tmp_path)
+    assert swept(tmp_path) == 0
+    run = next((tmp_path / "out" / "tuning").iterdir())
+    (run / "fingerprints.json").write_text('{"training rows": "others"}')
+    assert swept(tmp_path) == 1
+    assert "have changed: training rows" in capsys.readouterr().err

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.engines.fingerprints import fingerprints
 from plait.experiments.executors import CellEnded, Executor, Failure
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
 from plait.machine.files import write_atomically
 from plait.runs.made_by import code_version
-from plait.runs.run_folder import MADE_BY, load_summary
+from plait.runs.run_folder import MADE_BY, RunFolder, load_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +47,14 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
 
     Yields:
         Each when it has ended; its folder then says how.
+
+    Raises:
+        ValueError: What a finished run read has changed since: the others would read something else.
     """
+    for cell in cells:
+        if state(cell)[0] == "finished":
+            folder = RunFolder(cell.folder, cell.config.rounds)
+            folder.check(partial(fingerprints, cell.config))
     todo = waiting(cells)
     for cell in todo:
         (cell.folder / FAILURE).unlink(missing_ok=True)
