@@ -49,7 +49,7 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
         Each when it has ended; its folder then says how.
 
     Raises:
-        ValueError: What a finished run read has changed since: the others would read something else.
+        ValueError: What a finished run read has changed since: the others would read other things.
     """
     for cell in cells:
         if state(cell)[0] == "finished":
