@@ -23,12 +23,15 @@ class Started:
         objective: What is learned, a key of `OBJECTIVES`.
         label_names: The classes; empty where the objective has none.
         label_counts: (N, C) rows of each class at each client; (N, 1) without classes.
+            A peer with rows of its own doesn't know the others' and has 0 there.
         majority: Score of always answering the most frequent class of the evaluated split; 0
             for metrics other than accuracy.
         parameters: Factor name -> parameters of one client.
         rho: Of the topology: how much of the disagreement survives a round, in [0, 1].
         eval_every: Rounds between evaluations; 0 for none but before the first and after the last.
         eval_rows: On how many rows, between those two.
+        held_out_rows: Rows of the evaluated split, all of which are judged after the last round; 0
+            in runs of an older plait.
         device: Where it computes.
         seconds: Time to prepare.
     """
@@ -43,6 +46,7 @@ class Started:
     rho: float
     eval_every: int = 1
     eval_rows: int = 0
+    held_out_rows: int = 0
     device: str
     seconds: float
 

@@ -152,6 +152,14 @@ def taken(events: Sequence[Event]) -> dict[str, float]:
     }
 
 
+def remarks(events: Iterable[Event]) -> list[str]:
+    """What is to be said of a run beside its figures, a sentence each."""
+    rounds = [event for event in events if isinstance(event, RoundDone)]
+    if rounds and not any(event.edges for event in rounds):
+        return ["Nobody met anybody in any round, so each client trained alone."]
+    return []
+
+
 def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
     """What `summary.json` holds of a finished run: settings, figures, and spent privacy."""
     events = list(events)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from plait.cli.main import COMMANDS, main
 from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
+from plait.events import RoundDone
+from plait.figures import remarks
 from plait.methods import METHODS
 from plait.mixing import MIXES
 from plait.presets import PRESETS, build_preset, start_from
 from plait.runs import run as runs
+from plait.runs.run_folder import load_run
 from plait.topology import TOPOLOGIES
 
 QUICK = [
@@ -286,6 +290,34 @@ def test_a_finished_run_goes_on_with_more_rounds(capsys, finished, data, tmp_pat
     assert "other settings (rounds)" in complaint(capsys, ["run", *more, "--rounds=1"])
     (out / "checkpoint.safetensors").unlink()
     assert "without its last state" in complaint(capsys, ["run", *more, "--rounds=3"])
+
+
+def test_resume_takes_the_settings_of_the_folder(capsys, finished, tmp_path):
+    out = tmp_path / "more"
+    shutil.copytree(finished, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["run", "--resume", f"--out={out}"]) == 0
+    assert capsys.readouterr().out.startswith("preparing: file, 2 clients, minilm")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert "other settings (lr)" in complaint(
+        capsys, ["run", "--resume", f"--out={out}", "--lr=0.5"]
+    )
+    assert main(["run", "--resume", f"--out={out}", "--rounds=2", "--device=cpu"]) == 0
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 2
+
+
+def test_a_comparison_does_not_go_on_in_a_runs_folder(capsys, finished, data):
+    before = (finished / "summary.json").read_bytes()
+    line = complaint(capsys, ["compare", *data, f"--out={finished}", "--resume"])
+    assert "holds no comparison" in line
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_a_run_in_which_nobody_met_says_so(finished):
+    _, events, _ = load_run(finished)
+    assert remarks(events) == []
+    alone = [replace(e, edges=[]) if isinstance(e, RoundDone) else e for e in events]
+    assert remarks(alone) == ["Nobody met anybody in any round, so each client trained alone."]
 
 
 def test_a_finished_run_is_logged_whole(capsys, finished, data):

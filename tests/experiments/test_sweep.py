@@ -434,3 +434,27 @@ def test_failures_are_none_where_nothing_failed(monkeypatch, tmp_path):
     sweep = grid(tmp_path)
     assert swept(tmp_path) == 0
     assert failures(sweep) == []
+
+
+def test_an_axis_that_changes_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="axes: p makes no difference"):
+        grid(tmp_path, GRID.replace("clients = 4", 'clients = 4\ntopology = "ring"'))
+
+
+def test_combinations_that_run_the_same_are_one(tmp_path):
+    axes = 'topology = ["ring", "pairs"]\np = [0.5, 0.1]'
+    text = GRID.replace("p = [0.5, 0.1]\nswitch_every = [3, 1]", axes)
+    plans = grid(tmp_path, text).plans
+    assert [(plan.config.topology, plan.config.p) for plan in plans] == [
+        ("ring", 0.5), ("pairs", 0.5), ("pairs", 0.1),
+    ]  # fmt: skip
+
+
+def test_a_sweep_does_not_go_on_with_other_rows(monkeypatch, tmp_path, capsys):
+    fake(monkeypatch)
+    written(tmp_path)
+    assert swept(tmp_path) == 0
+    run = next((tmp_path / "out" / "tuning").iterdir())
+    (run / "fingerprints.json").write_text('{"training rows": "others"}')
+    assert swept(tmp_path) == 1
+    assert "have changed: training rows" in capsys.readouterr().err

@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.data.tasks import load_task
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
-from plait.peers.federation import Federation, Limits, load_federation
+from plait.peers.federation import Federation, Limits, load_federation, load_peer
 from plait.peers.mailbox import Few, JsonLines
 from plait.peers.process import (
     check_members,
     check_sizes,
+    counting_alone,
     neighbours_of,
+    open_folder,
     prepare_peer,
     take_up,
     with_descriptors,
@@ -239,3 +241,56 @@ def test_results_of_all_peers_are_brought_together(tmp_path):
     assert summary["sent_bytes"] == 20
     mean = load_file(tmp_path / "adapters" / "mean" / "adapter_model.safetensors")["x"]
     assert torch.equal(mean, torch.full((2, 2), 0.5))
+
+
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["", "of an older plait"])
+def test_a_finished_peer_that_is_started_again_leaves_its_folder_alone(
+    tmp_path, monkeypatch, checkpoint
+):
+    file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
+    settings, federation = load_peer(file, "p0"), load_federation(file)
+    peer = one_peer()
+    folder = RunFolder.open(settings.out, settings.apply(federation.config), resume=True)
+    folder.create(settings.apply(federation.config))
+    folder.record(peer.job.started)
+    if checkpoint:
+        folder.save(peer.stack, 2)
+    folder.finish({"rounds": 2})
+    (settings.out / "x.partial").touch()
+    before = {path: path.read_bytes() for path in settings.out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(peers, "Process", None)
+    for name in ("configure_process", "log_to_stderr", "raise_descriptor_limit"):
+        monkeypatch.setattr(peers, name, lambda *_: None)
+    monkeypatch.setattr(peers.signal, "signal", lambda *_: None)
+    assert peers.run_peer(file, "p0")
+    now = {path: path.read_bytes() for path in settings.out.rglob("*") if path.is_file()}
+    assert now == before
+
+
+def test_what_a_finished_run_said_is_never_dropped(tmp_path):
+    peer = one_peer()
+    folder = RunFolder.open(tmp_path / "out", CONFIG, resume=True)
+    folder.create(CONFIG)
+    folder.record(peer.job.started)
+    folder.finish({})
+    assert folder.restore(peer.stack) == [peer.job.started]
+
+
+def test_a_peer_is_not_started_again_with_other_rows(tmp_path):
+    config = own_rows(tmp_path, train=["tool", "fruit"] * 5, dev=["pet", "fruit"])
+    settings = SimpleNamespace(
+        name="p0", local={"train_file": "x"}, apply=lambda _: config, out=tmp_path / "out",
+        machine=Machine(),
+    )  # fmt: skip
+    federation = SimpleNamespace(labels=("fruit", "pet", "tool"), config=config)
+    open_folder(federation, settings)
+    open_folder(federation, settings)
+    own_rows(tmp_path, train=["fruit", "tool"] * 5, dev=["pet", "fruit"])
+    with pytest.raises(ValueError, match="have changed: training rows"):
+        open_folder(federation, settings)
+
+
+def test_a_peer_with_rows_of_its_own_counts_no_others():
+    job = counting_alone(one_peer().job, 1)
+    others = [sum(row) for row in job.started.label_counts]
+    assert others[0] == others[2] == 0 < others[1]

@@ -50,6 +50,7 @@ def test_the_folder_holds_the_run(tmp_path):
     assert summary["sent_bytes"] == sent > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "events.jsonl", "summary.json", "checkpoint.safetensors", "adapters",
+        "fingerprints.json", "made-by.json",
     }  # fmt: skip
     names = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
     assert names == {"client-0", "client-1", "client-2", "mean"}

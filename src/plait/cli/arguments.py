@@ -59,6 +59,11 @@ def parse(
     return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
 
 
+def say_preparing(config: Config) -> None:
+    """The first word on the screen: importing what computes and loading a model take a while."""
+    print(f"preparing: {config.task}, {config.clients} clients, {config.backbone} ...", flush=True)
+
+
 def split(text: str) -> list[str]:
     """The parts of a list with commas."""
     return [part.strip() for part in text.split(",") if part.strip()]

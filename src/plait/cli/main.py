@@ -20,13 +20,14 @@ from plait.cli import doctor as cli_doctor
 from plait.cli import lists as cli_lists
 from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
+from plait.cli import runs as cli_runs
 from plait.cli import sweep as cli_sweep
-from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of
+from plait.cli.arguments import Flag, Names, Start, defaults, parse, say_preparing, split, start_of
 from plait.config import Config
 from plait.data.sources import check_files
 from plait.lookup import lookup
 from plait.machine.process_settings import configure_process
-from plait.presets import PRESETS, PresetRow
+from plait.presets import PRESETS, PresetRow, start_from
 
 if TYPE_CHECKING:
     from plait.experiments.plan import Plan
@@ -53,7 +54,7 @@ class Run(Start):
     out: Path | None = None
     """The run folder; `runs/<task>-<method>-<seed>` if not given."""
     resume: Flag = False
-    """Go on with the run in the folder."""
+    """Go on with the run in the folder, with its own settings; only --rounds may be larger."""
     log: Names = ()
     """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
 
@@ -100,23 +101,32 @@ class Export:
 
 def _run(args: list[str]) -> None:
     given = parse(Run, "run", args, Run(**defaults(args)))
-    check_files(given.settings)
+    config = given.settings
+    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
+    if given.resume and not (given.preset or given.config) and (out / "config.json").is_file():
+        there, _ = start_from(None, out / "config.json")
+        given = parse(Run, "run", args, Run(settings=there, machine=given.machine))
+    config = given.settings
+    say_preparing(config)
+    check_files(config)
     from plait.cli.progress import watch
+    from plait.figures import remarks
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
-    config = given.settings
-    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     going = Going(config, out, resume=given.resume, machine=given.machine)
     told = logged(going, _loggers(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
+    for remark in remarks(going.events):
+        print(remark)
 
 
 def _compare(args: list[str]) -> None:
     preset = PRESETS.get(start_of(args).preset, PresetRow(Config, ""))
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
+    say_preparing(given.settings)
     check_files(given.settings)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
@@ -186,6 +196,7 @@ COMMANDS: dict[str, CommandRow] = {
         cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
     ),
     "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
+    "runs": CommandRow(cli_runs.runs, "list run folders: settings, rounds, score", cli_runs.Runs),
     "report": CommandRow(
         cli_report.report, "write one HTML file about runs; it opens offline", cli_report.Report
     ),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from plait.report.study import Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +55,9 @@ def report(args: list[str]) -> None:
     from plait.report.page import html_report
     from plait.report.study import read_studies
 
-    html = html_report(read_studies(given.dirs))
+    studies = read_studies(given.dirs)
+    _say_remarks(studies)
+    html = html_report(studies)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.out, html)
     print(f"{given.out}: {len(html) / 1e6:.1f} MB, opens in any browser, offline too")
@@ -64,10 +71,17 @@ def figures(args: list[str]) -> None:
     from plait.report.study import read_studies
 
     studies = read_studies(given.dirs)
+    _say_remarks(studies)
     for study in studies:
         folder = given.out / slug(study.title) if len(studies) > 1 else given.out
         written = paper_figures(study.said, folder, given.format)
         print(f"{folder}: {', '.join(path.name for path in written)}")
+
+
+def _say_remarks(studies: Iterable[Study]) -> None:
+    for study in studies:
+        for remark in study.remarks:
+            print(f"plait: {remark}", file=sys.stderr)
 
 
 def dashboard(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ def sweep(args: list[str]) -> int:
     from plait.experiments.sweep import claim, load_sweep
 
     grid = load_sweep(given.file, given.out, given.small)
+    left_out = math.prod(map(len, grid.axes.values())) - len(grid.plans)
+    if left_out:
+        print(
+            f"{left_out} combination{'s' * (left_out > 1)} of the axes would run what another one "
+            "does, as a setting makes no difference there: left out."
+        )
     context = executor_for(num_jobs(grid.machine.device, given.jobs), machine=grid.machine)
     claim(grid, given.file)
     progress = Progress(grid)

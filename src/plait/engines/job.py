@@ -151,18 +151,27 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     begin = time.perf_counter()
     rules = Rules.of(config)
     config = rules.config
+    _, shares = dealt(config, own)  # before a model is loaded for nothing
     if own is None:
-        shared = {name: getattr(config, name) for name in MATERIAL}
-        if not draws_head(config):
-            shared["seed"] = 0
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
-        task = _shared_task(Config(**shared | {"eval_split": "test"}))
-        shares = deal(task, config)  # before a model is loaded for nothing
-        materials = share(Config(**shared), machine)
+        materials = share(_shared(config), machine)
     else:
         materials = _materials(own, config, machine, tokenize)
-        shares = [np.arange(len(own.train))] * config.clients
     return assemble(rules, materials, shares, begin)
+
+
+def dealt(config: Config, own: Task | None = None) -> tuple[Task, list[np.ndarray]]:
+    """The task, and each client's rows of its training split; as in `prepare`."""
+    if own is not None:
+        return own, [np.arange(len(own.train))] * config.clients
+    task = _shared_task(dataclasses.replace(_shared(config), eval_split="test"))
+    return task, deal(task, config)
+
+
+def _shared(config: Config) -> Config:
+    """The settings that data and model depend on, all others at their defaults."""
+    shared = {name: getattr(config, name) for name in MATERIAL}
+    return Config(**shared if draws_head(config) else shared | {"seed": 0})
 
 
 def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
@@ -187,6 +196,7 @@ def _first_event(
         rho=rho_of(config),
         eval_every=schedule.every or 0,
         eval_rows=schedule.rows or len(materials.held_out),
+        held_out_rows=len(materials.held_out),
         device=str(backbone.device),
         seconds=time.perf_counter() - begin,
     )

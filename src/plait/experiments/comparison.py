@@ -23,7 +23,7 @@ import numpy as np
 
 from plait.events import Event
 from plait.experiments.executors import CellEnded, CellSaid, Executor, executor_for, num_jobs
-from plait.experiments.plan import Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
+from plait.experiments.plan import PLAN, Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
 from plait.experiments.significance import Difference, Estimate, differences, estimate
 from plait.methods import build_method
 from plait.runs.loggers import require
@@ -102,6 +102,9 @@ def compare(plan: Plan, jobs: int = 1, loggers: Sequence[str] = ()) -> Iterator[
     """
     if not plan.resume and plan.out.exists() and (plan.out.is_file() or any(plan.out.iterdir())):
         raise ValueError(f"{plan.out} is not an empty folder; take another --out, or --resume.")
+    if not (plan.out / PLAN).is_file() and any(path.is_file() for path in plan.out.glob("*")):
+        # A run's own summary would be overwritten.
+        raise ValueError(f"{plan.out} holds no comparison; take another --out.")
     for method in plan.methods:
         build_method(dataclasses.replace(plan.config, method=method))
     require(loggers)

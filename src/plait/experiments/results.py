@@ -7,25 +7,25 @@ settings of a row are those of its comparison. Runs of the search are rows of th
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plait.engines.fingerprints import fingerprints
 from plait.experiments.executors import CellEnded, Executor, Failure
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
 from plait.machine.files import write_atomically
-from plait.runs.run_folder import load_summary
+from plait.runs.made_by import code_version
+from plait.runs.run_folder import MADE_BY, RunFolder, load_summary
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RESULTS = "results.parquet"
-FAILURE, MADE_BY = "failure.json", "made-by.json"
+FAILURE = "failure.json"
 IN_SUMMARY = tuple(name for name, one in FIGURES.items() if one.take)
 
 
@@ -47,7 +47,14 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
 
     Yields:
         Each when it has ended; its folder then says how.
+
+    Raises:
+        ValueError: What a finished run read has changed since: the others would read other things.
     """
+    for cell in cells:
+        if state(cell)[0] == "finished":
+            folder = RunFolder(cell.folder, cell.config.rounds)
+            folder.check(partial(fingerprints, cell.config))
     todo = waiting(cells)
     for cell in todo:
         (cell.folder / FAILURE).unlink(missing_ok=True)
@@ -56,8 +63,11 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
             continue
         failure = said.failure
         cell.folder.mkdir(parents=True, exist_ok=True)
-        name, kept = (FAILURE, vars(failure)) if failure else (MADE_BY, {"version": code_version()})
-        write_atomically(cell.folder / name, json.dumps(kept) + "\n")
+        if failure:
+            write_atomically(cell.folder / FAILURE, json.dumps(vars(failure)) + "\n")
+        elif not (cell.folder / MADE_BY).is_file():  # begun by an older plait
+            text = json.dumps({"version": code_version()}) + "\n"
+            write_atomically(cell.folder / MADE_BY, text)
         yield cell
 
 
@@ -77,17 +87,6 @@ def failures(sweep: Sweep) -> list[str]:
     ]
     lost = {method: None for plan in sweep.plans for method in sweep.lost(plan)}
     return lines + [f"{method}: no learning rate of its search finished" for method in lost]
-
-
-@cache
-def code_version() -> str:
-    """The version of plait, and in a clone of its repository the commit, `-dirty` if changed."""
-    ask = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return version("plait")
-    return f"{version('plait')}+{commit}"
 
 
 # -- the table

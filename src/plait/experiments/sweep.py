@@ -223,13 +223,47 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
         )
         for combination in itertools.product(*axes.values())
     ]
-    return Sweep(
+    sweep = Sweep(
         config=config,
         axes={name: tuple(row) for name, row in axes.items()},
         search_at=search_at,
         plans=plans,
         out=out,
         machine=machine,
+    )
+    _check_axes(sweep)
+    return dataclasses.replace(sweep, plans=list(_by_runs(sweep).values()))
+
+
+def _check_axes(sweep: Sweep) -> None:
+    """Refuse an axis that changes no run: its blocks of the table would be one another's copies."""
+    for name, row in sweep.axes.items():
+        at_first = [
+            dataclasses.replace(plan, config=dataclasses.replace(plan.config, **{name: row[0]}))
+            for plan in sweep.plans
+        ]
+        pairs = zip(sweep.plans, at_first, strict=True)
+        if len(row) > 1 and all(_runs(sweep, a) == _runs(sweep, b) for a, b in pairs):
+            raise ValueError(
+                f"axes: {name} makes no difference to any run here, such as p to a topology "
+                "without chance; leave it out."
+            )
+
+
+def _by_runs(sweep: Sweep) -> dict[tuple[Config, ...], Plan]:
+    """The comparisons by what they run: one whose runs are all another's says nothing new."""
+    found: dict[tuple[Config, ...], Plan] = {}
+    for plan in sweep.plans:
+        found.setdefault(_runs(sweep, plan), plan)
+    return found
+
+
+def _runs(sweep: Sweep, plan: Plan) -> tuple[Config, ...]:
+    """What tells a comparison's runs, whatever their seeds and learning rates will be."""
+    entries = entries_at(plan, {})
+    return tuple(
+        effective(reported_cell(plan, entry, plan.seeds[0]).config, sweep.config)
+        for entry in entries
     )
 
 

@@ -88,6 +88,21 @@ def is_sentence_encoder(source: str) -> bool:
     return found is not None
 
 
+def backbone_folder(backbone: str) -> Path | None:
+    """Where a backbone's files lie; None for one on the hub that isn't here yet."""
+    source = _source(backbone)
+    if Path(source).is_dir():
+        return Path(source)
+    found = cached_file(
+        source,
+        "config.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found).parent
+
+
 def _source(backbone: str) -> str:
     """What transformers is asked to load."""
     if backbone == "minilm":

@@ -10,6 +10,7 @@ it sent in the round before is saved with it: a neighbour may not have had it ye
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import secrets
@@ -27,8 +28,9 @@ import torch
 from safetensors import SafetensorError
 
 from plait.config import Config
-from plait.data.tasks import load_task
+from plait.data.tasks import Task, load_task
 from plait.engines.checkpoint import load_beside
+from plait.engines.fingerprints import fingerprints
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
@@ -58,6 +60,7 @@ from plait.peers.quorum import Quorum, middle
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
+from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder
 from plait.topology import topology_row
 
@@ -96,6 +99,9 @@ def run_peer(
     try:
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
+        if was_finished(federation, settings):
+            LOG.info("the run was finished before: %s", settings.out)
+            return True
         with Process(federation, settings, leave, insecure_loopback, trust) as process:
             return process.run()
     except (ValueError, OSError) as error:
@@ -136,7 +142,7 @@ class Process:
         self.me = federation.index(settings.name)
         self.member = federation.member(settings.name)
         check_members(federation)
-        self.folder = open_folder(settings, settings.apply(federation.config))
+        self.folder = open_folder(federation, settings)
         self.leave = leave
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
@@ -188,9 +194,6 @@ class Process:
     def run(self) -> bool:
         """All rounds, then the adapter, then a while for those who still need messages."""
         LOG.info("listening on %s", self.settings.listen, extra={"round": self.first_round})
-        if self.folder.summary_file.exists():
-            LOG.info("the run was finished before")
-            return True
         try:
             self._begin()
             if self.first_round > 0 and not self.done:  # begun from a neighbour's state
@@ -344,12 +347,29 @@ def with_descriptors(write: Callable[[], None]) -> None:
         time.sleep(0.2)
 
 
-def open_folder(settings: PeerSettings, config: Config) -> RunFolder:
-    """The run folder, new or taken up again; a write that was cut off is cleared away."""
+def was_finished(federation: Federation, settings: PeerSettings) -> bool:
+    """Whether the run folder holds the result already; then nothing in it is touched.
+
+    Raises:
+        ValueError: It was made by another config.
+    """
+    config = settings.apply(federation.config)
+    return RunFolder.open(settings.out, config, resume=True).finished(config)
+
+
+def open_folder(federation: Federation, settings: PeerSettings) -> RunFolder:
+    """The run folder, new or taken up again; a write that was cut off is cleared away.
+
+    Raises:
+        ValueError: It was made by another config, or with other rows or files.
+    """
+    config = settings.apply(federation.config)
     for partial in settings.out.glob("*.partial"):
         partial.unlink()
     folder = RunFolder.open(settings.out, config, resume=True)
-    folder.create(config)
+    read = fingerprints(config, own_task(federation, settings))
+    folder.check(lambda: read)
+    folder.create(config, read, made_by(settings.machine))
     return folder
 
 
@@ -397,9 +417,27 @@ def check_members(federation: Federation) -> None:
 
 def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
+    own = own_task(federation, settings)
+    job = prepare(settings.apply(federation.config), settings.machine, own)
+    return job if own is None else counting_alone(job, federation.index(settings.name))
+
+
+def counting_alone(job: Job, me: int) -> Job:
+    """The job of a peer with rows of its own, which knows no other's label counts: they are 0."""
+    counts = job.started.label_counts
+    known = [row if k == me else [0] * len(row) for k, row in enumerate(counts)]
+    return dataclasses.replace(job, started=dataclasses.replace(job.started, label_counts=known))
+
+
+def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
+    """The rows that a peer has of its own; None if it has its share of the common task.
+
+    Raises:
+        ValueError: The federation isn't one of peers with rows of their own.
+    """
     config = settings.apply(federation.config)
     if "train_file" not in settings.local:
-        return prepare(config, settings.machine)
+        return None
     if federation.labels is None:
         raise ValueError(
             f"{settings.name} has a train_file of its own, so the federation must name the classes "
@@ -410,7 +448,7 @@ def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
             f"{settings.name} has a train_file of its own, and the task is {config.task}; put "
             'task = "file" under [run] of federation.toml.'
         )
-    return prepare(config, settings.machine, load_task(config, federation.labels))
+    return load_task(config, federation.labels)
 
 
 def neighbours_of(turn: Callable[[int], Turn], rounds: int) -> frozenset[int]:

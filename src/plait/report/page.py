@@ -96,7 +96,7 @@ def payload(study: Study) -> Payload:
         "notes": notes(conclusion)[1:] if conclusion else [],
         "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
         "runs": [_run_row(label, track) for label, track in study.tracks],
-        "settings": settings(study.config),
+        "settings": settings(*study.configs),
         "commands": study.commands(),
     }
     pieces = ("head", "results", "runs", "settings")
@@ -125,15 +125,13 @@ def _keys(study: Study) -> dict[str, Track]:
 
 
 def _facts(study: Study, begun: Started | None) -> list[tuple[str, str]]:
-    config = study.config
+    values = {name: value for name, value, _ in settings(*study.configs)}
     seeds = study.plan.seeds if study.plan else study.seeds
     found = [
-        ("task", begun.task if begun else config.task),
-        ("clients", str(config.clients)),
-        ("topology", config.topology),
-        ("rounds", str(config.rounds)),
+        ("task", begun.task if begun else values["task"]),
+        *((name, values[name]) for name in ("clients", "topology", "rounds")),
         ("seeds" if len(seeds) > 1 else "seed", ", ".join(map(str, seeds))),
-        ("backbone", config.backbone),
+        ("backbone", values["backbone"]),
     ]
     if begun:
         found += [("rho of W", f"{begun.rho:.3f}"), ("device", begun.device)]

@@ -21,7 +21,7 @@ import numpy as np
 from plait.config import Config
 from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line
 from plait.metrics import MOST_PAIRED
-from plait.runs.run_folder import load_summary
+from plait.runs.run_folder import load_fingerprints, load_summary
 
 MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
@@ -64,11 +64,27 @@ class Track:
     meetings: list[Meetings] = field(default_factory=list)
     _read_bytes: int = 0
     _file_id: int = 0
+    _config_file: tuple[int, int] | None = None
+    _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Track:
         """Take up a run folder; nothing of its events is read yet."""
-        return cls(path, Config.from_json(json.loads((path / "config.json").read_text())))
+        file = _identity(path / "config.json")
+        config = Config.from_json(json.loads((path / "config.json").read_text()))
+        return cls(path, config, _config_file=file)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the folder has another config by now: more rounds, or another run."""
+        return self._config_file != _identity(self.path / "config.json")
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What it read; nothing if that isn't known."""
+        if not self._fingerprints:
+            self._fingerprints = load_fingerprints(self.path)
+        return self._fingerprints
 
     def see(self, event: Event) -> None:
         """Take note of one event."""
@@ -162,12 +178,17 @@ class JoinedPeers(Track):
         self._joined, self.events, self.meetings = now, [], []
         staying = [len(part.rounds) for part in self.parts if not part.finished]
         last = min(staying) if staying else max(len(part.rounds) for part in self.parts)
-        self.events += [part.started for part in self.parts[:1] if part.started]
+        self.events += _joined_start([part.started for part in self.parts if part.started])
         self._join_evaluations(-1)
         for round_ in range(last):
             self._join_rounds(round_)
             self._join_evaluations(round_)
         return True
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What the first of them read; each may have rows of its own."""
+        return self.parts[0].fingerprints
 
     @property
     def finished(self) -> bool:
@@ -208,6 +229,20 @@ class JoinedPeers(Track):
                 averaged_loss=float("nan"),
             )
             self.events.append(joined)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """What tells a file from one that has taken its place."""
+    status = file.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _joined_start(said: Sequence[Started]) -> list[Started]:
+    """The first event of all peers: each may know its own label counts alone, the others' as 0."""
+    if not said:
+        return []
+    counts = np.max([one.label_counts for one in said], axis=0).tolist()
+    return [dataclasses.replace(said[0], label_counts=counts)]
 
 
 def meetings(event: RoundDone, clients: int) -> Meetings:

@@ -35,11 +35,13 @@ class Study:
         title: A name for people.
         groups: Label -> its runs, a seed each; the first label is compared with the others.
         plan: Of a comparison.
+        remarks: What was left out, so that no run counts twice, a sentence each.
     """
 
     title: str
     groups: dict[str, list[Track]]
     plan: Plan | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def tracks(self) -> list[tuple[str, Track]]:
@@ -60,6 +62,12 @@ class Study:
     def config(self) -> Config:
         """The settings that its runs share, and the first one's where they differ."""
         return self.plan.config if self.plan else self.tracks[0][1].config
+
+    @property
+    def configs(self) -> list[Config]:
+        """The settings of its runs, each once."""
+        own = [self.plan.config] if self.plan else [track.config for _, track in self.tracks]
+        return list(dict.fromkeys(own))
 
     @property
     def finished(self) -> bool:
@@ -118,15 +126,21 @@ def find_studies(paths: Sequence[Path], known: dict[Path, Track] | None = None) 
         ValueError: There is no run in any of them.
     """
     known = {} if known is None else known
-    found = [folder for path in paths for folder in _folders(path, DEEPEST)]
+    found, remarks = _each_once([one for path in paths for one in _folders(path, DEEPEST)])
     comparisons = [path for path in found if (path / PLAN).is_file()]
-    loose = [_track(path, known) for path in found if path not in comparisons]
+    inside = {path.resolve() for path in comparisons}
+    loose = [
+        _track(path, known)
+        for path in found
+        if inside.isdisjoint([p := path.resolve(), *p.parents])
+    ]
     studies = [_comparison(load_plan(path), known) for path in comparisons]
     studies = [study for study in studies if study.tracks] + list(_loose(loose, known))
     if not studies:
         where = ", ".join(map(str, paths))
         raise ValueError(f"There is no run in {where}; `plait run --out` makes one.")
-    return studies
+    first = dataclasses.replace(studies[0], remarks=remarks + studies[0].remarks)
+    return [first, *studies[1:]]
 
 
 def read_studies(paths: Sequence[Path]) -> list[Study]:
@@ -140,6 +154,19 @@ def read_studies(paths: Sequence[Path]) -> list[Study]:
         for _, track in study.tracks:
             track.read()
     return studies
+
+
+def _each_once(found: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
+    """Folders without those that are there already, perhaps by another name; what was left out."""
+    once: dict[Path, list[Path]] = {}
+    for path in found:
+        once.setdefault(path.resolve(), []).append(path)
+    remarks = tuple(
+        f"{names[0]} was given {len(names)} times, by whatever name; it counts once."
+        for names in once.values()
+        if len(names) > 1
+    )
+    return [names[0] for names in once.values()], remarks
 
 
 def _folders(path: Path, depth: int) -> Iterator[Path]:
@@ -159,7 +186,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _track(path: Path, known: dict[Path, Track]) -> Track:
-    if path not in known:
+    if path not in known or known[path].is_outdated:
         known[path] = Track.open(path)
     return known[path]
 
@@ -180,11 +207,11 @@ def _comparison(plan: Plan, known: dict[Path, Track]) -> Study:
 def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
     """The runs, with the peers of a federation as one."""
     found: list[Track] = []
-    peers: dict[Config, list[Track]] = {}
+    peers: dict[tuple[Config, Path], list[Track]] = {}
     for track in tracks:
         track.read()
         if track.sees_itself_alone:
-            peers.setdefault(track.config, []).append(track)
+            peers.setdefault((track.config, _federation(track.path)), []).append(track)
         else:
             found.append(track)
     for parts in peers.values():
@@ -199,6 +226,12 @@ def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
     return found
 
 
+def _federation(path: Path) -> Path:
+    """The folder of a peer's federation: two with the same settings are two runs."""
+    peer = path.resolve()
+    return peer.parent.parent if peer.name == "out" else peer.parent
+
+
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
     """Sorts peer-10 behind peer-9."""
     parts = re.split(r"(\d+)", str(path))
@@ -208,13 +241,55 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
 def _loose(tracks: Sequence[Track], known: dict[Path, Track]) -> Iterator[Study]:
     for task in dict.fromkeys(track.config.task for track in tracks):
         mine = _joined([track for track in tracks if track.config.task == task], known)
-        groups: dict[str, list[Track]] = {}
-        names = _labels([track.config for track in mine])
-        for track, name in zip(mine, names, strict=True):
-            groups.setdefault(name, []).append(track)
-        for runs in groups.values():
-            runs.sort(key=lambda track: track.config.seed)
-        yield Study(mine[0].path.resolve().name if len(mine) == 1 else f"Runs on {task}", groups)
+        groups, remarks = _groups(mine)
+        counted = sum(map(len, groups.values()))
+        title = mine[0].path.resolve().name if counted == 1 else f"Runs on {task}"
+        yield Study(title, groups, remarks=remarks)
+
+
+def _groups(tracks: Sequence[Track]) -> tuple[dict[str, list[Track]], tuple[str, ...]]:
+    """Label -> runs that differ in their seed alone, each seed once; and what was left out."""
+    alike: dict[Config, list[list[Track]]] = {}
+    for track in tracks:
+        groups = alike.setdefault(dataclasses.replace(track.config, seed=0), [])
+        there = next((group for group in groups if _read_the_same(group[0], track)), None)
+        if there is None:
+            groups.append([track])
+        else:
+            there.append(track)
+    labelled: dict[str, list[Track]] = {}
+    remarks: list[str] = []
+    for name, groups in zip(_labels(list(alike)), alike.values(), strict=True):
+        for number, group in enumerate(groups, 1):
+            own = name if len(groups) == 1 else f"{name}, data {number}"
+            while own in labelled:  # settings that are different and written alike
+                own += "'"
+            labelled[own] = _seeds_once(group, remarks)
+    return labelled, tuple(remarks)
+
+
+def _read_the_same(one: Track, other: Track) -> bool:
+    """Whether two runs of the same settings read the same rows and files, as far as is known."""
+    a, b = one.fingerprints, other.fingerprints
+    return all(a[key] == b[key] for key in a.keys() & b.keys() if key != "clients' shares")
+
+
+def _seeds_once(group: Sequence[Track], remarks: list[str]) -> list[Track]:
+    """One run for each seed, by seed: of several the one that has come farthest."""
+    seeds: dict[int, list[Track]] = {}
+    for track in group:
+        seeds.setdefault(track.config.seed, []).append(track)
+    for seed, runs in seeds.items():
+        if len(runs) > 1:
+            for track in runs:
+                track.read()
+            runs.sort(key=lambda track: (not track.finished, -len(track.rounds)))
+            others = ", ".join(str(track.path) for track in runs[1:])
+            remarks.append(
+                f"{others}: the same settings and seed ({seed}) as {runs[0].path}; "
+                "they count once, as one run."
+            )
+    return [seeds[seed][0] for seed in sorted(seeds)]
 
 
 def _labels(configs: Sequence[Config]) -> list[str]:
@@ -273,11 +348,11 @@ def flags(config: Config, leave_out: Iterable[str] = ()) -> list[str]:
     return [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
-def settings(config: Config) -> list[tuple[str, str, bool]]:
-    """Name, value and whether it is not the default, of every setting."""
-    default = Config()
-    return [
-        (field.name, str(getattr(config, field.name)),
-         getattr(config, field.name) != getattr(default, field.name))
-        for field in dataclasses.fields(config)
-    ]  # fmt: skip
+def settings(*configs: Config) -> list[tuple[str, str, bool]]:
+    """Name, value or values, and whether they are not the default, of every setting."""
+    default, found = Config(), []
+    for field in dataclasses.fields(default):
+        values = list(dict.fromkeys(getattr(config, field.name) for config in configs))
+        other = values != [getattr(default, field.name)]
+        found.append((field.name, ", ".join(map(str, values)), other))
+    return found

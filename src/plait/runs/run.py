@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.data.objectives import OBJECTIVES
+from plait.engines.fingerprints import fingerprints
 from plait.engines.job import prepare
 from plait.engines.rounds import Engine, all_rounds
 from plait.engines.simulate import Simulation
@@ -21,6 +22,7 @@ from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import summarize
 from plait.lookup import lookup
 from plait.model.loading import load_model
+from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder, load_events, load_summary
 
 
@@ -100,6 +102,8 @@ class Run(Iterator[Event]):
 
     def _carry_out(self) -> Iterator[Event]:
         folder, config = self.folder, self.config
+        if folder:
+            folder.check(self.fingerprints)
         if folder and folder.finished(config):
             yield from load_events(folder.path)
             return
@@ -108,10 +112,10 @@ class Run(Iterator[Event]):
             done: list[Event] = []
             if folder:
                 # Only now: a config that can't run leaves nothing behind.
-                folder.create(config)
-                done = folder.rewind(last_evaluation=folder.rounds_before == config.rounds)
                 if folder.checkpoint_file.exists():
                     engine.restore(folder.checkpoint_file)
+                folder.create(config, self.fingerprints(), made_by(self.machine))
+                done = folder.rewind(last_evaluation=folder.rounds_before == config.rounds)
             yield from done
             yield from self._rounds(engine, done)
             if folder:
@@ -133,6 +137,14 @@ class Run(Iterator[Event]):
                 ):
                     engine.save(folder.checkpoint_file, event.round + 1)
             yield event
+
+    def fingerprints(self) -> dict[str, str]:
+        """What it reads -> a hash of it.
+
+        Raises:
+            ValueError: Data that is not there or makes no sense.
+        """
+        return fingerprints(self.config)
 
     # -- the result
 
@@ -174,7 +186,7 @@ class Run(Iterator[Event]):
         folder = RunFolder.open(Path(out), self.config, resume=False)
         with TemporaryDirectory() as scratch:
             adapters = self._adapters(Path(scratch))
-            folder.create(self.config)
+            folder.create(self.config, self.fingerprints(), made_by(self.machine))
             shutil.copytree(adapters, folder.path / "adapters")
         for event in self.events:
             folder.record(event)

@@ -1,6 +1,8 @@
 """A run in a folder: what it writes, how it is resumed, how it is read again.
 
     config.json        the resolved config
+    fingerprints.json  hashes of what it read (fingerprints.py)
+    made-by.json       the versions and the machine that computed it (made_by.py)
     events.jsonl       what the run said, a line for each event
     summary.json       its figures, written last: a folder with a summary holds a finished run
     checkpoint.safetensors   the state of every client after the last saved round
@@ -14,9 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from plait.config import Config
@@ -26,6 +30,7 @@ from plait.lora import Stack
 from plait.machine.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
+FINGERPRINTS, MADE_BY = "fingerprints.json", "made-by.json"
 
 
 def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
@@ -56,6 +61,13 @@ def load_summary(path: Path) -> dict[str, Any]:
         )
     figures: dict[str, Any] = json.loads((path / "summary.json").read_text())
     return figures
+
+
+def load_fingerprints(path: Path) -> dict[str, str]:
+    """What a run read; nothing of a run by an older plait."""
+    file = path / FINGERPRINTS
+    found: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 def load_events(path: Path) -> list[Event]:
@@ -128,22 +140,62 @@ class RunFolder:
                 "the same ones, or more rounds, or take another --out."
             )
         folder = cls(path, there.rounds)
-        finished_before = folder.summary_file.exists() and not folder.finished(config)
-        if finished_before and not folder.checkpoint_file.exists():
+        goes_further = folder.summary_file.exists() and not folder.finished(config)
+        if goes_further and not folder.has_last_state():
             raise ValueError(
                 f"{path} holds a finished run without its last state, so it can't go on with more "
                 "rounds; take another --out."
             )
         return folder
 
-    def create(self, config: Config) -> None:
-        """Make the folder; if a run goes on with more rounds, its figures so far are set aside."""
+    def has_last_state(self) -> bool:
+        """Whether a finished run's checkpoint is there and can be read."""
+        try:
+            return self.rounds_done == self.rounds_before
+        except (SafetensorError, KeyError, OSError):
+            return False
+
+    def check(self, fingerprints: Callable[[], Mapping[str, str]]) -> None:
+        """Refuse to go on with a run that read something else; an older plait's folder can't tell.
+
+        Args:
+            fingerprints: Gives what is read now; called only if the folder has what was read then.
+
+        Raises:
+            ValueError: What has changed.
+        """
+        if not (self.path / FINGERPRINTS).is_file():
+            return
+        before, now = load_fingerprints(self.path), fingerprints()
+        changed = [name for name in now if before.get(name, now[name]) != now[name]]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with what was read then, and since then these have "
+                f"changed: {', '.join(changed)}. Put them back as they were, or take another --out."
+            )
+
+    def create(
+        self,
+        config: Config,
+        fingerprints: Mapping[str, str] | None = None,
+        made_by: Mapping[str, str | int] | None = None,
+    ) -> None:
+        """Make the folder; if a run goes on with more rounds, its figures so far are set aside.
+
+        Args:
+            config: The settings.
+            fingerprints: What was read.
+            made_by: What computes from here on.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if self.rounds_before < config.rounds and self.summary_file.exists():
             self.summary_file.replace(self.path / f"summary-{self.rounds_before}.json")
         if self.rounds_before < config.rounds or not (self.path / "config.json").exists():
             text = json.dumps(config.to_json(), indent=2) + "\n"
             write_atomically(self.path / "config.json", text)
+        for name, facts in ((FINGERPRINTS, fingerprints), (MADE_BY, made_by)):
+            if facts is not None:
+                write_atomically(self.path / name, json.dumps(facts, indent=2) + "\n")
 
     def record(self, event: Event) -> None:
         """Add a line to the events."""
@@ -163,11 +215,13 @@ class RunFolder:
     def rewind(self, last_evaluation: bool = True) -> list[Event]:
         """The events up to the last checkpoint.
 
-        What was recorded after it is dropped: it will be said again.
+        What was recorded after it is dropped: it will be said again. Of a finished run all stays.
 
         Args:
             last_evaluation: Keep the evaluation after the checkpoint's last round.
         """
+        if self.summary_file.exists():
+            return load_events(self.path)
         end = self.rounds_done
         there = load_events(self.path) if self.events_file.exists() else []
         kept = [] if end == 0 else [e for e in there if getattr(e, "round", -1) < end]

@@ -26,6 +26,7 @@ from plait.config import THIS_MACHINE, Config, Machine
 from plait.data.objectives import CLASSIFICATION, REGRESSION, Objective
 from plait.data.tasks import METRICS, Rows, Task
 from plait.data.tokens import Tokens, tokenize
+from plait.engines.fingerprints import of_arrays
 from plait.engines.job import Job, Materials, Rules, assemble
 from plait.engines.simulate import Simulation
 from plait.lookup import lookup
@@ -114,6 +115,16 @@ class Trainer(Run):
         # Yours may be trained on, or get adapters, which change it in place.
         self._model = copy.deepcopy(model)
         self._open = lambda *_: nullcontext(Simulation(self.job, self.job.initial_stack()))
+
+    def fingerprints(self) -> dict[str, str]:
+        """What it was given -> a hash of it: tokens and labels, and the model's shapes and head."""
+        job, parts = self.job, {"training rows": self.job.train, "test rows": self.job.held_out}
+        weights = (w.detach().flatten()[:1024] for w in self._model.state_dict().values())
+        return {
+            **{name: of_arrays([t.ids, t.offsets, t.labels]) for name, t in parts.items()},
+            "clients' shares": of_arrays(job.shares),
+            "backbone": of_arrays(w.float().cpu().numpy() for w in weights),
+        }
 
     def base(self) -> Any:
         """A copy of the model that was given."""

@@ -1,0 +1,46 @@
+"""The command `plait runs`: the run folders that there are, a line each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from plait.cli.arguments import Names, split
+from plait.cli.lists import print_table
+
+if TYPE_CHECKING:
+    from plait.runs.listing import Listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the run folders below a folder, the latest last."""
+
+    dir: tyro.conf.Positional[Path] = Path("runs")
+    """Where to look."""
+    filter: Names = ()
+    """Only runs with this setting or state, such as `method=adf` or `state=finished`; several with
+    commas."""
+
+
+def runs(args: list[str]) -> None:
+    """`plait runs`."""
+    given = tyro.cli(Runs, prog="plait runs", args=args)
+    from plait.runs.listing import chosen, listed
+
+    wanted = [part for text in given.filter for part in split(text)]
+    head = ("run", "task", "method", "seed", "rounds", "score", "state", "date")
+    print_table(head, [_row(one, given.dir) for one in chosen(listed(given.dir), wanted)])
+
+
+def _row(one: Listed, top: Path) -> list[str]:
+    config = one.config
+    name = str(one.path.relative_to(top)) if one.path != top else one.path.resolve().name
+    score = "" if one.score is None else f"{one.metric} {one.score:.3f}"
+    date = datetime.fromtimestamp(one.changed_s).strftime("%Y-%m-%d %H:%M")
+    rounds = f"{one.rounds_done}/{config.rounds}"
+    return [name, config.task, config.method, str(config.seed), rounds, score, one.state, date]

@@ -1,0 +1,127 @@
+"""The run folders below a folder, and how far each is; read without what computes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.config import Config
+
+NOT_RUNS = ("adapters", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run folder, as it is listed.
+
+    Attributes:
+        path: The folder.
+        config: Its settings.
+        rounds_done: Rounds that were recorded.
+        state: `finished` or `begun`.
+        metric: What its score measures.
+        score: The clients' mean, or a peer's own; the latest one, None before the first.
+        changed_s: When something was last recorded, in seconds since 1970.
+    """
+
+    path: Path
+    config: Config
+    rounds_done: int
+    state: str
+    metric: str
+    score: float | None
+    changed_s: float
+
+
+def listed(top: Path) -> list[Listed]:
+    """The run folders in and below a folder, the latest last.
+
+    Raises:
+        ValueError: There is none.
+    """
+    read = [one for path in _folders(top) if (one := _read(path))]
+    found = sorted(read, key=lambda one: one.changed_s)
+    if not found:
+        raise ValueError(f"There is no run in {top}; `plait run --out` makes one.")
+    return found
+
+
+def chosen(runs: Iterable[Listed], filters: Sequence[str]) -> list[Listed]:
+    """Those with all of these settings, each `key=value`; `state` is a key as well.
+
+    Raises:
+        ValueError: A filter of another form, or by a key that there isn't.
+    """
+    pairs = [one.partition("=") for one in filters]
+    known = {*Config().to_json(), "state"}
+    for key, sign, _ in pairs:
+        if not sign or key.replace("-", "_") not in known:
+            raise ValueError(
+                f"--filter {key}{sign}: give setting=value, such as method=adf or state=finished; "
+                "`plait run --help` has the settings."
+            )
+    wanted = [(key.replace("-", "_"), value) for key, _, value in pairs]
+    return [one for one in runs if all(_has(one, key, value) for key, value in wanted)]
+
+
+def _has(one: Listed, key: str, value: str) -> bool:
+    there = one.state if key == "state" else getattr(one.config, key)
+    if isinstance(there, float) and _is_float(value):
+        return there == float(value)
+    return str(there) == value
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    for folder, inside, files in os.walk(top):
+        if {"config.json", "events.jsonl"} <= set(files):
+            yield Path(folder)
+            inside.clear()
+        else:
+            inside[:] = sorted(name for name in inside if name not in NOT_RUNS)
+
+
+def _read(path: Path) -> Listed | None:
+    """None of a folder with settings that this plait doesn't know."""
+    try:
+        config = Config.from_json(json.loads((path / "config.json").read_text()))
+    except ValueError:
+        return None
+    done, metric, score = 0, "", None
+    for event in _events(path / "events.jsonl"):
+        metric = event.get("metric", metric)
+        if event["event"] == "RoundDone":
+            done = event["round"] + 1
+        elif event["event"] == "Evaluated":
+            score = sum(event["scores"]) / len(event["scores"])
+    return Listed(
+        path=path,
+        config=config,
+        rounds_done=done,
+        state="finished" if (path / "summary.json").is_file() else "begun",
+        metric=metric,
+        score=score,
+        changed_s=(path / "events.jsonl").stat().st_mtime,
+    )
+
+
+def _events(file: Path) -> Iterator[dict[str, Any]]:
+    """The events as plain values; of rounds, whose lines are long, only the number is read."""
+    with file.open() as lines:
+        for line in lines:
+            if line.startswith('{"event": "RoundDone", "round": '):
+                number = line[len('{"event": "RoundDone", "round": ') :].partition(",")[0]
+                yield {"event": "RoundDone", "round": int(number)}
+            elif line.endswith("\n"):
+                yield json.loads(line)

@@ -1,0 +1,150 @@
+"""A run is of what it read: it isn't resumed, or shown again, after that has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from conftest import tiny_job
+from plait.config import Config
+from plait.data.tasks import Rows, Task
+from plait.engines.fingerprints import SMALL_BYTES, of_file, of_rows
+from plait.events import RoundDone
+from plait.runs.made_by import PACKAGES
+from plait.runs.run import Run
+from plait.runs.run_folder import load_fingerprints
+
+CONFIG = Config(
+    task="file", topology="file", clients=3, rounds=4, local_steps=1, batch_size=2, rank=2,
+    eval_every=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Config:
+    """A run that reads rows, mixtures and edges."""
+    monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
+    write = {
+        "train.csv": rows(("fruit", "tool")),
+        "dev.csv": rows(("tool", "fruit")),
+        "mixtures.json": "[[1, 1], [1, 1], [1, 1]]",
+        "edges.txt": "0 1\n1 2\n",
+    }
+    for name, text in write.items():
+        (tmp_path / name).write_text(text)
+    files = {"train_file": "train.csv", "dev_file": "dev.csv", "label_skew": "mixtures.json",
+             "edges_file": "edges.txt"}  # fmt: skip
+    places = {setting: str(tmp_path / name) for setting, name in files.items()}
+    return dataclasses.replace(CONFIG, **places)
+
+
+def rows(labels: tuple[str, str]) -> str:
+    lines = [f"{labels[k % 2]} number {k} of {labels},{labels[k % 2]}" for k in range(40)]
+    return "\n".join(["text,label", *lines])
+
+
+def interrupted(config: Config, out) -> None:
+    for event in Run(config, out):
+        if isinstance(event, RoundDone) and event.round == 1:
+            return
+
+
+CHANGES = {
+    "train.csv": (rows(("tool", "fruit")), "training rows"),
+    "dev.csv": (rows(("fruit", "tool")), "test rows"),
+    "mixtures.json": ("[[1, 9], [9, 1], [1, 1]]", "label mixtures"),
+    "edges.txt": ("0 1\n0 2\n", "edges"),
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+@pytest.mark.parametrize("carry_out", [interrupted, lambda config, out: list(Run(config, out))])
+def test_a_run_is_not_resumed_with_other_files(config, tmp_path, monkeypatch, file, carry_out):
+    carry_out(config, tmp_path / "run")
+    forget_materials()
+    text, named = CHANGES[file]
+    (tmp_path / file).write_text(text)
+    monkeypatch.setattr("plait.runs.run.prepare", None)  # nothing is computed
+    with pytest.raises(ValueError, match=rf"have changed: .*{named}.*take another --out"):
+        list(Run(config, tmp_path / "run", resume=True))
+
+
+def test_the_same_rows_in_the_same_files_are_gone_on_with(config, tmp_path):
+    interrupted(config, tmp_path / "run")
+    forget_materials()
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text)
+    events = list(Run(config, tmp_path / "run", resume=True))
+    assert sum(isinstance(event, RoundDone) for event in events) == 4
+
+
+def test_the_folder_of_an_older_plait_is_gone_on_with(config, tmp_path):
+    interrupted(config, tmp_path / "run")
+    (tmp_path / "run" / "fingerprints.json").unlink()
+    (tmp_path / "edges.txt").write_text("0 1\n0 2\n")
+    list(Run(config, tmp_path / "run", resume=True))
+    assert load_fingerprints(tmp_path / "run")["edges"]
+
+
+def test_the_folder_says_what_computed_it(config, tmp_path):
+    list(Run(config, tmp_path / "run"))
+    facts = json.loads((tmp_path / "run" / "made-by.json").read_text())
+    assert {"version", "python", "processor", "device", "threads", *PACKAGES} <= facts.keys()
+
+
+def test_keys_texts_and_shares_count():
+    one = Rows((("a",), ("b",)), np.array([0, 1]), ("x", "y"))
+    task = Task("t", one, one, one, ("no", "yes"), "accuracy")
+    shares = [np.array([0]), np.array([1])]
+    before = of_rows(task, shares)
+    for other in (
+        Rows((("ab",), ("",)), one.labels, one.keys),
+        Rows(one.texts, one.labels[::-1], one.keys),
+        Rows(one.texts, one.labels, ("xy", "")),
+    ):
+        now = of_rows(dataclasses.replace(task, train=other), shares)
+        assert [name for name in now if now[name] != before[name]] == ["training rows"]
+    assert of_rows(task, shares[::-1])["clients' shares"] != before["clients' shares"]
+
+
+def test_of_a_large_file_blocks_are_hashed(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(SMALL_BYTES + 1000))
+    before = of_file(file)
+    assert of_file(file) == before
+    file.write_bytes(bytes(SMALL_BYTES) + b"\x01" * 1000)
+    assert of_file(file) != before
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_finished_folder_stays_as_it_is(config, tmp_path, older):
+    list(Run(config, tmp_path / "run"))
+    if older:
+        (tmp_path / "run" / "checkpoint.safetensors").unlink()
+        (tmp_path / "run" / "fingerprints.json").unlink()
+    before = contents(tmp_path / "run")
+    list(Run(config, tmp_path / "run", resume=True))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_run_whose_state_cant_be_read_does_not_go_further(config, tmp_path):
+    list(Run(config, tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"\x00" * 100)
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="without its last state"):
+        Run(dataclasses.replace(config, rounds=6), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forget_materials() -> None:
+    """As in a new process: data that was read is not kept."""
+    from plait.engines import job
+
+    job._shared_task.cache_clear()

@@ -1,0 +1,49 @@
+"""`plait runs`: the folders there are, by date, and those that are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+
+from fake_folders import CONFIG, begin_run, write_run
+from plait.cli.main import main
+from plait.runs.listing import chosen, listed
+
+
+@pytest.fixture
+def top(tmp_path):
+    go_on = begin_run(tmp_path / "new", dataclasses.replace(CONFIG, method="ffa", lr=0.5))
+    for _ in range(5):
+        go_on()
+    write_run(tmp_path / "deep" / "old")
+    os.utime(tmp_path / "deep" / "old" / "events.jsonl", (1, 1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"no_such_setting": 1}')
+    (tmp_path / "other" / "events.jsonl").touch()
+    return tmp_path
+
+
+def test_runs_are_listed_by_date(top):
+    old, new = listed(top)
+    assert (old.path.name, old.state, old.rounds_done) == ("old", "finished", 6)
+    assert old.score == pytest.approx(0.8)
+    assert (new.path.name, new.state, new.rounds_done) == ("new", "begun", 2)
+
+
+def test_runs_are_filtered_by_settings_and_state(top):
+    runs = listed(top)
+    assert chosen(runs, ["method=ffa", "lr=5e-1"]) == runs[1:]
+    assert chosen(runs, ["state=finished"]) == runs[:1]
+    with pytest.raises(ValueError, match="give setting=value"):
+        chosen(runs, ["no_such=1"])
+
+
+def test_the_command_shows_them(top, capsys):
+    assert main(["runs", str(top), "--filter", "method=adf"]) == 0
+    said = capsys.readouterr().out
+    assert "deep/old" in said
+    assert "6/6" in said
+    assert "new" not in said
+    assert main(["runs", str(top / "adapters")]) == 1
