@@ -1,4 +1,4 @@
-"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.runs.export`.
+"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.load`.
 
 Torch takes a second and a half to import, so commands import what computes when they run.
 """
@@ -21,6 +21,7 @@ from plait.cli import lists as cli_lists
 from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
 from plait.cli import sweep as cli_sweep
+from plait.cli import trained as cli_trained
 from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of
 from plait.config import Config
 from plait.data.sources import check_files
@@ -83,18 +84,6 @@ class Compare(Start):
     or one at a time on a graphics card."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write a client's adapter, or the averaged one, as a PEFT folder."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    client: str = "mean"
-    """The client's number, or `mean` for the averaged model."""
-    out: Path
-    """The PEFT folder to write."""
-
-
 # -- the commands
 
 
@@ -143,16 +132,6 @@ def _compare(args: list[str]) -> None:
     console.print(f"{plan.out}: summary.json, table.md, curves.png", highlight=False)
 
 
-def _export(args: list[str]) -> None:
-    given = parse(Export, "export", args)
-    from plait.runs.export import export
-
-    if given.client != "mean" and not given.client.isdecimal():
-        raise ValueError(f"--client is {given.client!r}; give a client's number, or mean.")
-    export(given.run, None if given.client == "mean" else int(given.client), given.out)
-    Console().print(f"{given.out}: load it with peft.PeftModel.from_pretrained", highlight=False)
-
-
 def _completion(args: list[str]) -> None:
     from plait.cli.completion import Words, completion, options_of
 
@@ -185,7 +164,15 @@ COMMANDS: dict[str, CommandRow] = {
     "table": CommandRow(
         cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
     ),
-    "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
+    "predict": CommandRow(
+        cli_trained.predict, "label texts with a trained model", cli_trained.Predict
+    ),
+    "export": CommandRow(
+        cli_trained.export, "write a client's adapter as a PEFT folder", cli_trained.Export
+    ),
+    "merge": CommandRow(
+        cli_trained.merge, "write one plain model of transformers", cli_trained.Merge
+    ),
     "report": CommandRow(
         cli_report.report, "write one HTML file about runs; it opens offline", cli_report.Report
     ),

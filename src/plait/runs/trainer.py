@@ -112,12 +112,16 @@ class Trainer(Run):
         super().__init__(config, out, resume=resume, machine=machine)
         self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, metric, machine)
         # Yours may be trained on, or get adapters, which change it in place.
-        self._model = copy.deepcopy(model)
+        self._model, self._tokenizer = copy.deepcopy(model), tokenizer
         self._open = lambda *_: nullcontext(Simulation(self.job, self.job.initial_stack()))
 
     def base(self) -> Any:
         """A copy of the model that was given."""
         return copy.deepcopy(self._model).eval()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was given."""
+        return self._tokenizer
 
 
 def _job(
