@@ -22,7 +22,7 @@ from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
 from plait.cli import sweep as cli_sweep
 from plait.cli import trained as cli_trained
-from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of
+from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, start_of, with_plugins
 from plait.config import Config
 from plait.data.sources import check_files
 from plait.lookup import lookup
@@ -116,7 +116,7 @@ def _compare(args: list[str]) -> None:
         compared = split(given.methods)
         rates = [rate for rate in split(given.lrs) if rate.partition("=")[0] in compared]
         given = replace(given, lrs=",".join(rates))
-    plan = _plan(given, defaults(args)["settings"])
+    plan = _plan(given, start.settings)
     console = Console()
     jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
     told = compare(plan, jobs, _loggers(given.log))
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args[0] not in COMMANDS:
             return _usage(args[0])
         else:
-            status = COMMANDS[args[0]].call(args[1:]) or 0
+            status = COMMANDS[args[0]].call(with_plugins(args[1:])) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # `plait tasks | head`: nobody listens any more, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -30,6 +30,8 @@ class SweepCommand:
     """The folder of the sweep."""
     small: Flag = False
     """Run the small twin that the file has in its table `small`."""
+    plugin: str | None = None
+    """A Python file of yours that adds methods and other rows; `plugin` in the file's settings."""
     jobs: int = 0
     """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
     or one at a time on a graphics card."""
@@ -54,7 +56,7 @@ def sweep(args: list[str]) -> int:
     from plait.experiments.executors import executor_for, num_jobs
     from plait.experiments.sweep import claim, load_sweep
 
-    grid = load_sweep(given.file, given.out, given.small)
+    grid = load_sweep(given.file, given.out, given.small, given.plugin)
     context = executor_for(num_jobs(grid.machine.device, given.jobs), machine=grid.machine)
     claim(grid, given.file)
     progress = Progress(grid)
