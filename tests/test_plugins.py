@@ -68,7 +68,7 @@ def test_its_rows_are_listed(plugin, capsys):
 
 
 def test_it_is_run_once_and_several_may_be_given(plugin, tmp_path, capsys):
-    plugin.write_text(PLUGIN + "open('times.txt', 'a').write('x')\n")
+    plugin.write_text(PLUGIN + "with open('times.txt', 'a') as file:\n    file.write('x')\n")
     other = tmp_path / "other.py"
     other.write_text(PLUGIN.replace("only-a", "second"))
     assert main(["methods", "--plugin=mine.py", "--plugin", "other.py"]) == 0

@@ -87,9 +87,7 @@ def test_an_exported_folder_is_all_that_is_needed(trained, tmp_path):
     finally:
         shutil.move(hidden, folder)
     assert found == run.predict(TEXTS, client=1)
-    assert base.config.problem_type == (
-        "single_label_classification" if names else "regression"
-    )
+    assert base.config.problem_type == ("single_label_classification" if names else "regression")
     if names:
         assert list(base.config.id2label.values()) == list(names)
 

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
 from rich.console import Console
 
 from plait.cli import doctor as cli_doctor
@@ -26,6 +25,7 @@ from plait.cli.arguments import Flag, Names, Start, defaults, parse, split, star
 from plait.config import Config
 from plait.data.sources import check_files
 from plait.lookup import lookup
+from plait.machine.extras import installed, need
 from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow
 
@@ -90,6 +90,7 @@ class Compare(Start):
 def _run(args: list[str]) -> None:
     given = parse(Run, "run", args, Run(**defaults(args)))
     check_files(given.settings)
+    _check_extras(given)
     from plait.cli.progress import watch
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
@@ -107,6 +108,12 @@ def _compare(args: list[str]) -> None:
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
     check_files(given.settings)
+    _check_extras(given)
+    console = Console()
+    draws = installed("matplotlib")
+    if not draws:
+        line = "No picture will be drawn: curves.png needs matplotlib, pip install 'plait[report]'."
+        console.print(line, highlight=False, markup=False)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
     from plait.experiments.executors import num_jobs
@@ -117,7 +124,6 @@ def _compare(args: list[str]) -> None:
         rates = [rate for rate in split(given.lrs) if rate.partition("=")[0] in compared]
         given = replace(given, lrs=",".join(rates))
     plan = _plan(given, start.settings)
-    console = Console()
     jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
     told = compare(plan, jobs, _loggers(given.log))
     said = ((cell.label, event) for cell, event in told)
@@ -128,8 +134,21 @@ def _compare(args: list[str]) -> None:
     console.print()
     for note in notes(conclusion):
         console.print(note, highlight=False)
-    write_report(conclusion)
-    console.print(f"{plan.out}: summary.json, table.md, curves.png", highlight=False)
+    write_report(conclusion, draws)
+    picture = ", curves.png" if draws else ""
+    console.print(f"{plan.out}: summary.json, table.md{picture}", highlight=False)
+
+
+def _check_extras(given: Run | Compare) -> None:
+    """Refuse what needs packages that aren't there; it takes no torch to see that."""
+    if given.log:
+        from plait.runs.loggers import require
+
+        require(_loggers(given.log))
+    if given.privacy.dp_clip is not None:
+        need("dp_accounting", "dp", "Differential privacy")
+    if given.machine.engine == "ray":
+        need("ray", "ray", "--engine ray")
 
 
 def _completion(args: list[str]) -> None:

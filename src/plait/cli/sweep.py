@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from plait.config import Config
+from plait.machine.extras import need
 
 if TYPE_CHECKING:
     from plait.experiments.plan import Cell
@@ -52,6 +53,7 @@ class TableCommand:
 def sweep(args: list[str]) -> int:
     """`plait sweep`: 1 if runs failed, which are then listed."""
     given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
+    need("pyarrow", "sweep", "A sweep's table of results")
     from plait.experiments import results
     from plait.experiments.executors import executor_for, num_jobs
     from plait.experiments.sweep import claim, load_sweep

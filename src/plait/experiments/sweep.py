@@ -161,9 +161,7 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
 # -- the file
 
 
-def load_sweep(
-    file: Path, out: Path, small: bool = False, plugin: str | None = None
-) -> Sweep:
+def load_sweep(file: Path, out: Path, small: bool = False, plugin: str | None = None) -> Sweep:
     """The sweep of a TOML file.
 
     Args:

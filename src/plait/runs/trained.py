@@ -28,7 +28,6 @@ from plait.data.objectives import OBJECTIVES
 from plait.data.sources import text_columns
 from plait.events import Started, from_line
 from plait.machine.files import write_atomically
-from plait.model.heads import MeanPooledClassifier
 from plait.model.loading import Loaded, draws_head, load_model, resolved, with_labels
 
 CARD = "plait.json"
