@@ -15,7 +15,6 @@ from rich.console import Console
 
 from plait.cli.arguments import Names, parse
 from plait.data.sources import read_texts
-from plait.machine.files import write_atomically
 
 if TYPE_CHECKING:
     from plait.runs.trained import Client, Prediction
@@ -69,6 +68,7 @@ def predict(args: list[str]) -> None:
         raise ValueError("Give texts: --text 'Who was it?', or --file rows.csv.")
     if given.file is not None and not given.file.is_file():
         raise ValueError(f"There is no file {given.file}.")
+    from plait.machine.files import write_atomically
     from plait.runs.trained import find
     from plait.runs.trained import predict as ask
 
