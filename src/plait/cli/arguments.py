@@ -58,8 +58,7 @@ class Start:
 
     def __post_init__(self) -> None:
         """Refuse settings that can't be, as wrong options."""
-        if not any(getattr(self, name) is tyro.MISSING for name in TOPICS):
-            _ = self.settings
+        _ = self.settings
 
     @property
     def settings(self) -> Config:
