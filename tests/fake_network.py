@@ -116,7 +116,12 @@ def start_peer(
         )  # fmt: skip
 
     hub.identities[names[me]] = Identity(
-        name=names[me], federation="f", config_digest="d", layout=layout, max_message_bytes=1 << 20
+        name=names[me],
+        federation="f",
+        config_digest="d",
+        layout=layout,
+        max_message_bytes=1 << 20,
+        kinds=job.method.kinds,
     )
     hub.desks[names[me]] = desk
     return Peer(

@@ -29,7 +29,7 @@ def test_losses_and_answers_are_those_of_the_logits(architecture, chunk_tokens, 
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
     assert torch.equal(answers, logits.argmax(dim=-1))
     assert len(torch.unique(answers)) > 1
-    assert losses.std(dim=0).min() > 1e-4, "clients differ"
+    assert (losses.std(dim=0) > 1e-5).all(), "clients differ"
 
 
 def test_scores_are_answered_as_they_are(ragged_tokens):

@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.peers.certificates import (
     federation_toml,
     free_ports,
@@ -322,7 +322,7 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
 
     moved = (PEERS[0], dataclasses.replace(PEERS[1], address="x:1"))
     late = (PEERS[0], dataclasses.replace(PEERS[1], joins=1))
-    assert with_config(train_file="mine.csv", device="cpu").digest() == digest
+    assert with_config(train_file="mine.csv").digest() == digest
     assert federation(peers=moved, limits=Limits(linger_s=1)).digest() == digest
     for other in (
         with_config(lr=0.5),
@@ -409,9 +409,9 @@ def test_peer_files_that_cannot_be(files, line, message):
 def test_a_peer_brings_its_own_data(files):
     path = files.parent / "ann" / "peer.toml"
     path.write_text(path.read_text() + '[local]\ntrain_file = "rows.csv"\ndevice = "cpu"\n')
-    config = load_peer(files, "ann").apply(CONFIG)
-    assert config.train_file == str(files.parent / "ann" / "rows.csv")
-    assert config.device == "cpu"
+    settings = load_peer(files, "ann")
+    assert settings.apply(CONFIG).train_file == str(files.parent / "ann" / "rows.csv")
+    assert settings.machine == Machine(device="cpu")
 
 
 def test_a_peer_file_needs_its_keys(files):

@@ -69,7 +69,7 @@ def test_a_peer_with_one_class_takes_part(tmp_path):
     config = own_rows(tmp_path, train=["1"] * 10, dev=["0", "2"])
     task = load_task(config, ["0", "1", "2"])
     assert set(task.train.labels) == {1}
-    assert (task.num_labels, task.test.labels.tolist()) == (3, [0, 2])
+    assert (task.num_outputs, task.test.labels.tolist()) == (3, [0, 2])
 
 
 def test_own_rows_are_of_the_task_file():

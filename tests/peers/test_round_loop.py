@@ -12,7 +12,7 @@ import torch
 from fake_network import TERMS, Hub, member, start_peer, together
 from plait.config import Config
 from plait.events import Incident, RoundDone
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
 from plait.peers.codec import Question
 from plait.peers.exchange import Exchange, Left, Terms, differences
 from plait.peers.inbox import Inbox, Letter, LinkTask, Turn, Word
@@ -46,7 +46,7 @@ def inbox(symmetric=False, me=1) -> Inbox:
 
 
 def letter(digest: bytes = b"x") -> Letter:
-    return Letter({Factor.B: torch.ones(2)}, digest)
+    return Letter({(VALUE, Factor.B): torch.ones(2)}, digest)
 
 
 def message(round_: int = 0):

@@ -41,7 +41,7 @@ class Desk:
     """Takes everything, unless a test tells it to refuse."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[Header, dict[Factor, torch.Tensor]]] = []
+        self.taken: list[tuple[Header, dict[Slot, torch.Tensor]]] = []
         self.refusals: list[tuple[str, Reason, str]] = []
         self.refusal: Refused | None = None
         self.message: Message | None = None
@@ -109,7 +109,7 @@ class Network:
         folder = self.path.parent
         return Pair((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
 
-    def message(self, factors: dict[Factor, torch.Tensor] | None = None, **header) -> Message:
+    def message(self, factors: dict[Slot, torch.Tensor] | None = None, **header) -> Message:
         fields = {"sender": "alice", "round": 3, "active": "B"}
         message = encode(
             factors or some_factors(),
@@ -143,10 +143,10 @@ def wire(message: Message, receiver: str = "bob") -> tuple[bytes, Iterator[bytes
     return write_header(message.header, receiver), iter(message.pieces)
 
 
-def some_factors() -> dict[Factor, torch.Tensor]:
+def some_factors() -> dict[Slot, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        factor: torch.randn(LAYOUT.size(factor), generator=generator)
+        (VALUE, factor): torch.randn(LAYOUT.size(factor), generator=generator)
         for factor in (Factor.A, Factor.B)
     }
 
@@ -251,6 +251,33 @@ def test_a_large_message_arrives_or_its_sender_hears_why_not(tmp_path, width, pi
     finally:
         alice.stop(0)
         bob.stop(0)
+
+
+def test_what_a_method_sends_of_a_factor_besides_its_value_arrives(tmp_path):
+    path = init_federation(tmp_path / "f", ["alice", "bob"], Config(topology="ring"))
+    federation = load_federation(path)
+    slots = {(kind, Factor.B): torch.randn(LAYOUT.size(Factor.B)) for kind in (VALUE, "m")}
+    for kinds, accepted in (((VALUE, "m"), True), ((VALUE,), False)):
+        desk = Desk()
+        alice, bob = (
+            GrpcTransport(federation, load_peer(path, name), LAYOUT, desk, kinds=kinds)
+            for name in ("alice", "bob")
+        )
+        message = encode(
+            slots, layout=LAYOUT, federation=federation.id, config_digest=federation.digest(),
+            sender="alice", round=0, active="B",
+        )  # fmt: skip
+        alice.start(serve=False)
+        bob.start()
+        try:
+            assert alice.send("bob", message, SOON_S).accepted == accepted
+        finally:
+            alice.stop(0)
+            bob.stop(0)
+        assert len(desk.taken) == accepted
+        for _, taken in desk.taken:
+            assert taken.keys() == slots.keys()
+            assert all(torch.equal(taken[slot], value) for slot, value in slots.items())
 
 
 def test_many_threads_may_send_at_once(network):
@@ -409,13 +436,13 @@ def test_an_answer_that_went_out_is_told_to_the_desk(network):
 # -- what a member may send
 
 
-def nan_factors() -> dict[Factor, torch.Tensor]:
+def nan_factors() -> dict[Slot, torch.Tensor]:
     factors = some_factors()
-    factors[Factor.B][3] = float("nan")
+    factors[VALUE, Factor.B][3] = float("nan")
     return factors
 
 
-def large_factors() -> dict[Factor, torch.Tensor]:
+def large_factors() -> dict[Slot, torch.Tensor]:
     return {factor: row * 1e6 for factor, row in some_factors().items()}
 
 

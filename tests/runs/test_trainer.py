@@ -143,8 +143,8 @@ def test_an_interrupted_run_goes_on(tmp_path):
         for name, value in again.model(0).named_parameters()
         if "lora" in name
     }
-    assert found.keys() == adapter.keys()
-    assert all(torch.equal(found[name], adapter[name]) for name in adapter)
+    assert found.keys() == {name for name in adapter if "lora" in name}
+    assert all(torch.equal(found[name], adapter[name]) for name in found)
 
 
 def test_scores_are_a_regression():

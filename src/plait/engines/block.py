@@ -37,6 +37,7 @@ from plait.events import RoundDone, Started
 from plait.factors import VALUE, A, B, Factor, Slot
 from plait.lora import Stack, State, values
 from plait.machine.devices import exact_device
+from plait.machine.process_settings import configure_process
 from plait.metrics import cross_part, factor_views, layer_part, norm_of_sum
 from plait.mixing import neighbour_weights, total
 from plait.model.peft_adapters import save_adapter, save_clients
@@ -116,7 +117,7 @@ class Block:
         self.bounds, self.number, self.clients = bounds, number, bounds[number]
         self.stack: Stack
         self.round: Round
-        torch.set_num_threads(threads)
+        configure_process(threads)
 
     @cached_property
     def job(self) -> Job:

@@ -34,8 +34,8 @@ def configure_process(threads: int | None = None) -> None:
     No freed memory goes back to the system, but for blocks over 32 MB; only glibc needs to be told.
     The activations of a step are some hundred megabytes in a few dozen arrays. By default glibc
     gives them back with every backward pass, and in the next forward pass Linux clears each page
-    anew: 2 to 5 % of the time of a step, more at the first ones of a round. A message of 3 MiB,
-    which gRPC allocates and frees several times over, costs a third less too.
+    anew: 2 to 5 % of the time of a step, more at the first ones of a round. gRPC, which allocates
+    and frees each message several times over, gains too (benchmarks/transport.py).
 
     Args:
         threads: How many CPU threads PyTorch computes with; as many as it has by default.

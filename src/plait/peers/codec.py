@@ -36,7 +36,7 @@ class Header:
         kind: Slots of a `round`, or all of a peer's `state` that ever travel.
         round: The round of the slots; for a state, how many rounds are behind it.
         active: The factors that trained in the round, such as `B`.
-        factors: The slots in the body, such as `A|B`.
+        factors: The slots in the body, such as `AB`.
         config_digest: Of the settings that all peers share.
         layout: Digest of the names and shapes of a client's tensors.
         sender: The sender's name, which its certificate must have too.

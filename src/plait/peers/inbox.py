@@ -33,7 +33,7 @@ class Turn:
     """What all peers agree on for a round, as one of them sees it.
 
     Attributes:
-        active: The factors that train, such as `A|B`.
+        active: The factors that train, such as `AB`.
         shared: The factors that travel.
         weights: (N,) what this peer gives to each other one; 0 for itself.
         hears: The peers whose message it needs, ascending.

@@ -154,7 +154,7 @@ class Process:
         self.desk.settings = federation.shared()
         self.transport = GrpcTransport(
             federation, settings, self.job.backbone.layout, self.desk,
-            insecure_loopback=insecure_loopback,
+            kinds=self.job.method.kinds, insecure_loopback=insecure_loopback,
         )  # fmt: skip
         counts = self.transport.counts
         self.desk.live = lambda: {

@@ -23,7 +23,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2
 from torch import Tensor
 
-from plait.factors import Slot
+from plait.factors import VALUE, Slot
 from plait.lora import Layout
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
 from plait.peers.credentials import read_credentials
@@ -150,6 +150,7 @@ class GrpcTransport:
         layout: Layout,
         desk: Desk,
         *,
+        kinds: tuple[str, ...] = (VALUE,),
         insecure_loopback: bool = False,
     ) -> None:
         """Read the certificates; nothing listens yet.
@@ -159,6 +160,7 @@ class GrpcTransport:
             settings: Of this peer.
             layout: Of a client's factors.
             desk: Takes what comes.
+            kinds: The kinds of slot that the method sends.
             insecure_loopback: No TLS and no certificates, and no address but of this machine.
 
         Raises:
@@ -173,6 +175,7 @@ class GrpcTransport:
             layout=layout,
             max_message_bytes=limits.max_message_bytes,
             norm_bound=limits.norm_bound,
+            kinds=kinds,
         )
         self._listen = settings.listen
         self._addresses = {peer.name: peer.address for peer in federation.peers}
