@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from latex2mathml.converter import convert
 
 from plait.cli import main as cli
+from plait.cli.arguments import Start
 from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import METRICS, TASKS
@@ -114,7 +115,7 @@ def options() -> str:
             own = table(
                 ["option", ""], [[f"`{_option(row.takes, x.name)}`", x.text] for x in found]
             )
-            takes_settings = Config in get_type_hints(row.takes).values()
+            takes_settings = issubclass(row.takes, Start)
             before = "All [settings](settings.md), and\n\n" if takes_settings else ""
             parts.append(f"## plait {name}\n\n{before}{own}")
     return "\n".join(parts)

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from plait.experiments.comparison import conclude as conclude
     from plait.experiments.plan import Plan as Plan
     from plait.presets import build_preset as build_preset
-    from plait.runs.export import load_base as load_base
     from plait.runs.loggers import logged as logged
     from plait.runs.run import Run as Run
     from plait.runs.run_folder import load_run as load_run
+    from plait.runs.trained import load as load
+    from plait.runs.trained import load_base as load_base
     from plait.runs.trainer import Trainer as Trainer
 
 _PLACES = {
@@ -27,7 +28,8 @@ _PLACES = {
     "build_preset": "plait.presets",
     "compare": "plait.experiments.comparison",
     "conclude": "plait.experiments.comparison",
-    "load_base": "plait.runs.export",
+    "load": "plait.runs.trained",
+    "load_base": "plait.runs.trained",
     "load_run": "plait.runs.run_folder",
     "logged": "plait.runs.loggers",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "build_preset",
     "compare",
     "conclude",
+    "load",
     "load_base",
     "load_run",
     "logged",
@@ -52,3 +55,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'plait' has no attribute {name!r}")
     return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What there is to use; most of it is not imported yet."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

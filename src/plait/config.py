@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from plait.plugins import plugin_files
+
 Head = Literal["frozen", "mixed", "local"]
 Pooling = Literal["auto", "model", "mean"]
 OptimizerState = Literal["reset_each_round", "reset_each_phase", "keep"]
@@ -70,6 +72,9 @@ class FileSettings:
     header when not given."""
     skip_bad_rows: bool = False
     """`--task file`: leave out rows that can't be read, and say which, instead of refusing."""
+    plugin: str | None = None
+    """A Python file of yours that adds methods, tasks, topologies, partitions or mixes; again, or
+    with commas, for more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +201,8 @@ class Config(
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, with the reason and the fix."""
+        if self.plugin:  # the run may go on from another folder
+            object.__setattr__(self, "plugin", ",".join(map(str, plugin_files(self.plugin))))
         for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every",
                      "max_length"):  # fmt: skip
             if getattr(self, name) < 1:

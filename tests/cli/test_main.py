@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from plait.cli import main as cli
-from plait.cli.arguments import defaults, parse
+from plait.cli.arguments import TOPICS, defaults, parse
 from plait.cli.main import COMMANDS, main
-from plait.config import Config, Machine
+from plait.config import Config, Machine, names_of
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
 from plait.events import RoundDone
@@ -103,6 +104,22 @@ def test_lists_have_every_name(capsys, command, names):
 
 def test_help_needs_no_torch():
     code = "import sys; from plait.cli.main import main; main(['--help'])"
+    code += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_has_a_group_for_each_topic(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["run", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line.split()[1] for line in lines if line.startswith("╭─")]
+    assert groups == ["options", *TOPICS, "machine"]
+    assert {one for kind in TOPICS.values() for one in names_of(kind)} == names_of(Config)
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_api_can_be_looked_through():
+    code = "import plait, sys; assert set(plait.__all__) <= set(dir(plait))"
     code += "; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
@@ -244,6 +261,42 @@ def test_a_comparison_that_makes_no_sense(capsys, tmp_path, monkeypatch, args, m
     monkeypatch.chdir(tmp_path)
     assert message in complaint(capsys, ["compare", *args])
     assert not list(tmp_path.iterdir())
+
+
+def without(monkeypatch, *packages):
+    """As if these were not installed; whatever computes fails."""
+    for place in ("plait.machine.extras", "plait.runs.loggers"):
+        monkeypatch.setattr(
+            f"{place}.find_spec", lambda name: None if name in packages else find_spec(name)
+        )
+    monkeypatch.setattr("plait.runs.run.Run._carry_out", raising(AssertionError("computes")))
+
+
+@pytest.mark.parametrize(
+    ("args", "package", "message"),
+    [
+        (["run", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
+        (["run", "--engine=ray", "--workers=2"], "ray", "pip install 'plait[ray]'"),
+        (["run", "--log=wandb"], "wandb", "pip install wandb"),
+        (["compare", "--log=wandb"], "wandb", "pip install wandb"),
+        (["compare", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
+        (["sweep", "x.toml", "--out=x"], "pyarrow", "pip install 'plait[sweep]'"),
+    ],
+)
+def test_a_missing_extra_is_said_before_anything_is_computed(
+    capsys, tmp_path, monkeypatch, args, package, message
+):
+    monkeypatch.chdir(tmp_path)
+    without(monkeypatch, package)
+    assert message in complaint(capsys, args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_without_matplotlib_says_so_at_its_start(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without(monkeypatch, "matplotlib")
+    assert main(["compare", "--methods=adf,adf"]) == 1
+    assert "No picture will be drawn" in capsys.readouterr().out
 
 
 def raising(error: BaseException):

@@ -217,7 +217,7 @@ def test_the_commands_make_the_same_runs(tmp_path, monkeypatch):
     _, name, *args = shlex.split(compare_command(plan))
     start = cli.Compare(**defaults(args), methods="", lrs="")
     given = parse(cli.Compare, name, args, start)
-    again = dataclasses.replace(cli._plan(given, defaults(args)["settings"]), out=plan.out)
+    again = dataclasses.replace(cli._plan(given, start.settings), out=plan.out)
     assert again == plan
 
 

@@ -13,9 +13,9 @@ from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
 from plait.factors import Factor
 from plait.metrics import MOST_PAIRED, pair_distances
-from plait.runs.export import export
 from plait.runs.run import Run
 from plait.runs.run_folder import load_run
+from plait.runs.trained import export
 from twin import all_logits, twin_logits
 
 CONFIG = Config(

@@ -15,9 +15,11 @@ from torch import nn
 import plait
 from conftest import WORDS, random_tokens, tiny_job, tiny_model, tiny_tokenizer
 from plait.config import Config, Machine
+from plait.data.tokens import tokenize
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone
 from plait.runs.run_folder import load_run
+from plait.runs.trained import find
 from twin import all_logits, twin_logits
 
 CONFIG = Config(
@@ -172,3 +174,18 @@ def test_scores_are_a_regression():
 def test_what_cannot_be_trained_says_why(changes, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(**changes)
+
+
+def test_its_models_are_asked_with_its_tokenizer(tmp_path):
+    trainer = trainer_of(out=tmp_path / "run")
+    list(trainer)
+    rows = [("the film was good",), ("bad",)]
+    tokens = tokenize(rows, np.zeros(2, dtype=np.int64), tiny_tokenizer(), CONFIG.max_length)
+    with torch.no_grad():
+        expected = twin_logits(trainer.model(1), tokens, np.arange(2)).softmax(dim=1)
+    answers = trainer.predict([text for (text,) in rows], client=1)
+    found = [list(one.probabilities.values()) for one in answers]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert list(answers[0].probabilities) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    card = find(tmp_path / "run").card
+    assert (card.pooling, card.label_names) == ("model", tuple(answers[0].probabilities))

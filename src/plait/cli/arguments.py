@@ -6,40 +6,100 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from plait.config import Config, Machine
+from plait.config import (
+    Config,
+    DataSettings,
+    EvaluationSettings,
+    FileSettings,
+    Machine,
+    MethodSettings,
+    ModelSettings,
+    PrivacySettings,
+    TopologySettings,
+    TrainingSettings,
+    names_of,
+)
+from plait.plugins import load_plugins
 from plait.presets import start_from
 
 Command = TypeVar("Command")
+Settings = TypeVar("Settings")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 Names = tyro.conf.UseAppendAction[tuple[str, ...]]
+Topic = Annotated[
+    Settings,
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.FlagCreatePairsOff,
+]
+"""A class of settings as a group of the help; its options have no prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Where the settings of a command come from."""
 
-    settings: tyro.conf.OmitArgPrefixes[tyro.conf.FlagCreatePairsOff[Config]]
-    machine: tyro.conf.OmitArgPrefixes[Machine]
     preset: str | None = None
     """Start from a named experiment; `plait presets` lists them. Other flags change it."""
     config: Path | None = None
     """Start from a TOML file, or from a run's config.json. Other flags change it."""
+    method: Topic[MethodSettings]
+    data: Topic[DataSettings]
+    files: Topic[FileSettings]
+    model: Topic[ModelSettings]
+    training: Topic[TrainingSettings]
+    privacy: Topic[PrivacySettings]
+    topology: Topic[TopologySettings]
+    evaluation: Topic[EvaluationSettings]
+    machine: Topic[Machine]
+
+    def __post_init__(self) -> None:
+        """Refuse settings that can't be, as wrong options."""
+        _ = self.settings
+
+    @property
+    def settings(self) -> Config:
+        """The settings of all topics."""
+        parts = [vars(getattr(self, name)) for name in TOPICS]
+        return Config(**{name: value for part in parts for name, value in part.items()})
+
+
+TOPICS: dict[str, type] = {
+    "method": MethodSettings,
+    "data": DataSettings,
+    "files": FileSettings,
+    "model": ModelSettings,
+    "training": TrainingSettings,
+    "privacy": PrivacySettings,
+    "topology": TopologySettings,
+    "evaluation": EvaluationSettings,
+}
+"""The fields of `Start` that make up a `Config`, each a group of the help."""
 
 
 def defaults(args: Sequence[str]) -> dict[str, Any]:
-    """The `settings` and `machine` that a command line starts from: its preset, then its file.
+    """The fields of `Start` that a command line starts from: its preset, then its file.
 
     Example:
-        >>> defaults(["--preset", "paper"])["settings"].rounds
+        >>> defaults(["--preset", "paper"])["method"].rounds
         150
     """
     given = start_of(args)
     config, machine = start_from(given.preset, given.config)
-    return {"settings": config, "machine": machine}
+    return fields_of(config, machine)
+
+
+def fields_of(config: Config, machine: Machine) -> dict[str, Any]:
+    """The fields of `Start` that make up these settings, whose plugins are loaded."""
+    load_plugins(config.plugin)
+    topics = {
+        name: kind(**{one: getattr(config, one) for one in names_of(kind)})
+        for name, kind in TOPICS.items()
+    }
+    return {**topics, "machine": machine}
 
 
 def start_of(args: Sequence[str]) -> argparse.Namespace:
@@ -49,6 +109,21 @@ def start_of(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path)
     given, _ = parser.parse_known_args(args)
     return given
+
+
+def with_plugins(args: Sequence[str]) -> list[str]:
+    """A command line whose plugins are loaded, and all given by one option at its end.
+
+    Example:
+        >>> with_plugins(["--rounds", "3"])
+        ['--rounds', '3']
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    given, others = parser.parse_known_args(args)
+    plugins = ",".join(given.plugin)
+    load_plugins(plugins)
+    return [*others, "--plugin", plugins] if plugins else list(args)
 
 
 def parse(

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from plait.machine.extras import installed
 from plait.machine.text_files import read_text
 
 HUB_TIMEOUT_S = 3.0
@@ -139,7 +139,7 @@ def _embedded(about: str, package: str, file: str, needs: str) -> Finding:
 
 def check_extras() -> Finding:
     """What is installed beside what every command needs."""
-    missing = [pip for package, pip in EXTRAS.items() if not _importable(package)]
+    missing = [pip for package, pip in EXTRAS.items() if not installed(package)]
     if missing:
         return Finding(
             "extras", "note", "some are not installed", f"pip install {' '.join(missing)}"
@@ -149,18 +149,11 @@ def check_extras() -> Finding:
 
 def check_peer_packages() -> Finding:
     """What a peer of a real federation needs."""
-    missing = [name for name in PEER_PACKAGES if not _importable(name)]
+    missing = [name for name in PEER_PACKAGES if not installed(name)]
     if missing:
         text = f"no {', '.join(missing)}: simulations only, no federation of peers"
         return Finding("peers", "note", text, "pip install 'plait[peer]'")
     return Finding("peers", "ok", "gRPC and certificates")
-
-
-def _importable(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
-        return False
 
 
 def check_ports() -> Finding:

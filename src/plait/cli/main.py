@@ -1,4 +1,4 @@
-"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.runs.export`.
+"""The command `plait`: a thin layer over `plait.run`, `plait.compare` and `plait.load`.
 
 Torch takes a second and a half to import, so commands import what computes when they run.
 """
@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
 from rich.console import Console
 
 from plait.cli import doctor as cli_doctor
@@ -22,10 +21,23 @@ from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
 from plait.cli import runs as cli_runs
 from plait.cli import sweep as cli_sweep
-from plait.cli.arguments import Flag, Names, Start, defaults, parse, say_preparing, split, start_of
+from plait.cli import trained as cli_trained
+from plait.cli.arguments import (
+    Flag,
+    Names,
+    Start,
+    defaults,
+    fields_of,
+    parse,
+    say_preparing,
+    split,
+    start_of,
+    with_plugins,
+)
 from plait.config import Config
 from plait.data.sources import check_files
 from plait.lookup import lookup
+from plait.machine.extras import installed, need
 from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow, start_from
 
@@ -84,18 +96,6 @@ class Compare(Start):
     or one at a time on a graphics card."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write a client's adapter, or the averaged one, as a PEFT folder."""
-
-    run: tyro.conf.Positional[Path]
-    """The run folder."""
-    client: str = "mean"
-    """The client's number, or `mean` for the averaged model."""
-    out: Path
-    """The PEFT folder to write."""
-
-
 # -- the commands
 
 
@@ -105,10 +105,11 @@ def _run(args: list[str]) -> None:
     out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
     if given.resume and not (given.preset or given.config) and (out / "config.json").is_file():
         there, _ = start_from(None, out / "config.json")
-        given = parse(Run, "run", args, Run(settings=there, machine=given.machine))
+        given = parse(Run, "run", args, Run(**fields_of(there, given.machine)))
     config = given.settings
     say_preparing(config)
     check_files(config)
+    _check_extras(given)
     from plait.cli.progress import watch
     from plait.figures import remarks
     from plait.runs.loggers import logged
@@ -128,6 +129,12 @@ def _compare(args: list[str]) -> None:
     given = parse(Compare, "compare", args, start)
     say_preparing(given.settings)
     check_files(given.settings)
+    _check_extras(given)
+    console = Console()
+    draws = installed("matplotlib")
+    if not draws:
+        line = "No picture will be drawn: curves.png needs matplotlib, pip install 'plait[report]'."
+        console.print(line, highlight=False, markup=False)
     from plait.cli.progress import watch
     from plait.experiments.comparison import compare, conclude
     from plait.experiments.executors import num_jobs
@@ -137,8 +144,7 @@ def _compare(args: list[str]) -> None:
         compared = split(given.methods)
         rates = [rate for rate in split(given.lrs) if rate.partition("=")[0] in compared]
         given = replace(given, lrs=",".join(rates))
-    plan = _plan(given, defaults(args)["settings"])
-    console = Console()
+    plan = _plan(given, start.settings)
     jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
     told = compare(plan, jobs, _loggers(given.log))
     said = ((cell.label, event) for cell, event in told)
@@ -149,18 +155,21 @@ def _compare(args: list[str]) -> None:
     console.print()
     for note in notes(conclusion):
         console.print(note, highlight=False)
-    write_report(conclusion)
-    console.print(f"{plan.out}: summary.json, table.md, curves.png", highlight=False)
+    write_report(conclusion, draws)
+    picture = ", curves.png" if draws else ""
+    console.print(f"{plan.out}: summary.json, table.md{picture}", highlight=False)
 
 
-def _export(args: list[str]) -> None:
-    given = parse(Export, "export", args)
-    from plait.runs.export import export
+def _check_extras(given: Run | Compare) -> None:
+    """Refuse what needs packages that aren't there; it takes no torch to see that."""
+    if given.log:
+        from plait.runs.loggers import require
 
-    if given.client != "mean" and not given.client.isdecimal():
-        raise ValueError(f"--client is {given.client!r}; give a client's number, or mean.")
-    export(given.run, None if given.client == "mean" else int(given.client), given.out)
-    Console().print(f"{given.out}: load it with peft.PeftModel.from_pretrained", highlight=False)
+        require(_loggers(given.log))
+    if given.privacy.dp_clip is not None:
+        need("dp_accounting", "dp", "Differential privacy")
+    if given.machine.engine == "ray":
+        need("ray", "ray", "--engine ray")
 
 
 def _completion(args: list[str]) -> None:
@@ -195,8 +204,16 @@ COMMANDS: dict[str, CommandRow] = {
     "table": CommandRow(
         cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
     ),
-    "export": CommandRow(_export, "write a client's adapter as a PEFT folder", Export),
     "runs": CommandRow(cli_runs.runs, "list run folders: settings, rounds, score", cli_runs.Runs),
+    "predict": CommandRow(
+        cli_trained.predict, "label texts with a trained model", cli_trained.Predict
+    ),
+    "export": CommandRow(
+        cli_trained.export, "write a client's adapter as a PEFT folder", cli_trained.Export
+    ),
+    "merge": CommandRow(
+        cli_trained.merge, "write one plain model of transformers", cli_trained.Merge
+    ),
     "report": CommandRow(
         cli_report.report, "write one HTML file about runs; it opens offline", cli_report.Report
     ),
@@ -242,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args[0] not in COMMANDS:
             return _usage(args[0])
         else:
-            status = COMMANDS[args[0]].call(args[1:]) or 0
+            status = COMMANDS[args[0]].call(with_plugins(args[1:])) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # `plait tasks | head`: nobody listens any more, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

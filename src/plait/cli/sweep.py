@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from plait.config import Config
+from plait.machine.extras import need
 
 if TYPE_CHECKING:
     from plait.experiments.plan import Cell
@@ -31,6 +32,8 @@ class SweepCommand:
     """The folder of the sweep."""
     small: Flag = False
     """Run the small twin that the file has in its table `small`."""
+    plugin: str | None = None
+    """A Python file of yours that adds methods and other rows; `plugin` in the file's settings."""
     jobs: int = 0
     """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
     or one at a time on a graphics card."""
@@ -51,11 +54,12 @@ class TableCommand:
 def sweep(args: list[str]) -> int:
     """`plait sweep`: 1 if runs failed, which are then listed."""
     given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
+    need("pyarrow", "sweep", "A sweep's table of results")
     from plait.experiments import results
     from plait.experiments.executors import executor_for, num_jobs
     from plait.experiments.sweep import claim, load_sweep
 
-    grid = load_sweep(given.file, given.out, given.small)
+    grid = load_sweep(given.file, given.out, given.small, given.plugin)
     left_out = math.prod(map(len, grid.axes.values())) - len(grid.plans)
     if left_out:
         print(

@@ -29,6 +29,7 @@ class Objective:
         metric: The one that a task is reported by if nothing else is said.
         target_type: Of the targets.
         has_classes: Whether targets are numbers of classes, so that there is an output for each.
+        problem_type: What transformers calls it in a model's config.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Objective:
     metric: str
     target_type: type[np.generic]
     has_classes: bool
+    problem_type: str
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The losses of each client's texts, (n, b, C) and (n b,) -> (n, b)."""
@@ -54,6 +56,7 @@ CLASSIFICATION = Objective(
     metric="accuracy",
     target_type=np.int64,
     has_classes=True,
+    problem_type="single_label_classification",
 )
 
 REGRESSION = Objective(
@@ -63,6 +66,7 @@ REGRESSION = Objective(
     metric="pearson",
     target_type=np.float32,
     has_classes=False,
+    problem_type="regression",
 )
 
 OBJECTIVES = {one.name: one for one in (CLASSIFICATION, REGRESSION)}

@@ -368,6 +368,32 @@ def _report(table: Table, faults: Mapping[str, Sequence[int]], skip: bool) -> No
         say(f"{line} They are left out.")
 
 
+def text_columns(config: Config) -> tuple[str, ...]:
+    """The columns of a task's files that hold texts: one, or two for pairs."""
+    if config.task in GLUE:
+        return GLUE[config.task].columns
+    return tuple(column.strip() for column in config.text_columns.split(","))
+
+
+def read_texts(file: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The texts of a file without labels, in its order.
+
+    Args:
+        file: CSV, TSV, JSON lines or Parquet, as `read_file` takes them.
+        columns: One column, or two for pairs.
+
+    Raises:
+        ValueError: As `read_file`.
+    """
+    table = open_table(Path(file), Wanted(columns=columns, label=columns[0]))
+    faults: dict[str, list[int]] = defaultdict(list)
+    for number, cells, fault in table.rows:
+        if fault := fault or _fault(cells, columns, ""):
+            faults[fault].append(number)
+    _report(table, faults, skip=False)
+    return [tuple(str(row.cells[column]) for column in columns) for row in table.rows]
+
+
 def own_file(config: Config, setting: str) -> dict[str, Any]:
     """The arguments of `read_file` for `train_file` or `dev_file`; only the former needs keys.
 

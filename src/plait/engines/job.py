@@ -22,6 +22,7 @@ from plait.lora import Stack, initial_stack
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
 from plait.model.loading import draws_head, load_model
+from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
 
@@ -121,6 +122,7 @@ class Rules:
     @classmethod
     def of(cls, config: Config) -> Rules:
         """The rules of a config, with the topology and weights that its method is defined on."""
+        load_plugins(config.plugin)
         check_accounting(config)
         config = settled(config)
         return cls(config, build_method(config), build_schedule(config))

@@ -19,6 +19,7 @@ from plait.config import THIS_MACHINE, Config, Machine
 from plait.lookup import lookup
 from plait.machine.files import write_atomically
 from plait.methods import METHODS, Control
+from plait.plugins import load_plugins
 from plait.presets import PresetRow
 
 PLAN = "plan.json"
@@ -75,6 +76,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse what can't be compared before anything is computed."""
+        load_plugins(self.config.plugin)
         for method in self.methods:
             lookup(METHODS, method, "method")
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):

@@ -26,6 +26,7 @@ from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, sl
 from plait.machine.files import write_atomically
 from plait.machine.text_files import read_text
 from plait.methods import build_method, settled
+from plait.plugins import load_plugins
 from plait.presets import changed, read_settings, start_from
 from plait.topology import TOPOLOGIES, build_schedule
 
@@ -160,7 +161,7 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
 # -- the file
 
 
-def load_sweep(file: Path, out: Path, small: bool = False) -> Sweep:
+def load_sweep(file: Path, out: Path, small: bool = False, plugin: str | None = None) -> Sweep:
     """The sweep of a TOML file.
 
     Args:
@@ -168,6 +169,7 @@ def load_sweep(file: Path, out: Path, small: bool = False) -> Sweep:
         out: The folder of everything.
         small: Take what the file's table `small` has in the place of the rest: `settings` setting
             by setting, all else key by key.
+        plugin: The setting of this name, in the place of the file's.
 
     Raises:
         ValueError: The file asks for what can't be; the message has the file and the fix.
@@ -178,6 +180,8 @@ def load_sweep(file: Path, out: Path, small: bool = False) -> Sweep:
         twin = values.pop("small", None)
         if small:
             values = _replaced(values, twin)
+        if plugin:
+            values["settings"] = values.get("settings", {}) | {"plugin": plugin}
         sweep = _from_values(values, out)
         for plan in sweep.plans:
             for method in plan.methods:
@@ -205,6 +209,7 @@ def _from_values(values: dict[str, Any], out: Path) -> Sweep:
     config, machine = start_from(values.get("preset"), None)
     of_machine = {name: settings.pop(name) for name in names_of(Machine) & settings.keys()}
     config = changed(config, settings, "settings")
+    load_plugins(config.plugin)
     machine = changed(machine, of_machine, "settings")
     for name, row in axes.items():
         if not isinstance(row, list) or not row or len(set(row)) < len(row):

@@ -28,8 +28,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """
 
     def save(partial: Path) -> None:
+        partial.touch()
+        mode = partial.stat().st_mode  # the umask's; the library's own file is its writer's alone
         try:
             save_file(tensors, partial, metadata=metadata)
+            partial.chmod(mode)
         except SafetensorError as error:  # a full disk, mostly
             raise OSError(f"{path} can't be written: {error}") from error
 

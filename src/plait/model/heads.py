@@ -30,6 +30,15 @@ class MeanPooledClassifier(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is; `transformers.pipeline` asks."""
+        return self.classifier.weight.device
+
+    def can_generate(self) -> bool:
+        """Whether it writes texts; `transformers.pipeline` asks."""
+        return False
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> SequenceClassifierOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from plait.config import Config
+from plait.data.objectives import Objective
 from plait.data.sources import package_folder
 from plait.model.heads import MeanPooledClassifier
 from plait.rng import torch_stream
@@ -63,6 +65,21 @@ def load_model(config: Config, num_labels: int) -> Loaded:
     return Loaded(model, tokenizer, tuple(sorted(fresh)))
 
 
+def with_labels(model: Any, objective: Objective, label_names: Sequence[str]) -> Any:
+    """The same model, its config with the names of the labels, as `transformers.pipeline` has them.
+
+    Args:
+        model: A sequence classification model.
+        objective: What its outputs are.
+        label_names: The classes, in the order of the outputs; none for scores.
+    """
+    if label_names:
+        model.config.id2label = dict(enumerate(label_names))
+        model.config.label2id = {name: number for number, name in enumerate(label_names)}
+    model.config.problem_type = objective.problem_type
+    return model
+
+
 def draws_head(config: Config) -> bool:
     """Whether the model is loaded with its own head, which may have to be drawn from the seed.
 
@@ -101,6 +118,12 @@ def backbone_folder(backbone: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else Path(found).parent
+
+
+def resolved(backbone: str) -> str:
+    """The name of a backbone that holds in any working folder; names that aren't folders stay."""
+    path = Path(backbone).expanduser()
+    return str(path.resolve()) if backbone != "minilm" and path.is_dir() else backbone
 
 
 def _source(backbone: str) -> str:

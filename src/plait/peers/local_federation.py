@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.events import Evaluated
 from plait.figures import taken
-from plait.machine.files import write_atomically
+from plait.machine.files import save_tensors, write_atomically
 from plait.methods import settled
 from plait.mixing import mean
 from plait.peers.certificates import init_federation
@@ -213,7 +213,7 @@ def _average(adapters: Path, num_clients: int) -> None:
         for key, value in parts[0].items()
     }
     (adapters / "mean").mkdir()
-    save_file(averaged, adapters / "mean" / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(averaged, adapters / "mean" / "adapter_model.safetensors", {"format": "pt"})
     shutil.copy(adapters / "client-0" / "adapter_config.json", adapters / "mean")
 
 

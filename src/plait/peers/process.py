@@ -59,6 +59,7 @@ from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
+from plait.plugins import load_plugins
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder
@@ -141,6 +142,7 @@ class Process:
         self.federation, self.settings = federation, settings
         self.me = federation.index(settings.name)
         self.member = federation.member(settings.name)
+        load_plugins(settings.apply(federation.config).plugin)
         check_members(federation)
         self.folder = open_folder(federation, settings)
         self.leave = leave

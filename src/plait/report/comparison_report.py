@@ -23,12 +23,13 @@ from plait.report.series import started
 EDGE = "†"
 
 
-def write_report(conclusion: Conclusion) -> None:
-    """Write `summary.json`, `table.md` and `curves.png` into the comparison's folder."""
+def write_report(conclusion: Conclusion, draws: bool = True) -> None:
+    """Write `summary.json`, `table.md` and perhaps `curves.png` into the comparison's folder."""
     out = conclusion.plan.out
     write_atomically(out / "summary.json", json.dumps(to_json(conclusion), indent=2) + "\n")
     write_atomically(out / "table.md", markdown(conclusion))
-    curves({one.entry.label: one.events for one in conclusion.outcomes}, out / "curves.png")
+    if draws:
+        curves({one.entry.label: one.events for one in conclusion.outcomes}, out / "curves.png")
 
 
 # -- the table

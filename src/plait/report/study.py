@@ -129,11 +129,8 @@ def find_studies(paths: Sequence[Path], known: dict[Path, Track] | None = None) 
     found, remarks = _each_once([one for path in paths for one in _folders(path, DEEPEST)])
     comparisons = [path for path in found if (path / PLAN).is_file()]
     inside = {path.resolve() for path in comparisons}
-    loose = [
-        _track(path, known)
-        for path in found
-        if inside.isdisjoint([p := path.resolve(), *p.parents])
-    ]
+    whole = [(path, path.resolve()) for path in found]
+    loose = [_track(path, known) for path, at in whole if inside.isdisjoint([at, *at.parents])]
     studies = [_comparison(load_plan(path), known) for path in comparisons]
     studies = [study for study in studies if study.tracks] + list(_loose(loose, known))
     if not studies:

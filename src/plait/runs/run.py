@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 
@@ -21,9 +21,10 @@ from plait.engines.simulate import Simulation
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import summarize
 from plait.lookup import lookup
-from plait.model.loading import load_model
+from plait.model.loading import Loaded, load_model, with_labels
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder, load_events, load_summary
+from plait.runs.trained import Client, Prediction, Text, predict
 
 
 def _simulation(config: Config, machine: Machine) -> AbstractContextManager[Engine]:
@@ -160,7 +161,7 @@ class Run(Iterator[Event]):
             return load_summary(self.folder.path)
         return summarize(self.config, self.events)
 
-    def model(self, client: int | Literal["mean"] = "mean") -> PeftModel:
+    def model(self, client: Client = "mean") -> PeftModel:
         """A client's model, or the averaged one, ready to use.
 
         Raises:
@@ -175,6 +176,26 @@ class Run(Iterator[Event]):
                     f"There is no client {client}; take 0 to {self.config.clients - 1}."
                 )
             return PeftModel.from_pretrained(self.base(), str(adapters / name)).eval()
+
+    def predict(self, texts: Sequence[Text], client: Client = "mean") -> list[Prediction]:
+        """What a client's model, or the averaged one, says of texts.
+
+        Args:
+            texts: A string each, or a tuple of two where the task has pairs.
+            client: Whose model; the averaged one for `mean`.
+
+        Raises:
+            ValueError: As `model`, or there is no tokenizer.
+
+        Example:
+            >>> run.predict(["Who wrote Hamlet?"])[0].label  # doctest: +SKIP
+            'HUM'
+        """
+        model, tokenizer = self.model(client), self.tokenizer()
+        if tokenizer is None:
+            raise ValueError("This run has no tokenizer; give plait.Trainer the model's.")
+        names = self._started.label_names
+        return predict(model, tokenizer, texts, names, self.config.max_length)
 
     def save(self, out: Path | str) -> None:
         """Write what the run left into a new folder, as if it had been its `out`.
@@ -198,9 +219,22 @@ class Run(Iterator[Event]):
 
     def base(self) -> Any:
         """The model without any adapter."""
-        started = next(event for event in self.events if isinstance(event, Started))
-        outputs = OBJECTIVES[started.objective].num_outputs(started.label_names)
-        return load_model(self.config, outputs).model.eval()
+        return self._loaded().model.eval()
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._loaded().tokenizer
+
+    @property
+    def _started(self) -> Started:
+        return next(event for event in self.events if isinstance(event, Started))
+
+    def _loaded(self) -> Loaded:
+        objective = OBJECTIVES[self._started.objective]
+        label_names = self._started.label_names
+        loaded = load_model(self.config, objective.num_outputs(label_names))
+        with_labels(loaded.model, objective, label_names)
+        return loaded
 
     def _adapters(self, scratch: Path) -> Path:
         """Where the PEFT folders lie; written into `scratch` if they are nowhere yet."""

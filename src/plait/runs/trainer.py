@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from plait.config import THIS_MACHINE, Config, Machine
+from plait.config import THIS_MACHINE, Config, Machine, Pooling
 from plait.data.objectives import CLASSIFICATION, REGRESSION, Objective
 from plait.data.tasks import METRICS, Rows, Task
 from plait.data.tokens import Tokens, tokenize
@@ -109,11 +109,14 @@ class Trainer(Run):
         if not len(train_dataset):
             raise ValueError("train_dataset is empty; give a list with a data set for each client.")
         name = getattr(model, "name_or_path", "") or type(model).__name__
-        config = dataclasses.replace(config, clients=len(train_dataset), task="own", backbone=name)
+        pooling: Pooling = "mean" if isinstance(model, MeanPooledClassifier) else "model"
+        config = dataclasses.replace(
+            config, clients=len(train_dataset), task="own", backbone=name, pooling=pooling
+        )
         super().__init__(config, out, resume=resume, machine=machine)
         self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, metric, machine)
         # Yours may be trained on, or get adapters, which change it in place.
-        self._model = copy.deepcopy(model)
+        self._model, self._tokenizer = copy.deepcopy(model), tokenizer
         self._open = lambda *_: nullcontext(Simulation(self.job, self.job.initial_stack()))
 
     def fingerprints(self) -> dict[str, str]:
@@ -129,6 +132,10 @@ class Trainer(Run):
     def base(self) -> Any:
         """A copy of the model that was given."""
         return copy.deepcopy(self._model).eval()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that was given."""
+        return self._tokenizer
 
 
 def _job(
