@@ -26,10 +26,13 @@ from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process_settings import configure_process
-from plait.model.backend import Backend, build_backend
+from plait.model.backend import build_backend
 from plait.model.encoder_choice import Probe, choose
-from plait.model.heads import MeanPooledClassifier
+from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.loading import Loaded
+from plait.model.own_forward import OwnForward
+from plait.model.packed_encoder import PackedEncoder
+from plait.model.rectangle_encoder import RectangleEncoder
 
 HEAD_NAMES = ("classifier", "score")
 """What PEFT takes for the classifier of a sequence classification model."""
@@ -53,7 +56,12 @@ class Backbone:
         machine: Where to compute, and how much at once.
         device: The same, resolved.
         backend: How it computes.
+        encoder: What computes hidden states, or with `head` None the logits.
+        head: What makes logits of hidden states.
     """
+
+    encoder: PackedEncoder | RectangleEncoder | OwnForward
+    head: MeanHead | OwnHead | None
 
     def __init__(self, loaded: Loaded, config: Config, machine: Machine = THIS_MACHINE) -> None:
         """Freeze the model and lay out the adapters.
@@ -70,7 +78,8 @@ class Backbone:
         self.machine, self.device = machine, resolve_device(machine.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.backend = build_backend(self.device, self.dtype, machine.backend)
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.name = loaded.tokenizer, config.backbone
+        self._num_embeddings = _num_embeddings(getattr(loaded.model, "base", loaded.model))
         model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)
         base, prefix = (
@@ -95,11 +104,8 @@ class Backbone:
             scale=config.alpha / config.rank,
             head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
         )
-        probe = Probe.of(
-            self.tokenizer, base.config, self.layout, self.head_start, self.backend
-        )
-        self._forward = choose(model, base, prefix, self.layout, self.backend, probe)
-        self.encoder, self.head = self._forward
+        probe = Probe.of(self.tokenizer, base.config, self.layout, self.head_start, self.backend)
+        self.encoder, self.head = choose(model, base, prefix, self.layout, self.backend, probe)
         if self.head is not None:
             self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
         self._head_prefix = "" if mean_pooled else "model."
@@ -130,11 +136,11 @@ class Backbone:
         A, B = factors[Factor.A], factors[Factor.B]
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {name: part.to(self.dtype) for name, part in heads.items()}
-        encoder, head = self._forward
-        if head is None:
-            return encoder(batch, A, B, parts, dropout).float()
-        hidden = encoder(batch, A, B, dropout, head.asked_only)
-        features = head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        if isinstance(self.encoder, OwnForward):
+            return self.encoder(batch, A, B, parts, dropout).float()
+        assert self.head is not None
+        hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
+        features = self.head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
         parts = {self._head_prefix + name: part for name, part in parts.items()}
         with self._head_lock:
             return self._stacked_head(parts, features).float()
@@ -142,6 +148,26 @@ class Backbone:
     def in_head(self, name: str) -> bool:
         """Whether a parameter or module belongs to the classifier head."""
         return name.split(".")[0] in self.head_names
+
+    def check(self, tokens: Tokens) -> None:
+        """That the model takes a split's tokens.
+
+        Raises:
+            ValueError: A token that it has no embedding for, or nothing but unknown words.
+        """
+        most, unknown = int(tokens.ids.max(initial=0)), self.tokenizer.unk_token_id
+        if self._num_embeddings and most >= self._num_embeddings:
+            raise ValueError(
+                f"The tokenizer of {self.name!r} gives token {most}, but the model has embeddings "
+                f"for {self._num_embeddings} only: they belong to different models. Put the "
+                "model's own tokenizer into its folder."
+            )
+        real = np.setdiff1d(np.unique(tokens.ids), self.tokenizer.all_special_ids)
+        if len(tokens) and not len(real) and unknown in tokens.ids:
+            raise ValueError(
+                f"The tokenizer of {self.name!r} knows no word of the texts: all tokens are "
+                f"{self.tokenizer.unk_token}. Put the model's own tokenizer into its folder."
+            )
 
     @torch.no_grad()
     def with_hidden(self, tokens: Tokens) -> Tokens:
@@ -164,6 +190,14 @@ class Backbone:
             real = batch.source[: batch.num_tokens].cpu()
             hidden[real] = below(batch).cpu()[: batch.num_tokens]
         return dataclasses.replace(tokens, hidden=hidden)
+
+
+def _num_embeddings(model: Any) -> int:
+    """How many token ids a model takes; 0 where it doesn't say."""
+    try:
+        return int(getattr(model.get_input_embeddings(), "num_embeddings", 0))
+    except (AttributeError, NotImplementedError):  # CANINE hashes characters
+        return 0
 
 
 def head_names(model: Any) -> tuple[str, ...]:

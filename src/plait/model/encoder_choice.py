@@ -71,9 +71,7 @@ class Probe:
         heads = layout.views(Factor.HEAD, there[Factor.HEAD]) if layout.head else {}
         heads = {name: part.to(backend.dtype) for name, part in heads.items()}
         batch = pack(tokens, np.arange(len(texts)).reshape(2, -1), padded=False)
-        return cls(
-            batch.to(backend.device), there[Factor.A], there[Factor.B], heads, backend.dtype
-        )
+        return cls(batch.to(backend.device), there[Factor.A], there[Factor.B], heads, backend.dtype)
 
     def agrees(self, found: Callable[[], Tensor], expected: Tensor) -> bool:
         """Whether logits (n, b, C) are what is expected, but for rounding; if it breaks, no."""

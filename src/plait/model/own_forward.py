@@ -114,7 +114,9 @@ class OwnForward:
         starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view(lengths.shape)
         logits = []
         for client in range(batch.num_clients):
-            self._now.branches = {name: (all_A[name][client], all_B[name][client]) for name in all_A}
+            self._now.branches = {
+                name: (A[client], all_B[name][client]) for name, A in all_A.items()
+            }
             head = {name: value[client] for name, value in heads.items()}
             try:
                 logits.append(self._client(batch, starts[client], lengths[client], head, dropout))

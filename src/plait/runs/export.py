@@ -52,4 +52,4 @@ def load_base(run: Path | str) -> Any:
         raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error
     assert isinstance(started, Started)
     outputs = OBJECTIVES[started.objective].num_outputs(started.label_names)
-    return load_model(config, outputs).model.eval()
+    return load_model(config, outputs, started.label_names).model.eval()
