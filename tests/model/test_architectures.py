@@ -1,4 +1,4 @@
-"""Every text classifier of transformers: computed as plain PEFT computes it, or refused in a line."""
+"""Every text classifier of transformers: computed as plain PEFT does, or refused in a line."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ SIZES = {
 
 ESPECIALLY = {
     "modernbert": {"classifier_pooling": "mean"},
-    "deberta-v2": {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
-                   "position_biased_input": False, "norm_rel_ebd": "layer_norm"},
+    "deberta-v2": {"relative_attention": True, "share_att_key": True,
+                   "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "norm_rel_ebd": "layer_norm"},
     "longformer": {"attention_window": [4, 4]},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 1},
     "roberta": {"pad_token_id": 1}, "distilbert": {"n_heads": 4},
@@ -60,7 +60,7 @@ TAIL = sorted(set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) - set(MAIN))
 
 
 def checkpoint(kind, folder, **more):
-    """A tiny random encoder of a kind, in a folder, with a tokenizer; skipped if none can be had."""
+    """A tiny random encoder of a kind, in a folder, with a tokenizer; skipped if there is none."""
     try:
         known = set(vars(AutoConfig.for_model(kind))) | {"num_hidden_layers", "hidden_size"}
         wanted = {name: size for name, size in SIZES.items() if name in known}
@@ -106,7 +106,6 @@ def conform(kind, folder, head="mixed", **more):
         loaded = load_model(config, 3)
         backbone = Backbone(loaded, config)
     except ValueError as error:
-        assert "\n" not in str(error)
         return str(error)
     labels = torch.tensor([0, 1, 2, 0, 1, 2]).numpy()
     tokens = tokenize(texts(), labels, loaded.tokenizer, 16)
@@ -129,7 +128,8 @@ def conform(kind, folder, head="mixed", **more):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", MAIN)
 def test_what_is_exported_computes_in_peft_what_was_trained(kind, tmp_path):
-    assert conform(kind, tmp_path) in ("own", "split")
+    fast = ("bert", "roberta", "distilbert", "electra")
+    assert conform(kind, tmp_path) == ("split" if kind in fast else "own")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -143,4 +143,5 @@ def test_a_decoder_needs_no_padding_token(kind, tmp_path):
 @pytest.mark.parametrize("kind", TAIL)
 def test_the_long_tail_is_right_or_refused(kind, tmp_path):
     said = conform(kind, tmp_path)
+    assert "\n" not in said
     assert said in ("own", "split") or "supported" in said or "can't be loaded" in said, said

@@ -27,7 +27,7 @@ from plait.lora import Dropout, Layout, Site, layer_index
 from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process_settings import configure_process
 from plait.model.backend import build_backend
-from plait.model.encoder_choice import Probe, choose
+from plait.model.encoder_choice import Probe, check_dropout, choose
 from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.loading import Loaded
 from plait.model.own_forward import OwnForward
@@ -106,6 +106,8 @@ class Backbone:
         )
         probe = Probe.of(self.tokenizer, base.config, self.layout, self.head_start, self.backend)
         self.encoder, self.head = choose(model, base, prefix, self.layout, self.backend, probe)
+        if config.lora_dropout:
+            check_dropout(self.encoder, probe)
         if self.head is not None:
             self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
         self._head_prefix = "" if mean_pooled else "model."

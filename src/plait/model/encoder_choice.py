@@ -103,8 +103,7 @@ def choose(
         ValueError: The model's own code breaks, or the adapters don't change what it says.
     """
     own = OwnForward(model, layout)
-    compute = partial(own, probe.batch, probe.A, probe.B, probe.heads)
-    expected = _own_answer(compute, base.config.model_type, layout)
+    expected = _own_answer(own, probe, base.config.model_type)
     own.remove()
     fast: list[Callable[[], Encoder]] = [lambda: RectangleEncoder(model, base, layout)]
     if backend.packs and base.config.model_type in PACKED_MODEL_TYPES:
@@ -120,6 +119,19 @@ def choose(
     raise ValueError(
         f"A {base.config.model_type} model isn't supported: it doesn't give the same answer twice."
     )
+
+
+def check_dropout(encoder: Encoder | OwnForward, probe: Probe) -> None:
+    """That there is a mask for the input of every adapted layer.
+
+    Raises:
+        ValueError: One sees something else than tokens of the texts.
+    """
+    if isinstance(encoder, OwnForward):
+        width = len(probe.batch.ids)
+        with torch.no_grad():
+            encoder(probe.batch, probe.A, probe.B, probe.heads,
+                    lambda _name, x: x.new_ones(width, x.shape[-1]))  # fmt: skip
 
 
 def _if_right(
@@ -147,7 +159,7 @@ def _if_right(
     return None
 
 
-def _own_answer(compute: Callable[[], Tensor], kind: str, layout: Layout) -> Tensor:
+def _own_answer(own: OwnForward, probe: Probe, kind: str) -> Tensor:
     """Logits (n, b, C) by the model's own code.
 
     Raises:
@@ -155,7 +167,9 @@ def _own_answer(compute: Callable[[], Tensor], kind: str, layout: Layout) -> Ten
     """
     try:
         with torch.no_grad():
-            logits = compute().float()
+            logits, bare = (
+                own(probe.batch, probe.A, B, probe.heads).float() for B in (probe.B, 0 * probe.B)
+            )
     except Exception as error:  # any code of any model
         line = next(iter(str(error).splitlines()), "")
         raise ValueError(
@@ -164,6 +178,11 @@ def _own_answer(compute: Callable[[], Tensor], kind: str, layout: Layout) -> Ten
         ) from error
     if not logits.isfinite().all():
         raise ValueError(f"A {kind} model isn't supported: its answers aren't finite numbers.")
+    if torch.equal(logits, bare) and logits.any():
+        raise ValueError(
+            f"A {kind} model isn't supported with these target modules: what they compute doesn't "
+            "change its answer. Name others with --target-modules."
+        )
     return logits
 
 
