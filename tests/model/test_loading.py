@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import plait
-from conftest import WORDS, save_encoder
+from conftest import WORDS, save_encoder, tiny_model, tiny_tokenizer
 from plait.config import Config
 from plait.data.tokens import tokenize
 from plait.engines.job import prepare
@@ -153,3 +153,90 @@ def test_runs_share_a_model_unless_its_head_is_drawn_from_their_seed(
     assert tuning.backbone is other.backbone
     assert len(tuning.held_out) == len(tuning.task.validation)
     assert len(prepare(config).held_out) == len(tuning.task.test)
+
+
+def finished(tmp_path, names):
+    """A tiny finished classifier whose outputs have these names."""
+    model = tiny_model("bert", len(names))
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: k for k, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return model, Config(backbone=str(tmp_path / "model"))
+
+
+def test_outputs_are_matched_by_name(tmp_path):
+    model, config = finished(tmp_path, ["tool", "Fruit", "pet"])
+    loaded = load_model(config, 3, ("fruit", "pet", "tool"))
+    assert torch.equal(loaded.model.classifier.weight, model.classifier.weight[[1, 2, 0]])
+    assert torch.equal(loaded.model.classifier.bias, model.classifier.bias[[1, 2, 0]])
+
+
+def test_outputs_without_names_stay_as_they_are(tmp_path):
+    model, config = finished(tmp_path, ["LABEL_0", "LABEL_1", "LABEL_2"])
+    loaded = load_model(config, 3, ("fruit", "pet", "tool"))
+    assert torch.equal(loaded.model.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize("ours", [("a", "b", "c"), ("tool", "fruit"), ()])
+def test_other_classes_get_a_new_output_layer_and_a_line(ours, tmp_path, caplog):
+    model, config = finished(tmp_path, ["tool", "fruit", "pet"])
+    loaded = load_model(config, len(ours) or 1, ours)
+    assert len(loaded.model.classifier.weight) == (len(ours) or 1)
+    assert not torch.equal(loaded.model.classifier.weight[0], model.classifier.weight[0])
+    assert "output layer is drawn anew" in caplog.text
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _another_depth(file):
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model.safetensors", _cut, "model.*can't be loaded"),
+        ("config.json", _cut, "model.*can't be loaded"),
+        ("tokenizer.json", _cut, "model.*can't be loaded"),
+        ("config.json", _another_depth, "is torn"),
+    ],
+)
+def test_a_torn_folder_is_said_in_a_line(name, change, said, tmp_path):
+    folder = save_encoder("bert", tmp_path / "model")
+    change(folder / name)
+    with pytest.raises(ValueError, match=said) as error:
+        load_model(Config(backbone=str(folder)), 2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("left", [None, '{"tokenizer_class": "BertTokenizer"}'])
+def test_a_folder_without_tokenizer_is_said(left, tmp_path):
+    folder = save_encoder("bert", tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    if left:
+        (folder / "tokenizer_config.json").write_text(left)
+        (folder / "vocab.txt").write_text("")
+    with pytest.raises(ValueError, match=r"model.*(tokenizer|vocab)"):
+        load_model(Config(backbone=str(folder)), 2)
+
+
+def test_an_adapter_given_as_backbone_names_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "roberta-base"}')
+    with pytest.raises(ValueError, match="--backbone roberta-base"):
+        load_model(Config(backbone=str(tmp_path)), 2)
+
+
+def test_tokens_that_the_model_does_not_know_are_said(tmp_path):
+    loaded = load_model(Config(backbone=str(save_encoder("bert", tmp_path))), 2)
+    backbone = Backbone(loaded, Config())
+    known = some_tokens(loaded.tokenizer)
+    backbone.check(known)
+    with pytest.raises(ValueError, match="embeddings for 99 only"):
+        backbone.check(dataclasses.replace(known, ids=known.ids + 90))
+    with pytest.raises(ValueError, match="knows no word"):
+        backbone.check(tokenize([("x y",), ("z",)], np.zeros(2, int), loaded.tokenizer, 16))

@@ -235,7 +235,7 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
 
 def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens) -> Materials:
     """Task, model, training and evaluated split."""
-    backbone = Backbone(load_model(config, task.num_outputs), config, machine)
+    backbone = Backbone(load_model(config, task.num_outputs, task.label_names), config, machine)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (
         _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
@@ -245,6 +245,7 @@ def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens
 
 def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToTokens) -> Tokens:
     tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+    backbone.check(tokens)
     return backbone.with_hidden(tokens)
 
 

@@ -1,7 +1,8 @@
 """The one frozen model that all clients share, and where their adapters sit in it.
 
 Any `AutoModelForSequenceClassification` will do. Its encoder runs packed (packed_encoder.py) or
-in rectangles (rectangle_encoder.py); its classifier is the model's own code in both cases.
+in rectangles (rectangle_encoder.py) where that gives what the model's own forward pass does
+(own_forward.py); its classifier is the model's own code in all cases.
 
 Legend: R texts of a batch, n clients, C labels, d the model's width.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from plait.config import THIS_MACHINE, Config, Head, Machine
 from plait.data.tokens import Batch, Tokens, pack
@@ -24,10 +26,12 @@ from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process_settings import configure_process
-from plait.model.backend import Backend, build_backend
+from plait.model.backend import build_backend
+from plait.model.encoder_choice import Probe, check_dropout, choose
 from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.loading import Loaded
-from plait.model.packed_encoder import PACKED_MODEL_TYPES, PackedEncoder
+from plait.model.own_forward import OwnForward
+from plait.model.packed_encoder import PackedEncoder
 from plait.model.rectangle_encoder import RectangleEncoder
 
 HEAD_NAMES = ("classifier", "score")
@@ -52,7 +56,12 @@ class Backbone:
         machine: Where to compute, and how much at once.
         device: The same, resolved.
         backend: How it computes.
+        encoder: What computes hidden states, or with `head` None the logits.
+        head: What makes logits of hidden states.
     """
+
+    encoder: PackedEncoder | RectangleEncoder | OwnForward
+    head: MeanHead | OwnHead | None
 
     def __init__(self, loaded: Loaded, config: Config, machine: Machine = THIS_MACHINE) -> None:
         """Freeze the model and lay out the adapters.
@@ -69,7 +78,8 @@ class Backbone:
         self.machine, self.device = machine, resolve_device(machine.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.backend = build_backend(self.device, self.dtype, machine.backend)
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.name = loaded.tokenizer, config.backbone
+        self._num_embeddings = _num_embeddings(getattr(loaded.model, "base", loaded.model))
         model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)
         base, prefix = (
@@ -77,13 +87,14 @@ class Backbone:
             if mean_pooled
             else (model.base_model, f"{model.base_model_prefix}.")
         )
+        self.head_names = head_names(model)
         sites = find_sites(model, base.config.model_type, config)
         kept = {
             name: parameter.detach().float().cpu()
             for name, parameter in model.named_parameters()
-            if in_head(name) or name.rpartition(".")[0] in loaded.fresh
+            if self.in_head(name) or name.rpartition(".")[0] in loaded.fresh
         }
-        head = {name: value for name, value in kept.items() if in_head(name)}
+        head = {name: value for name, value in kept.items() if self.in_head(name)}
         self.head_policy: Head = config.head or ("mixed" if mean_pooled else "frozen")
         self.head_start = head if self.head_policy != "frozen" else {}
         self.kept = kept
@@ -93,10 +104,12 @@ class Backbone:
             scale=config.alpha / config.rank,
             head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
         )
-        self.encoder = build_encoder(model, base, prefix, self.layout, self.backend)
-        self.head: MeanHead | OwnHead = MeanHead(model) if mean_pooled else OwnHead(model)
-        self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
-        self._width = int(base.config.hidden_size)
+        probe = Probe.of(self.tokenizer, base.config, self.layout, self.head_start, self.backend)
+        self.encoder, self.head = choose(model, base, prefix, self.layout, self.backend, probe)
+        if config.lora_dropout:
+            check_dropout(self.encoder, probe)
+        if self.head is not None:
+            self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
@@ -123,16 +136,40 @@ class Backbone:
             (n, b, C) float32.
         """
         A, B = factors[Factor.A], factors[Factor.B]
+        heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
+        parts = {name: part.to(self.dtype) for name, part in heads.items()}
+        if isinstance(self.encoder, OwnForward):
+            return self.encoder(batch, A, B, parts, dropout).float()
+        assert self.head is not None
         hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
         features = self.head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        parts = {self._head_prefix + name: part for name, part in parts.items()}
         with self._head_lock:
-            return self._head_logits(features, factors).float()
+            return self._stacked_head(parts, features).float()
 
-    def _head_logits(self, features: Tensor, factors: dict[Factor, Tensor]) -> Tensor:
-        """(n, b, d) -> (n, b, C)."""
-        heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
-        parts = {self._head_prefix + name: part.to(self.dtype) for name, part in heads.items()}
-        return self._stacked_head(parts, features)
+    def in_head(self, name: str) -> bool:
+        """Whether a parameter or module belongs to the classifier head."""
+        return name.split(".")[0] in self.head_names
+
+    def check(self, tokens: Tokens) -> None:
+        """That the model takes a split's tokens.
+
+        Raises:
+            ValueError: A token that it has no embedding for, or nothing but unknown words.
+        """
+        most, unknown = int(tokens.ids.max(initial=0)), self.tokenizer.unk_token_id
+        if self._num_embeddings and most >= self._num_embeddings:
+            raise ValueError(
+                f"The tokenizer of {self.name!r} gives token {most}, but the model has embeddings "
+                f"for {self._num_embeddings} only: they belong to different models. Put the "
+                "model's own tokenizer into its folder."
+            )
+        real = np.setdiff1d(np.unique(tokens.ids), self.tokenizer.all_special_ids)
+        if len(tokens) and not len(real) and unknown in tokens.ids:
+            raise ValueError(
+                f"The tokenizer of {self.name!r} knows no word of the texts: all tokens are "
+                f"{self.tokenizer.unk_token}. Put the model's own tokenizer into its folder."
+            )
 
     @torch.no_grad()
     def with_hidden(self, tokens: Tokens) -> Tokens:
@@ -141,9 +178,12 @@ class Backbone:
         Only where that saves layers, and at most `Machine.cache_gib` of it; else it is computed
         again in every step.
         """
-        below, width = self.encoder.below, self._width
+        below = self.encoder.below
+        if below is None:
+            return tokens
+        width = below(self.batch(tokens, np.zeros((1, 1), dtype=np.int64))).shape[1]
         room = self.machine.cache_gib * 2**30
-        if below is None or len(tokens.ids) * width * self.dtype.itemsize > room:
+        if len(tokens.ids) * width * self.dtype.itemsize > room:
             return tokens
         hidden = torch.empty(len(tokens.ids), width, dtype=self.dtype)
         order = np.argsort(tokens.lengths, kind="stable")
@@ -154,26 +194,20 @@ class Backbone:
         return dataclasses.replace(tokens, hidden=hidden)
 
 
-def build_encoder(
-    model: Any, base: Any, prefix: str, layout: Layout, backend: Backend
-) -> PackedEncoder | RectangleEncoder:
-    """The fastest encoder that there is for an architecture and that the backend takes.
-
-    Args:
-        model: The whole model.
-        base: Its encoder.
-        prefix: The path to it.
-        layout: Where adapters sit.
-        backend: How to compute.
-    """
-    if backend.packs and base.config.model_type in PACKED_MODEL_TYPES:
-        return PackedEncoder(base, prefix, layout, backend)
-    return RectangleEncoder(model, base, layout)
+def _num_embeddings(model: Any) -> int:
+    """How many token ids a model takes; 0 where it doesn't say."""
+    try:
+        return int(getattr(model.get_input_embeddings(), "num_embeddings", 0))
+    except (AttributeError, NotImplementedError):  # CANINE hashes characters
+        return 0
 
 
-def in_head(name: str) -> bool:
-    """Whether a parameter or module belongs to the classifier head."""
-    return name.split(".")[0] in HEAD_NAMES
+def head_names(model: Any) -> tuple[str, ...]:
+    """The modules that are the classifier: PEFT's names for it, or else all but the encoder."""
+    own = [name for name, _ in model.named_children()]
+    return tuple(name for name in own if name in HEAD_NAMES) or tuple(
+        name for name in own if name != model.base_model_prefix
+    )
 
 
 def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
@@ -192,16 +226,27 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
             f"No default target modules for a {model_type} model; name its linear layers with "
             "--target-modules, such as q_proj,v_proj."
         )
-    layers = int(model.config.num_hidden_layers)
-    lowest = layers - (config.top_layers or layers)
-    sites = [
-        Site(name, module.in_features, module.out_features)
+    heads = head_names(model)
+    found = [
+        Site(name, *_sizes(module))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not in_head(name)
+        if isinstance(module, nn.Linear | Conv1D)
+        and name.split(".")[0] not in heads
         and any(name == target or name.endswith(f".{target}") for target in targets)
-        and layer_index(name) >= lowest
     ]
-    if not sites:
+    if not found:
         raise ValueError(f"No linear layer of the {model_type} model is named {targets}.")
-    return tuple(sites)
+    deepest = 1 + max(layer_index(site.name) for site in found)
+    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or deepest)
+    lowest = layers - (config.top_layers or layers)
+    # ALBERT's layers share their weights, and so are one.
+    lowest = min(lowest, deepest - 1)
+    return tuple(site for site in found if layer_index(site.name) >= lowest)
+
+
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(d_in, d_out); GPT-2's Conv1D is a linear layer with its weight transposed."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    d_in, d_out = module.weight.shape
+    return d_in, d_out

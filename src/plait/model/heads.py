@@ -6,6 +6,7 @@ Legend: T tokens of a batch, R its texts, d the model's width, L a padded length
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ class MeanHead(nn.Module):
         super().__init__()
         self.classifier = model.classifier
 
+    def remove(self) -> None:
+        """Nothing to put back: the model is as it was."""
+
     @staticmethod
     def read(hidden: Tensor, batch: Batch) -> Tensor:
         """(T, d) -> features (Q, d), the mean of each text."""
@@ -89,8 +93,14 @@ class OwnHead(nn.Module):
         super().__init__()
         self.pooler = getattr(model.base_model, "pooler", None)
         self.computed = _Computed()
+        base = model.base_model
+        self._put_back = partial(setattr, model, model.base_model_prefix, base)
         setattr(model, model.base_model_prefix, self.computed)
         self.model = model
+
+    def remove(self) -> None:
+        """Put the model's encoder back."""
+        self._put_back()
 
     @staticmethod
     def read(hidden: Tensor, _batch: Batch) -> Tensor:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from plait.config import Config
 from plait.data.objectives import Objective
-from plait.data.sources import package_folder
+from plait.data.sources import package_folder, say
 from plait.model.heads import MeanPooledClassifier
 from plait.rng import torch_stream
 
@@ -37,8 +40,14 @@ class Loaded:
     fresh: tuple[str, ...]
 
 
-def load_model(config: Config, num_labels: int) -> Loaded:
+def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ()) -> Loaded:
     """Load the model that `config.backbone` names.
+
+    Args:
+        config: Backbone, pooling, and the seed that what is missing is drawn from.
+        num_labels: The outputs that are needed.
+        label_names: The classes in the data's order: a checkpoint that has outputs of the same
+            names gets them in this order, one with other classes a new output layer.
 
     Raises:
         ValueError: The folder or the name on the hub can't be loaded, with what to do.
@@ -50,17 +59,32 @@ def load_model(config: Config, num_labels: int) -> Loaded:
         torch.manual_seed(torch_stream(config.seed, "head").initial_seed())
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            if not draws_head(config):
-                base = AutoModel.from_pretrained(source, dtype=torch.float32)
-                return Loaded(MeanPooledClassifier(base, num_labels), tokenizer, ())
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
+            if draws_head(config):
+                own = AutoConfig.from_pretrained(source)
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    source,
+                    num_labels=num_labels,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+            else:
+                model, report = AutoModel.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True
+                )
+        except Exception as error:  # whatever a library raises for a broken folder
             raise ValueError(
-                f"The backbone {config.backbone!r} can't be loaded: {str(error).splitlines()[0]} "
+                f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
                 "Give a local model folder, a name on the hub, or `minilm`."
             ) from error
+        _check_tokenizer(config.backbone, tokenizer)
+        _check_whole(config.backbone, report, model)
+        if not draws_head(config):
+            return Loaded(MeanPooledClassifier(model, num_labels), tokenizer, ())
+        if {key for key, *_ in report["mismatched_keys"]}:
+            _say_new_head(config.backbone, own)
+        elif not report["missing_keys"]:
+            match_outputs(config.backbone, model, own, label_names)
     fresh = {name.rpartition(".")[0] for name in report["missing_keys"]}
     return Loaded(model, tokenizer, tuple(sorted(fresh)))
 
@@ -78,6 +102,92 @@ def with_labels(model: Any, objective: Objective, label_names: Sequence[str]) ->
         model.config.label2id = {name: number for number, name in enumerate(label_names)}
     model.config.problem_type = objective.problem_type
     return model
+
+
+def telling_line(error: Exception) -> str:
+    """The first line of a library's message that says something, after the kind of error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else "no message"
+    if line.endswith(":") and len(lines) > 1:
+        line = f"{line} {lines[1]}"
+    line = line if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def match_outputs(backbone: str, model: Any, own: Any, label_names: Sequence[str]) -> None:
+    """Put the outputs of a finished classifier into the data's order, by their names.
+
+    Names such as LABEL_0 say nothing, and leave the outputs as they are. Other classes than the
+    data's get a new output layer.
+    """
+    names = [str(name) for _, name in sorted(own.id2label.items())]
+    if not label_names or all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        return
+    theirs, ours = ([_plain(name) for name in some] for some in (names, label_names))
+    layers = _output_layers(model, len(ours))
+    with torch.no_grad():
+        if set(theirs) == set(ours) and len(theirs) == len(set(theirs)):
+            order = [theirs.index(name) for name in ours]
+            for parameter in (p for layer in layers for p in layer.parameters()):
+                parameter.copy_(parameter[order].clone())
+            return
+        _say_new_head(backbone, own)
+        for layer in layers:
+            layer.weight.normal_(std=getattr(own, "initializer_range", 0.02))
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+
+def _plain(name: str) -> str:
+    return " ".join(str(name).casefold().split())
+
+
+def _output_layers(model: Any, num_labels: int) -> list[Any]:
+    """The last linear layer outside the encoder, which makes the outputs."""
+    inside = f"{model.base_model_prefix}."
+    linear = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == num_labels
+        and not name.startswith(inside)
+    ]
+    return linear[-1:]
+
+
+def _say_new_head(backbone: str, own: Any) -> None:
+    names = ", ".join(str(name) for _, name in sorted(own.id2label.items())[:6])
+    say(
+        f"the backbone {backbone} is a classifier of other classes ({names}; id2label in its "
+        "config.json) than the data's: its output layer is drawn anew."
+    )
+
+
+def _check_tokenizer(backbone: str, tokenizer: Any) -> None:
+    """That the tokenizer knows words: without its files transformers makes one that knows none."""
+    special = set(tokenizer.all_special_tokens)
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    known = tokenizer.get_vocab().keys() - special
+    if not any(character.isalnum() for token in known for character in str(token)):
+        raise ValueError(
+            f"The backbone {backbone!r} has no tokenizer: without a vocabulary every text would be "
+            "unknown words. Put its tokenizer.json (or vocab.txt) into the folder."
+        )
+
+
+def _check_whole(backbone: str, report: Any, model: Any) -> None:
+    """That no numbered layer of the encoder has to be drawn."""
+    heads = {name for name, _ in model.named_children()} - {model.base_model_prefix}
+    heads = heads if hasattr(model, model.base_model_prefix) else set()
+    missing = [key for key, *_ in report["mismatched_keys"]] + sorted(report["missing_keys"])
+    paths = [key.split(".") for key in missing]
+    torn = [path for path in paths if path[0] not in heads and any(map(str.isdigit, path))]
+    if torn:
+        raise ValueError(
+            f"The backbone {backbone!r} is torn: its checkpoint has no weights that fit for "
+            f"{'.'.join(torn[0])} ({len(torn)} such). Copy the folder again, or mend its "
+            "config.json."
+        )
 
 
 def draws_head(config: Config) -> bool:
@@ -131,8 +241,22 @@ def _source(backbone: str) -> str:
     if backbone == "minilm":
         return str(package_folder(EMBEDDED_MODEL) / "model")
     path = Path(backbone).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(_names_its_base(path))
     if path.is_dir():
         return str(path)
     if backbone.startswith((".", "/", "~")):
         raise ValueError(f"There is no model folder {backbone}.")
     return backbone
+
+
+def _names_its_base(folder: Path) -> str:
+    """What to do with an adapter's folder."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, OSError):
+        base = "the model that it was trained on"
+    return (
+        f"{folder} is a PEFT adapter, not a model; a run starts from its base: --backbone {base}. "
+        "To start from the adapter itself, merge it into its base (merge_and_unload) and save that."
+    )

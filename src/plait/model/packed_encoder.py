@@ -103,6 +103,9 @@ class PackedEncoder:
         roberta = base.config.model_type in ("roberta", "xlm-roberta", "camembert")
         self.first_position = base.config.pad_token_id + 1 if roberta else 0
 
+    def remove(self) -> None:
+        """Nothing to take away: the model is as it was."""
+
     def _fused(self, layers: list[_Layer]) -> FusedLayers | None:
         fused = [layer.fused for layer in layers if layer.fused]
         alike = fused and len(fused) == len(layers)

@@ -17,7 +17,7 @@ from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.files import save_tensors
 from plait.mixing import mean
-from plait.model.backbone import Backbone, in_head
+from plait.model.backbone import Backbone
 
 
 def save_adapters(backbone: Backbone, stack: Stack, config: Config, out: Path) -> None:
@@ -61,7 +61,7 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
         lora_dropout=config.lora_dropout,
         # Whole paths: a bare `query` would also match layers that were not adapted.
         target_modules=[site.name for site in layout.sites],
-        modules_to_save=sorted({_module(name) for name in backbone.kept}),
+        modules_to_save=sorted({_module(backbone, name) for name in backbone.kept}),
     )
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(
@@ -73,7 +73,7 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
     peft_config.save_pretrained(str(out))
 
 
-def _module(parameter: str) -> str:
+def _module(backbone: Backbone, parameter: str) -> str:
     """The module that PEFT is told to save for a parameter: a head whole, others themselves."""
     head = parameter.split(".")[0]
-    return head if in_head(parameter) else parameter.rpartition(".")[0]
+    return head if backbone.in_head(parameter) else parameter.rpartition(".")[0]

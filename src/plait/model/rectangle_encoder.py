@@ -40,10 +40,17 @@ class RectangleEncoder:
         self.base = base
         self.layout = layout
         self.has_types = getattr(base.config, "type_vocab_size", 0) > 1
-        self.pad_id = base.config.pad_token_id or 0
+        self.pad_id = getattr(base.config, "pad_token_id", None) or 0
         self._now = _Now()
-        for site in layout.sites:
+        self._hooks = [
             model.get_submodule(site.name).register_forward_hook(self._hook(site.name))
+            for site in layout.sites
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _hook(self, name: str) -> Any:
         def add_branch(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ class RectangleEncoder:
         hidden = []
         places = []
         for texts in similar_lengths(lengths):
-            places_here, mask = _rectangle(starts[texts], lengths[texts], len(batch.ids))
+            places_here, mask = rectangle(starts[texts], lengths[texts], len(batch.ids))
             real = moved(mask.flatten().nonzero()[:, 0], device)
             index, client = moved(places_here, device), moved(texts // num_texts, device)
             self._now.of_text = {name: (all_A[name][client], all_B[name][client]) for name in all_A}
@@ -101,7 +108,7 @@ def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> lis
     return [torch.tensor(group) for group in groups]
 
 
-def _rectangle(starts: Tensor, lengths: Tensor, none: int) -> tuple[Tensor, Tensor]:
+def rectangle(starts: Tensor, lengths: Tensor, none: int) -> tuple[Tensor, Tensor]:
     """(R_g, L_g) places of the texts' tokens, `none` where none is, and where one is."""
     columns = torch.arange(int(lengths.max()))
     mask = columns < lengths[:, None]

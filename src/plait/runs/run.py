@@ -232,7 +232,7 @@ class Run(Iterator[Event]):
     def _loaded(self) -> Loaded:
         objective = OBJECTIVES[self._started.objective]
         label_names = self._started.label_names
-        loaded = load_model(self.config, objective.num_outputs(label_names))
+        loaded = load_model(self.config, objective.num_outputs(label_names), label_names)
         with_labels(loaded.model, objective, label_names)
         return loaded
 

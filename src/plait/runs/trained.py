@@ -88,7 +88,7 @@ class Card:
         """The model without an adapter, its outputs named, and its tokenizer."""
         config = Config(backbone=self.backbone, pooling=self.pooling, seed=self.seed)
         objective = OBJECTIVES[self.objective]
-        loaded = load_model(config, objective.num_outputs(self.label_names))
+        loaded = load_model(config, objective.num_outputs(self.label_names), self.label_names)
         with_labels(loaded.model, objective, self.label_names)
         return loaded
 
