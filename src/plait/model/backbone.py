@@ -89,6 +89,8 @@ class Backbone:
         )
         self.head_names = head_names(model)
         sites = find_sites(model, base.config.model_type, config)
+        # A layer that the checkpoint lacks travels whole, which PEFT can't do with an adapted one.
+        sites = tuple(site for site in sites if site.name not in loaded.fresh)
         kept = {
             name: parameter.detach().float().cpu()
             for name, parameter in model.named_parameters()
@@ -227,11 +229,14 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
             "--target-modules, such as q_proj,v_proj."
         )
     heads = head_names(model)
+    prefix = "base" if isinstance(model, MeanPooledClassifier) else model.base_model_prefix
+    inside = f"{prefix}." if hasattr(model, prefix) else ""
     found = [
         Site(name, *_sizes(module))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and name.split(".")[0] not in heads
+        and name.startswith(inside)
         and any(name == target or name.endswith(f".{target}") for target in targets)
     ]
     if not found:
