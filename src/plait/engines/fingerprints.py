@@ -103,8 +103,10 @@ def _edges(config: Config) -> str | None:
 def _backbone(config: Config) -> str | None:
     """Of a model folder; one of the hub's cache is called by its commit."""
     folder = backbone_folder(config.backbone)
-    if folder is None or folder.parent.name == "snapshots":
-        return folder and folder.name[:16]
+    if folder is None:
+        return None
+    if folder.parent.name == "snapshots":
+        return folder.name[:16]
     files = sorted({path for name in MODEL_FILES for path in folder.glob(name)})
     return _hash(part.encode() for path in files for part in (path.name, of_file(path)))
 
