@@ -347,7 +347,8 @@ def flags(config: Config, leave_out: Iterable[str] = ()) -> list[str]:
 
 def settings(*configs: Config) -> list[tuple[str, str, bool]]:
     """Name, value or values, and whether they are not the default, of every setting."""
-    default, found = Config(), []
+    default = Config()
+    found: list[tuple[str, str, bool]] = []
     for field in dataclasses.fields(default):
         values = list(dict.fromkeys(getattr(config, field.name) for config in configs))
         other = values != [getattr(default, field.name)]

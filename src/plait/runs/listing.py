@@ -98,7 +98,8 @@ def _read(path: Path) -> Listed | None:
         config = Config.from_json(json.loads((path / "config.json").read_text()))
     except ValueError:
         return None
-    done, metric, score = 0, "", None
+    done, metric = 0, ""
+    score: float | None = None
     for event in _events(path / "events.jsonl"):
         metric = event.get("metric", metric)
         if event["event"] == "RoundDone":
