@@ -27,7 +27,7 @@ HEAD = Factor.HEAD
 
 @pytest.mark.parametrize(
     ("factors", "name"),
-    [(NONE, "-"), (A, "A"), (B, "B"), (AB, "A|B"), (B | HEAD, "B|HEAD"), (AB | HEAD, "A|B|HEAD")],
+    [(NONE, "-"), (A, "A"), (B, "B"), (AB, "AB"), (B | HEAD, "B|HEAD"), (AB | HEAD, "A|B|HEAD")],
 )
 def test_factors_have_a_name(factors, name):
     assert factors_name(factors) == name
