@@ -44,6 +44,7 @@ SERVER = """
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, {limit}))
 from pathlib import Path
+sys.path.insert(0, "..")  # conftest.py
 from plait.peers.federation import load_federation, load_peer
 from plait.peers.guard import raise_descriptor_limit
 from plait.peers.transport import GrpcTransport

@@ -11,6 +11,7 @@ import torch
 
 from fake_network import Hub, member, start_peer
 from plait.config import Config
+from plait.factors import VALUE, Factor
 from plait.peers.codec import Answer, Message
 from plait.peers.exchange import Terms
 from plait.peers.joining import Entrance
@@ -124,8 +125,8 @@ class Others:
             facts = {"round": round_}
             if question.kind != "state":
                 return Answer(facts)
-            rows = {f: torch.full_like(v[0], 100.0) for f, v in liar.stack.factors.items()
-                    if str(f.name) in ("A", "B")}  # fmt: skip
+            rows = {(VALUE, f): torch.full_like(v[0], 100.0)
+                    for f, v in liar.stack.factors.items() if f in Factor.AB}  # fmt: skip
             return Answer(facts, self.offered(liar, rows, round_))
 
         desk.answer = answer
@@ -166,22 +167,22 @@ def test_a_made_up_state_of_the_right_round_moves_no_entry_past_the_honest():
     others = Others(3)
     others.at(9, 2)
     others.lies(1, 9)
-    others.peers[2].stack.factors = {f: v + 1 for f, v in others.me.stack.factors.items()}
+    others.peers[2].stack.state |= {(VALUE, f): v + 1 for f, v in others.me.stack.factors.items()}
     others.peers[2]._rest()
     assert others.entrance.is_late()
     round_, states = others.entrance.find()
-    own = {factor: others.me.stack.factors[factor][0] for factor in states[0]}
+    own = {slot: others.me.stack.state[slot][0] for slot in states[0]}
     assert round_ == 9
-    for factor, row in middle(own, states).items():
-        assert (row >= own[factor]).all()
-        assert (row <= own[factor] + 1).all()
+    for slot, row in middle(own, states).items():
+        assert (row >= own[slot]).all()
+        assert (row <= own[slot] + 1).all()
 
 
 def test_a_state_of_another_phase_or_with_other_factors_is_not_taken():
     others = Others(3)
     others.at(9, 1, 2)
     liar = others.peers[1]
-    rows = {f: v[0] for f, v in liar.stack.factors.items() if str(f.name) == "B"}
+    rows = {(VALUE, Factor.B): liar.stack.factors[Factor.B][0]}
     wrong = liar.write(rows, 9, liar.inbox.turn(8).active, "state")
     phase = "A" if liar.inbox.turn(8).active == "B" else "B"
     header = wrong.header.__class__(**(vars(wrong.header) | {"active": phase}))

@@ -28,8 +28,8 @@ def config(tmp_path, monkeypatch) -> Config:
     """A run that reads rows, mixtures and edges."""
     monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
     write = {
-        "train.csv": rows(("fruit", "tool")),
-        "dev.csv": rows(("tool", "fruit")),
+        "train.csv": rows("train", ("fruit", "tool")),
+        "dev.csv": rows("dev", ("tool", "fruit")),
         "mixtures.json": "[[1, 1], [1, 1], [1, 1]]",
         "edges.txt": "0 1\n1 2\n",
     }
@@ -41,8 +41,8 @@ def config(tmp_path, monkeypatch) -> Config:
     return dataclasses.replace(CONFIG, **places)
 
 
-def rows(labels: tuple[str, str]) -> str:
-    lines = [f"{labels[k % 2]} number {k} of {labels},{labels[k % 2]}" for k in range(40)]
+def rows(split: str, labels: tuple[str, str]) -> str:
+    lines = [f"{labels[k % 2]} number {k} of {split},{labels[k % 2]}" for k in range(40)]
     return "\n".join(["text,label", *lines])
 
 
@@ -53,8 +53,8 @@ def interrupted(config: Config, out) -> None:
 
 
 CHANGES = {
-    "train.csv": (rows(("tool", "fruit")), "training rows"),
-    "dev.csv": (rows(("fruit", "tool")), "test rows"),
+    "train.csv": (rows("train", ("tool", "fruit")), "training rows"),
+    "dev.csv": (rows("dev", ("fruit", "tool")), "test rows"),
     "mixtures.json": ("[[1, 9], [9, 1], [1, 1]]", "label mixtures"),
     "edges.txt": ("0 1\n0 2\n", "edges"),
 }

@@ -207,7 +207,7 @@ def test_each_run_of_a_comparison_is_a_run_of_the_logger(monkeypatch, tmp_path):
     kept = Kept(monkeypatch)
     cells = [Cell(name, CONFIG, tmp_path / name) for name in ("adf-seed0", "ffa-seed0")]
     monkeypatch.setattr(
-        "plait.experiments.executors.run", lambda *_args, **_kwargs: events(CONFIG, 0.8)
+        "plait.experiments.executors.Run", lambda *_args, **_kwargs: events(CONFIG, 0.8)
     )
     said = [(cell, one) for cell in cells for one in (*events(CONFIG, 0.8), CellEnded())]
     assert list(here(cells, ["kept"])) == said

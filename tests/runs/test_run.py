@@ -34,7 +34,7 @@ def tiny_runs(monkeypatch):
     monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
     monkeypatch.setattr(
         "plait.runs.run.load_model",
-        lambda _config, num_outputs: Loaded(tiny_model("bert", num_outputs), None, ()),
+        lambda _config, num_outputs, _names=(): Loaded(tiny_model("bert", num_outputs), None, ()),
     )
 
 

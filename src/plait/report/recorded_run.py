@@ -77,7 +77,8 @@ class Track:
     @property
     def is_outdated(self) -> bool:
         """Whether the folder has another config by now: more rounds, or another run."""
-        return self._config_file != _identity(self.path / "config.json")
+        replaced = self._config_file != _identity(self.path / "config.json")
+        return replaced and Track.open(self.path).config != self.config
 
     @property
     def fingerprints(self) -> dict[str, str]:
