@@ -153,7 +153,7 @@ WORDS = [
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Words to ids, for the tiny models."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, "number"])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
