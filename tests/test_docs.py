@@ -153,7 +153,7 @@ def some(rows: Rows, count: int) -> Rows:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
-    tiny = {"backbone": str(tiny_folder), "rounds": 1, "local_steps": 1, "eval_rows": 8}
+    tiny = {"backbone": str(tiny_folder), "rounds": 2, "local_steps": 1, "eval_rows": 8}
     for name, row in PRESETS.items():
         small = row.build().to_json() | tiny
         build = lambda small=small: Config.from_json(small)  # noqa: E731
