@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import save_encoder
 from plait.cli.main import main
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
 from plait.experiments import sweep as sweep_module
@@ -69,10 +70,12 @@ def test_the_smallest_twin_runs(tmp_path, monkeypatch):
         "backbone": str(save_encoder("mean-pooled", tmp_path / "tiny")), "rounds": 2,
         "local_steps": 1, "clients": 2, "batch_size": 2, "eval_every": 2, "max_length": 8,
     }  # fmt: skip
-    monkeypatch.setattr(
-        sweep_module, "changed",
-        lambda config, values, origin: dataclasses.replace(config, **{**values, **tiny}),
-    )  # fmt: skip
+
+    def changed(settings: Config | Machine, values: dict[str, Any], origin: str) -> Any:
+        smaller = tiny if isinstance(settings, Config) else {}
+        return dataclasses.replace(settings, **(values | smaller))
+
+    monkeypatch.setattr(sweep_module, "changed", changed)
     smallest = min(PUBLISHED, key=lambda f: len(load_sweep(f, tmp_path, small=True).expected))
     out = tmp_path / "out"
     assert main(["sweep", str(smallest), "--small", "--jobs", "1", "--out", str(out)]) == 0
