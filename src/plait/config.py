@@ -183,6 +183,9 @@ class EvaluationSettings:
     or where `eval_every` isn't given either on at most 256."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
+    metric: str | None = None
+    """What answers are judged by: `accuracy`, `macro-f1`, `auroc`, `matthews`, for two classes
+    `f1`, for scores `pearson`; the task's own when not given."""
 
 
 # Dataclasses take the fields of their last base first.

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
+from plait.data.objectives import Objective
 from plait.data.partition import deal
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
@@ -106,9 +107,16 @@ class Job:
         """The bytes of what a client sends to each neighbour in a round."""
         return 4 * sum(self.backbone.layout.size(factor) for _, factor in self.shared(round_))
 
+    @cached_property
+    def judged(self) -> Objective:
+        """The task's objective, with answers as its metric takes them."""
+        whole = METRICS[self.task.metric].of_outputs
+        objective = self.task.objective
+        return dataclasses.replace(objective, answer=lambda x: x) if whole else objective
+
     def score(self, answers: np.ndarray, targets: np.ndarray) -> float:
-        """The task's metric of answers (Q,) against targets (Q,)."""
-        return METRICS[self.task.metric](targets, answers)
+        """The task's metric of the answers of `judged` to Q rows against targets (Q,)."""
+        return METRICS[self.task.metric].score(targets, answers)
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,7 @@ def _first_event(
 MATERIAL = (
     names_of(FileSettings)
     | names_of(ModelSettings)
-    | {"task", "objective", "max_length", "eval_split", "seed"}
+    | {"task", "objective", "max_length", "eval_split", "metric", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
