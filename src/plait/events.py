@@ -103,6 +103,9 @@ class Evaluated:
         averaged_score: Of the model with the mean factors.
         averaged_loss: Of the model with the mean factors.
         seconds: Time it took.
+        confusion: (C, C) how many rows of each class the clients' own models called each class, all
+            clients together. After the last round of a classification; else empty.
+        averaged_confusion: The same of the model with the mean factors; empty between peers.
     """
 
     round: int
@@ -112,6 +115,8 @@ class Evaluated:
     averaged_score: float
     averaged_loss: float
     seconds: float
+    confusion: list[list[int]] = dataclasses.field(default_factory=list)
+    averaged_confusion: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,20 @@ def from_line(line: str) -> Event:
         # Runs of plait before 0.2 didn't say; there only scores had no names.
         values.setdefault("objective", "classification" if values["label_names"] else "regression")
     return kind(**values)
+
+
+def together(parts: Sequence[Evaluated]) -> Evaluated:
+    """One evaluation of those of some clients each; the first of them has the averaged model's."""
+    tables = [one.confusion for one in parts]
+    return dataclasses.replace(
+        parts[0],
+        scores=[score for one in parts for score in one.scores],
+        losses=[loss for one in parts for loss in one.losses],
+        seconds=max(one.seconds for one in parts),
+        confusion=[
+            [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)
+        ],
+    )
 
 
 def releases(rounds: Sequence[RoundDone]) -> int:

@@ -55,6 +55,9 @@ Three things to try:
 
 `plait --help` has all commands; `plait doctor` says what is missing here."""
 
+FEW_CLASSES = 6
+"""How many fit on a screen, class by class."""
+
 
 # -- what each command takes
 
@@ -111,7 +114,7 @@ def _run(args: list[str]) -> None:
     check_files(config)
     _check_extras(given)
     from plait.cli.progress import watch
-    from plait.figures import remarks
+    from plait.figures import class_table, remarks
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
@@ -119,6 +122,10 @@ def _run(args: list[str]) -> None:
     told = logged(going, _loggers(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
+    head, *lines = class_table(going.events) or [[]]
+    if 1 < len(lines) <= FEW_CLASSES + 1:
+        print("\nby class, all clients together; %: of its rows, called this")
+        cli_lists.print_table(head, lines)
     for remark in remarks(going.events):
         print(remark)
 

@@ -64,7 +64,7 @@ class Simulation:
 
     def evaluate(self, round_: int) -> Evaluated:
         """Every client's own model, and the averaged one."""
-        return evaluation(self.job, self.stack, round_)
+        return evaluation(self.job, self.stack, range(self.job.config.clients), round_)
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Write the checkpoint of all clients."""

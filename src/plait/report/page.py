@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
 from plait.experiments.significance import Difference
-from plait.figures import FIGURES, taken
+from plait.figures import FIGURES, class_table, taken
 from plait.report import charts
 from plait.report.charts import Chart
 from plait.report.comparison_report import cells, notes
@@ -201,6 +201,7 @@ def _run(key: str, track: Track, metric: str) -> Payload:
             "partition": charts.partition_chart(track),
         },
         "topology": topology(track),
+        "classes": class_table(track.events),
     }
 
 
