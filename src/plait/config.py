@@ -27,6 +27,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
+TestSplit = Literal["common", "client"]
 Engine = Literal["simulate", "ray"]
 ObjectiveName = Literal["auto", "classification", "regression"]
 
@@ -183,6 +184,10 @@ class EvaluationSettings:
     or where `eval_every` isn't given either on at most 256."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
+    test_split: TestSplit = "common"
+    """`client`: where all rows are evaluated, each client is judged on rows of its own as well, as
+    many as have its mixture of labels, or with `--label-skew key` those of its key; then `dev_file`
+    must have the key column, too."""
     metric: str | None = None
     """What answers are judged by: `accuracy`, `macro-f1`, `auroc`, `matthews`, for two classes
     `f1`, for scores `pearson`; the task's own when not given."""

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from plait.metrics import LayerState, Pair
 
@@ -106,6 +107,9 @@ class Evaluated:
         confusion: (C, C) how many rows of each class the clients' own models called each class, all
             clients together. After the last round of a classification; else empty.
         averaged_confusion: The same of the model with the mean factors; empty between peers.
+        own_scores: (N,) each client's own model on held-out rows of its own. With `--test-split
+            client`, and where all rows are evaluated; else empty.
+        own_rows: (N,) how many these are.
     """
 
     round: int
@@ -117,6 +121,8 @@ class Evaluated:
     seconds: float
     confusion: list[list[int]] = dataclasses.field(default_factory=list)
     averaged_confusion: list[list[int]] = dataclasses.field(default_factory=list)
+    own_scores: list[float] = dataclasses.field(default_factory=list)
+    own_rows: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +175,13 @@ def from_line(line: str) -> Event:
 def together(parts: Sequence[Evaluated]) -> Evaluated:
     """One evaluation of those of some clients each; the first of them has the averaged model's."""
     tables = [one.confusion for one in parts]
+    names = ("scores", "losses", "own_scores", "own_rows")
+    joined: dict[str, Any] = {
+        name: [x for one in parts for x in getattr(one, name)] for name in names
+    }
     return dataclasses.replace(
         parts[0],
-        scores=[score for one in parts for score in one.scores],
-        losses=[loss for one in parts for loss in one.losses],
+        **joined,
         seconds=max(one.seconds for one in parts),
         confusion=[
             [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)

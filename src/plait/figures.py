@@ -93,6 +93,22 @@ def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
     return float(class_scores(confusion)[:, 2][counts.sum(axis=0) + counts.sum(axis=1) > 0].mean())
 
 
+def client_table(events: Iterable[Event]) -> list[list[str]]:
+    """A head, and each client's last score on rows of its own and on those that all are judged on.
+
+    Nothing without `--test-split client`.
+    """
+    found = [event for event in events if isinstance(event, Evaluated) and event.own_scores]
+    if not found:
+        return []
+    last = found[-1]
+    lines = zip(last.own_rows, last.own_scores, last.scores, strict=True)
+    return [
+        ["client", "own rows", "score on them", f"on all {last.rows}"],
+        *([str(k), str(n), f"{own:.3f}", f"{all_:.3f}"] for k, (n, own, all_) in enumerate(lines)),
+    ]
+
+
 def class_table(events: Iterable[Event]) -> list[list[str]]:
     """How the clients' own models, all together, did with each class at the end of a run.
 
@@ -112,7 +128,7 @@ def class_table(events: Iterable[Event]) -> list[list[str]]:
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     lines = zip(names, class_scores(confusion), shares, strict=True)
     return [
-        ["class", "precision", "recall", "F1", *(f"% {name}" for name in names)],
+        ["class", "precision", "recall", "F1", *names],
         *([name, *(f"{x:.3f}" for x in scores), *(f"{x:.0f}" for x in share)]
           for name, scores, share in lines),
         ["macro F1", "", "", f"{macro_f1(confusion):.3f}", *("" for _ in names)],
@@ -146,6 +162,14 @@ FIGURES: dict[str, Figure] = {
         "Loss", lambda e: float(np.mean(e.losses)), head="loss", unit="held-out loss, client mean"
     ),
     "loss_averaged_model": _evaluated("Loss of the averaged model", lambda e: e.averaged_loss),
+    "accuracy_own_mean": _sometimes(
+        "Clients' own models on rows of their own",
+        lambda e: float(np.mean(e.own_scores)) if e.own_scores else math.nan,
+        head="{metric}, own rows",
+    ),
+    "accuracy_own_min": _sometimes(
+        "Worst client on rows of its own", lambda e: min(e.own_scores, default=math.nan)
+    ),
     "macro_f1_clients": _sometimes(
         "Macro F1 of all clients' answers together", lambda e: macro_f1(e.confusion)
     ),

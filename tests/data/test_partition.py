@@ -282,6 +282,55 @@ def test_key_refusals():
         deal(balanced(2, 40, keys=True), 2, config)
 
 
+# -- held-out rows of a client's own
+
+
+def own_rows(train: Rows, test: Rows, C: int, shares, **settings: str) -> list[np.ndarray]:
+    names = tuple(map(str, range(C))) if C > 1 else ()
+    objective = CLASSIFICATION if C > 1 else REGRESSION
+    task = Task("rows", train, make_rows([0] * 9), test, names, "", objective)
+    config = Config(clients=len(shares), **{"test_split": "client", **settings})
+    return partition.own_rows(task, shares, config)
+
+
+def test_own_rows_are_as_many_as_have_the_mixture():
+    train, test = balanced(3, 100), make_rows([0] * 40 + [1] * 20 + [2] * 9)
+    config = Config(clients=10, client_size=20)
+    shares = deal(train, 3, config)
+    found = own_rows(train, test, 3, shares)
+    mixtures = counts_of(train, shares, 3) / 20
+    for rows, mixture in zip(counts_of(test, found, 3), mixtures, strict=True):
+        assert rows.tolist() == largest_remainder(int(rows.sum()), mixture).tolist()
+        more = largest_remainder(int(rows.sum()) + 1, mixture)
+        assert (more > [40, 20, 9]).any()
+    assert all((np.diff(rows) > 0).all() for rows in found)
+    again = own_rows(train, test, 3, shares, seed=7)
+    assert [one.tolist() for one in again] == [one.tolist() for one in found]
+    assert own_rows(train, test, 3, shares, test_split="common") == []
+    assert all(rows.max() < 9 for rows in own_rows(train, test, 3, shares, eval_split="validation"))
+
+
+def test_a_label_that_the_split_has_not_is_left_out_or_refused():
+    train, test = make_rows([0, 0, 1, 2, 2]), make_rows([0, 1, 1])
+    (rows,) = own_rows(train, test, 3, [np.array([0, 1, 2, 3])])
+    assert test.labels[rows].tolist() == [0, 1]
+    message = "No test row has the labels of client 1, .* or leave out --test-split client"
+    with pytest.raises(ValueError, match=message):
+        own_rows(train, test, 3, [np.array([0]), np.array([3, 4])])
+
+
+def test_own_rows_of_a_key_and_of_a_regression():
+    train, test = balanced(2, 8, keys=True), balanced(2, 4, keys=True)
+    shares = deal(train, 2, Config(clients=4, label_skew="key"))
+    found = own_rows(train, test, 2, shares, label_skew="key")
+    assert [{test.keys[i] for i in rows} for rows in found] == [{key} for key in sorted(KEYS)]
+    with pytest.raises(ValueError, match="No test row has the key of client 0"):
+        own_rows(train, balanced(2, 4), 2, shares, label_skew="key")
+    scores = make_rows(np.linspace(0, 1, 8, dtype=np.float32))
+    (rows,) = own_rows(scores, scores, 1, [np.arange(4)])
+    assert rows.tolist() == list(range(8))
+
+
 @pytest.mark.parametrize(
     ("skew", "message"),
     [

@@ -67,8 +67,22 @@ def test_clients_that_are_alike_count_each():
     assert found.confusion == (3 * np.array(found.averaged_confusion)).tolist()
 
 
+def test_clients_are_judged_on_rows_of_their_own_where_all_are_evaluated():
+    job = tiny_job(dataclasses.replace(CONFIG, test_split="client", eval_rows=7))
+    stack = scattered(job)
+    assert evaluation(job, stack, range(3), 0).own_scores == []
+    found = evaluation(job, stack, range(3), 1)
+    called = all_logits(job.backbone, stack.factors, job.held_out).argmax(dim=-1).numpy()
+    right = called == job.held_out.labels
+    assert found.own_scores == pytest.approx([right[k][job.own_rows[k]].mean() for k in range(3)])
+    assert found.own_rows == [len(rows) for rows in job.own_rows]
+    assert len({tuple(rows) for rows in job.own_rows}) == 3
+    alone = judge(job, {f: value[[1]] for f, value in stack.factors.items()}, [1], 1)
+    assert alone.own_scores == found.own_scores[1:2]
+
+
 def test_of_some_clients_each_it_is_the_same_together():
-    job = tiny_job(CONFIG)
+    job = tiny_job(dataclasses.replace(CONFIG, test_split="client"))
     stack = scattered(job)
     whole = evaluation(job, stack, range(3), 1)
     models = {factor: torch.cat([value, mean(value)]) for factor, value in stack.factors.items()}

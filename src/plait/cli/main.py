@@ -55,8 +55,8 @@ Three things to try:
 
 `plait --help` has all commands; `plait doctor` says what is missing here."""
 
-FEW_CLASSES = 6
-"""How many fit on a screen, class by class."""
+FEW_LINES, FEW_COLUMNS = 12, 10
+"""Tables up to this size are printed at the end of a run; larger ones are in the report."""
 
 
 # -- what each command takes
@@ -114,7 +114,7 @@ def _run(args: list[str]) -> None:
     check_files(config)
     _check_extras(given)
     from plait.cli.progress import watch
-    from plait.figures import class_table, remarks
+    from plait.figures import class_table, client_table, remarks
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
@@ -122,10 +122,11 @@ def _run(args: list[str]) -> None:
     told = logged(going, _loggers(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
-    head, *lines = class_table(going.events) or [[]]
-    if 1 < len(lines) <= FEW_CLASSES + 1:
-        print("\nby class, all clients together; %: of its rows, called this")
-        cli_lists.print_table(head, lines)
+    _print_few(
+        class_table(going.events),
+        "by class, all clients together; % of its rows that were called this",
+    )
+    _print_few(client_table(going.events), "by client")
     for remark in remarks(going.events):
         print(remark)
 
@@ -348,6 +349,12 @@ def _help() -> None:
 
 def _greet() -> None:
     print(GREETING)
+
+
+def _print_few(table: list[list[str]], title: str) -> None:
+    if table and len(table) <= FEW_LINES + 1 and len(table[0]) <= FEW_COLUMNS:
+        print(f"\n{title}")
+        cli_lists.print_table(table[0], table[1:])
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:

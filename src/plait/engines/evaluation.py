@@ -52,6 +52,8 @@ def judge(
         confusion(job.task, answers, some, tokens.labels) if last and len(some) else []
         for some in (whose[:own], whose[own:])
     ]
+    whole = job.own_rows and len(rows) == len(job.held_out)
+    chosen_rows = [job.own_rows[client] for client in clients] if whole else []
     return Evaluated(
         round=round_,
         rows=len(rows),
@@ -62,6 +64,11 @@ def judge(
         seconds=time.perf_counter() - begin,
         confusion=tables[0],
         averaged_confusion=tables[1],
+        own_scores=[
+            job.score(answers[k][chosen], tokens.labels[chosen])
+            for k, chosen in zip(whose, chosen_rows, strict=False)
+        ],
+        own_rows=list(map(len, chosen_rows)),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.objectives import Objective
-from plait.data.partition import deal
+from plait.data.partition import deal, own_rows
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens, tokenize
@@ -44,6 +44,7 @@ class Job:
         train: The training split, tokenised.
         held_out: The split that is evaluated, tokenised.
         shares: Client -> its rows of the training split.
+        own_rows: Client -> its own rows of the evaluated split; none with `test_split` common.
         started: The first event of the run.
     """
 
@@ -55,6 +56,7 @@ class Job:
     train: Tokens
     held_out: Tokens
     shares: list[np.ndarray]
+    own_rows: list[np.ndarray]
     started: Started
 
     @cached_property
@@ -161,7 +163,8 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     begin = time.perf_counter()
     rules = Rules.of(config)
     config = rules.config
-    _, shares = dealt(config, own)  # before a model is loaded for nothing
+    task, shares = dealt(config, own)  # before a model is loaded for nothing
+    own_rows(task, shares, config)
     if own is None:
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
         materials = share(_shared(config), machine)
@@ -187,7 +190,8 @@ def _shared(config: Config) -> Config:
 def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
     """The job of its parts; preparing them began at `perf_counter` time `begin`."""
     started = _first_event(rules.config, materials, shares, begin)
-    return Job(**vars(rules), **vars(materials), shares=shares, started=started)
+    mine = own_rows(materials.task, shares, rules.config)
+    return Job(**vars(rules), **vars(materials), shares=shares, own_rows=mine, started=started)
 
 
 def _first_event(
@@ -215,7 +219,7 @@ def _first_event(
 MATERIAL = (
     names_of(FileSettings)
     | names_of(ModelSettings)
-    | {"task", "objective", "max_length", "eval_split", "metric", "seed"}
+    | {"task", "objective", "max_length", "eval_split", "test_split", "metric", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
