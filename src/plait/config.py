@@ -92,8 +92,8 @@ class DataSettings:
     clients: int = 10
     """Number of clients, N."""
     label_skew: str = "paper"
-    """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `key`, or a JSON file with
-    one label mixture for each client."""
+    """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `shards:2`, `sizes:100,50`,
+    `key`, or a JSON file with one label mixture for each client."""
     client_size: int | None = None
     """Rows for each client; as many as there are when not given."""
 

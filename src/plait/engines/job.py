@@ -12,7 +12,8 @@ import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.objectives import Objective
-from plait.data.partition import deal, own_rows
+from plait.data.own_rows import own_rows
+from plait.data.partition import deal
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens, tokenize
