@@ -188,6 +188,10 @@ class EvaluationSettings:
     """`client`: where all rows are evaluated, each client is judged on rows of its own as well, as
     many as have its mixture of labels, or with `--label-skew key` those of its key; then `dev_file`
     must have the key column, too."""
+    stop_after: int | None = None
+    """Stop after so many evaluations without gain in the clients' mean score, and keep the best
+    round's adapters in the run folder's `best/`; it needs `--eval-split validation` and
+    `--eval-every`."""
     metric: str | None = None
     """What answers are judged by: `accuracy`, `macro-f1`, `auroc`, `matthews`, for two classes
     `f1`, for scores `pearson`; the task's own when not given."""
@@ -215,7 +219,8 @@ class Config(
                      "max_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers")
+        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers", "stop_after")
+        _check_stopping(self)
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
@@ -294,6 +299,15 @@ class Machine:
 def names_of(kind: type) -> frozenset[str]:
     """The names of the settings that a class of this module has."""
     return frozenset(field.name for field in dataclasses.fields(kind))
+
+
+def _check_stopping(config: Config) -> None:
+    judged = config.eval_split == "validation" and config.eval_every is not None
+    if config.stop_after is not None and (not judged or config.eval_rows is not None):
+        raise ValueError(
+            "stop_after counts evaluations on all validation rows: pass --eval-split validation "
+            "and --eval-every 1, or more, and leave eval_rows out."
+        )
 
 
 def _at_least_one(settings: Config | Machine, *names: str) -> None:

@@ -105,7 +105,8 @@ class Evaluated:
         averaged_loss: Of the model with the mean factors.
         seconds: Time it took.
         confusion: (C, C) how many rows of each class the clients' own models called each class, all
-            clients together. After the last round of a classification; else empty.
+            clients together. After the last round of a classification, with `--stop-after` after
+            each that is evaluated; else empty.
         averaged_confusion: The same of the model with the mean factors; empty between peers.
         own_scores: (N,) each client's own model on held-out rows of its own. With `--test-split
             client`, and where all rows are evaluated; else empty.

@@ -93,6 +93,22 @@ def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
     return float(class_scores(confusion)[:, 2][counts.sum(axis=0) + counts.sum(axis=1) > 0].mean())
 
 
+def best_evaluation(events: Iterable[Event]) -> Evaluated | None:
+    """The evaluation after a round with the clients' highest mean score, the first of equals."""
+    after = [event for event in events if isinstance(event, Evaluated) and event.round >= 0]
+    return max(after, key=lambda event: float(np.mean(event.scores)), default=None)
+
+
+def has_stopped(config: Config, events: Iterable[Event]) -> bool:
+    """Whether a run stops here, after `stop_after` evaluations without gain."""
+    events = list(events)
+    best = best_evaluation(events)
+    if config.stop_after is None or best is None:
+        return False
+    since = [e for e in events if isinstance(e, Evaluated) and e.round > best.round]
+    return len(since) >= config.stop_after
+
+
 def client_table(events: Iterable[Event]) -> list[list[str]]:
     """A head, and each client's last score on rows of its own and on those that all are judged on.
 
@@ -247,6 +263,19 @@ def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
         **{name: getattr(config, name) for name in settings},
         "metric": next(e.metric for e in events if isinstance(e, Started)),
         **taken(events),
+        **_best(config, events),
         "config_digest": config.digest(),
         **spent(config, releases(rounds)),
+    }
+
+
+def _best(config: Config, events: Sequence[Event]) -> dict[str, float]:
+    """Where a run that may stop early had its best round, and how far it came."""
+    best = best_evaluation(events)
+    if config.stop_after is None or best is None:
+        return {}
+    return {
+        "rounds_done": sum(isinstance(event, RoundDone) for event in events),
+        "best_round": best.round,
+        "best_accuracy_client_mean": float(np.mean(best.scores)),
     }

@@ -366,6 +366,11 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
         f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
         f"{out}: summary.json, events.jsonl, adapters/"
     )
+    if "best_round" in summary:
+        print(
+            f"best after round {summary['best_round'] + 1} of {summary['rounds_done']}: "
+            f"{summary['best_accuracy_client_mean']:.3f}; {out / 'best'}"
+        )
     if "dp_epsilon" in summary:
         print(
             f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g} for each client,"

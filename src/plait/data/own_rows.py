@@ -28,7 +28,7 @@ def own_rows(task: Task, shares: Sequence[Ints], config: Config) -> list[Ints]:
     """
     if config.test_split == "common":
         return []
-    held_out = task.validation if config.eval_split == "validation" else task.test
+    held_out = task.held_out(config.eval_split)
     keyed = config.label_skew == "key" and task.train.keys is not None
     choose = _of_its_key if keyed else _in_its_mixture
     found = [choose(task, held_out, share) for share in shares]

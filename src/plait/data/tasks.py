@@ -77,6 +77,17 @@ class Task:
         """C, the outputs of the model's head."""
         return self.objective.num_outputs(self.label_names)
 
+    def held_out(self, split: str) -> Rows:
+        """The rows that are evaluated: those of `validation` or `test`.
+
+        Raises:
+            ValueError: There are none.
+        """
+        rows = self.validation if split == "validation" else self.test
+        if not len(rows):
+            raise ValueError(f"Task {self.name} has no {split} rows: take the other --eval-split.")
+        return rows
+
 
 # -- metrics: (labels (n,), answers (n,)) -> number; answers are classes, or floats for regression.
 # scikit-learn and SciPy take two seconds to import, so each does it when it is first called.

@@ -133,9 +133,9 @@ class Cluster:
         self.saved = path.resolve()
         self._surely(self._begin, 0)
 
-    def save_adapters(self, out: Path) -> None:
+    def save_adapters(self, out: Path, rounds_done: int) -> None:
         """Have every block write the adapters of its clients."""
-        self._surely(partial(self._save_adapters, out.resolve()), self.config.rounds)
+        self._surely(partial(self._save_adapters, out.resolve()), rounds_done)
 
     # -- the same, by workers that may die
 

@@ -47,7 +47,7 @@ def judge(
     scores = [job.score(one, tokens.labels) for one in answers] * copies
     means = losses.mean(dim=1).tolist() * copies
     whose = np.zeros(num_models, int) if alike else np.arange(num_models)
-    last = round_ + 1 == job.evaluations.rounds
+    last = round_ + 1 == job.evaluations.rounds or job.config.stop_after is not None
     tables = [
         confusion(job.task, answers, some, tokens.labels) if last and len(some) else []
         for some in (whose[:own], whose[own:])

@@ -165,6 +165,7 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     rules = Rules.of(config)
     config = rules.config
     task, shares = dealt(config, own)  # before a model is loaded for nothing
+    task.held_out(config.eval_split)
     own_rows(task, shares, config)
     if own is None:
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
@@ -249,7 +250,7 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
 def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens) -> Materials:
     """Task, model, training and evaluated split."""
     backbone = Backbone(load_model(config, task.num_outputs, task.label_names), config, machine)
-    held_out = task.validation if config.eval_split == "validation" else task.test
+    held_out = task.held_out(config.eval_split)
     train, evaluated = (
         _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
     )

@@ -74,7 +74,7 @@ class Simulation:
         """Go back to a checkpoint."""
         load_rows(self.stack, path)
 
-    def save_adapters(self, out: Path) -> None:
+    def save_adapters(self, out: Path, rounds_done: int) -> None:
         """Write every client's adapter and the averaged one."""
         save_adapters(self.job.backbone, self.stack, self.job.config, out)
 
