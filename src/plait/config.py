@@ -306,7 +306,7 @@ def _check_stopping(config: Config) -> None:
     if config.stop_after is not None and (not judged or config.eval_rows is not None):
         raise ValueError(
             "stop_after counts evaluations on all validation rows: pass --eval-split validation "
-            "and --eval-every 1, or more, and leave eval_rows out."
+            "and --eval-every 1, or more, without eval_rows (--eval-rows None)."
         )
 
 

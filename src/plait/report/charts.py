@@ -173,7 +173,8 @@ def own_rows_chart(track: Track, metric: str) -> Chart | None:
             strict=False,
         )
     ]
-    layout = {"xaxis": _axis("client"), "yaxis": _axis(metric)}
+    whole = {"dtick": 1} if len(clients) <= 24 else {}
+    layout = {"xaxis": _axis("client") | whole, "yaxis": _axis(metric)}
     return _chart(traces, layout, f"{metric} of each client on its own rows and on those of all")
 
 
