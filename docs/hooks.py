@@ -207,7 +207,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixes": mixes,
     "metrics": lambda: table(
         ["metric", ""],
-        [[f"`{name}`", (inspect.getdoc(metric) or "")] for name, metric in METRICS.items()],
+        [
+            [f"`{name}`", (inspect.getdoc(row.score) or "").partition("\n")[0]]
+            for name, row in METRICS.items()
+        ],
     ),
     "partitions": partitions,
     "presets": lambda: _summaries("preset", PRESETS),

@@ -14,7 +14,7 @@ import plait
 from fake_runs import events
 from plait.config import Config
 from plait.events import Evaluated, RoundDone, Started
-from plait.figures import FIGURES, TAKES, summarize, taken
+from plait.figures import FIGURES, TAKES, class_table, client_table, macro_f1, summarize, taken
 from plait.metrics import LayerState
 from plait.runs.loggers import numbers
 
@@ -73,6 +73,30 @@ def test_what_nothing_was_said_of_is_left_out():
 def test_the_names_of_the_summary_and_of_loggers_stay():
     assert list(summarize(CONFIG, SAID)) == KEYS
     assert {name for event in SAID for name in numbers(event)[1]} == LOGGED
+
+
+def test_classes_have_scores_and_shares_of_their_rows():
+    done = dataclasses.replace(EVALUATION, confusion=[[3, 1], [0, 4]])
+    assert class_table([*SAID[:-1], done]) == [
+        ["class", "precision", "recall", "F1", "no", "yes"],
+        ["no", "1.000", "0.750", "0.857", "75", "25"],
+        ["yes", "0.800", "1.000", "0.889", "0", "100"],
+        ["macro F1", "", "", "0.873", "", ""],
+    ]
+    assert class_table(SAID) == []
+    assert taken([done])["macro_f1_clients"] == pytest.approx((6 / 7 + 8 / 9) / 2)
+    # A class that never comes, and that nobody is called, doesn't count.
+    assert macro_f1([[3, 1, 0], [0, 4, 0], [0, 0, 0]]) == taken([done])["macro_f1_clients"]
+
+
+def test_clients_have_scores_on_rows_of_their_own():
+    own = dataclasses.replace(EVALUATION, own_scores=[0.5, 1, 0, 0.5], own_rows=[4, 4, 4, 8])
+    head, *lines = client_table([*SAID[:-1], own])
+    assert head == ["client", "own rows", "score on them", "on all 100"]
+    assert lines[3] == ["3", "8", "0.500", "0.900"]
+    assert client_table(SAID) == []
+    found = taken([own])
+    assert (found["accuracy_own_mean"], found["accuracy_own_min"]) == (0.5, 0)
 
 
 def test_every_figure_is_of_an_event_and_has_a_use():

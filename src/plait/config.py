@@ -27,6 +27,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
+TestSplit = Literal["common", "client"]
 Engine = Literal["simulate", "ray"]
 ObjectiveName = Literal["auto", "classification", "regression"]
 
@@ -91,8 +92,8 @@ class DataSettings:
     clients: int = 10
     """Number of clients, N."""
     label_skew: str = "paper"
-    """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `key`, or a JSON file with
-    one label mixture for each client."""
+    """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `shards:2`, `sizes:100,50`,
+    `key`, or a JSON file with one label mixture for each client."""
     client_size: int | None = None
     """Rows for each client; as many as there are when not given."""
 
@@ -183,6 +184,17 @@ class EvaluationSettings:
     or where `eval_every` isn't given either on at most 256."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
+    test_split: TestSplit = "common"
+    """`client`: where all rows are evaluated, each client is judged on rows of its own as well, as
+    many as have its mixture of labels, or with `--label-skew key` those of its key; then `dev_file`
+    must have the key column, too."""
+    stop_after: int | None = None
+    """Stop after so many evaluations without gain in the clients' mean score, and keep the best
+    round's adapters in the run folder's `best/`; it needs `--eval-split validation` and
+    `--eval-every`."""
+    metric: str | None = None
+    """What answers are judged by: `accuracy`, `macro-f1`, `auroc`, `matthews`, for two classes
+    `f1`, for scores `pearson`; the task's own when not given."""
 
 
 # Dataclasses take the fields of their last base first.
@@ -207,7 +219,8 @@ class Config(
                      "max_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers")
+        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers", "stop_after")
+        _check_stopping(self)
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
@@ -286,6 +299,15 @@ class Machine:
 def names_of(kind: type) -> frozenset[str]:
     """The names of the settings that a class of this module has."""
     return frozenset(field.name for field in dataclasses.fields(kind))
+
+
+def _check_stopping(config: Config) -> None:
+    judged = config.eval_split == "validation" and config.eval_every is not None
+    if config.stop_after is not None and (not judged or config.eval_rows is not None):
+        raise ValueError(
+            "stop_after counts evaluations on all validation rows: pass --eval-split validation "
+            "and --eval-every 1, or more, without eval_rows (--eval-rows None)."
+        )
 
 
 def _at_least_one(settings: Config | Machine, *names: str) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from plait.metrics import LayerState, Pair
 
@@ -103,6 +104,13 @@ class Evaluated:
         averaged_score: Of the model with the mean factors.
         averaged_loss: Of the model with the mean factors.
         seconds: Time it took.
+        confusion: (C, C) how many rows of each class the clients' own models called each class, all
+            clients together. After the last round of a classification, with `--stop-after` after
+            each that is evaluated; else empty.
+        averaged_confusion: The same of the model with the mean factors; empty between peers.
+        own_scores: (N,) each client's own model on held-out rows of its own. With `--test-split
+            client`, and where all rows are evaluated; else empty.
+        own_rows: (N,) how many these are.
     """
 
     round: int
@@ -112,6 +120,10 @@ class Evaluated:
     averaged_score: float
     averaged_loss: float
     seconds: float
+    confusion: list[list[int]] = dataclasses.field(default_factory=list)
+    averaged_confusion: list[list[int]] = dataclasses.field(default_factory=list)
+    own_scores: list[float] = dataclasses.field(default_factory=list)
+    own_rows: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +171,23 @@ def from_line(line: str) -> Event:
         # Runs of plait before 0.2 didn't say; there only scores had no names.
         values.setdefault("objective", "classification" if values["label_names"] else "regression")
     return kind(**values)
+
+
+def together(parts: Sequence[Evaluated]) -> Evaluated:
+    """One evaluation of those of some clients each; the first of them has the averaged model's."""
+    tables = [one.confusion for one in parts]
+    names = ("scores", "losses", "own_scores", "own_rows")
+    joined: dict[str, Any] = {
+        name: [x for one in parts for x in getattr(one, name)] for name in names
+    }
+    return dataclasses.replace(
+        parts[0],
+        **joined,
+        seconds=max(one.seconds for one in parts),
+        confusion=[
+            [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)
+        ],
+    )
 
 
 def releases(rounds: Sequence[RoundDone]) -> int:

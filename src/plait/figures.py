@@ -21,6 +21,7 @@ from plait.privacy import spent
 
 Value = Callable[[Any], float]
 """A figure of one event."""
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 TAKES: dict[str, Callable[[Value, Sequence[Sequence[Event]]], float]] = {
     "first": lambda value, events: value(events[0][0]),
     "last": lambda value, events: value(events[-1][-1]),
@@ -44,6 +45,7 @@ class Figure:
         scale: What one unit of `head` is.
         unit: Its axis in a chart of its own.
         log: Whether it spans orders of magnitude.
+        sometimes: Whether only some runs have it, and others NaN, which their summaries leave out.
     """
 
     title: str
@@ -56,6 +58,7 @@ class Figure:
     scale: float = 1
     unit: str = ""
     log: bool = False
+    sometimes: bool = False
 
     def shown(self, value: float) -> str:
         """A number of it as a cell of a table; nothing for NaN."""
@@ -73,9 +76,85 @@ def _over_layers(value: Callable[[LayerState], float]) -> Value:
     return lambda event: sum(map(value, event.after)) if event.after else math.nan
 
 
+def class_scores(confusion: Sequence[Sequence[int]]) -> Floats:
+    """Precision, recall and F1 of each class, (C, 3), by a confusion matrix; 0 where undefined."""
+    counts = np.array(confusion)
+    right, there, called = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+    parts = (right, right, 2 * right), (called, there, there + called)
+    top, bottom = (np.stack(part, axis=1) for part in parts)
+    return np.asarray(top / np.maximum(bottom, 1), dtype=np.float64)
+
+
+def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
+    """The mean of the classes' F1, of those that are or were called; NaN without a matrix."""
+    if not confusion:
+        return math.nan
+    counts = np.array(confusion)
+    return float(class_scores(confusion)[:, 2][counts.sum(axis=0) + counts.sum(axis=1) > 0].mean())
+
+
+def best_evaluation(events: Iterable[Event]) -> Evaluated | None:
+    """The evaluation after a round with the clients' highest mean score, the first of equals."""
+    after = [event for event in events if isinstance(event, Evaluated) and event.round >= 0]
+    return max(after, key=lambda event: float(np.mean(event.scores)), default=None)
+
+
+def has_stopped(config: Config, events: Iterable[Event]) -> bool:
+    """Whether a run stops here, after `stop_after` evaluations without gain."""
+    events = list(events)
+    best = best_evaluation(events)
+    if config.stop_after is None or best is None:
+        return False
+    since = [e for e in events if isinstance(e, Evaluated) and e.round > best.round]
+    return len(since) >= config.stop_after
+
+
+def client_table(events: Iterable[Event]) -> list[list[str]]:
+    """A head, and each client's last score on rows of its own and on those that all are judged on.
+
+    Nothing without `--test-split client`.
+    """
+    found = [event for event in events if isinstance(event, Evaluated) and event.own_scores]
+    if not found:
+        return []
+    last = found[-1]
+    lines = zip(last.own_rows, last.own_scores, last.scores, strict=True)
+    return [
+        ["client", "own rows", "score on them", f"on all {last.rows}"],
+        *([str(k), str(n), f"{own:.3f}", f"{all_:.3f}"] for k, (n, own, all_) in enumerate(lines)),
+    ]
+
+
+def class_table(events: Iterable[Event]) -> list[list[str]]:
+    """How the clients' own models, all together, did with each class at the end of a run.
+
+    A head, for each class its scores and how many % of its rows were called what, and the macro F1;
+    nothing of a regression, or before the end.
+    """
+    names: Sequence[str] = ()
+    confusion: Sequence[Sequence[int]] = ()
+    for event in events:
+        if isinstance(event, Started):
+            names = event.label_names
+        elif isinstance(event, Evaluated):
+            confusion = event.confusion
+    if not confusion:
+        return []
+    counts = np.array(confusion)
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    lines = zip(names, class_scores(confusion), shares, strict=True)
+    return [
+        ["class", "precision", "recall", "F1", *names],
+        *([name, *(f"{x:.3f}" for x in scores), *(f"{x:.0f}" for x in share)]
+          for name, scores, share in lines),
+        ["macro F1", "", "", f"{macro_f1(confusion):.3f}", *("" for _ in names)],
+    ]  # fmt: skip
+
+
 _squared_cross_terms = _over_layers(lambda layer: layer.cross_term**2)
 _setting = partial(Figure, kinds=(Started,), take="first")
 _evaluated = partial(Figure, kinds=(Evaluated,), take="last", logged="eval/{}")
+_sometimes = partial(Figure, kinds=(Evaluated,), take="last", sometimes=True)
 _distance = partial(Figure, take="last", logged="round/{}", form=".2g", log=True)
 _time = partial(Figure, take="sum", logged="time/{}")
 
@@ -99,6 +178,20 @@ FIGURES: dict[str, Figure] = {
         "Loss", lambda e: float(np.mean(e.losses)), head="loss", unit="held-out loss, client mean"
     ),
     "loss_averaged_model": _evaluated("Loss of the averaged model", lambda e: e.averaged_loss),
+    "accuracy_own_mean": _sometimes(
+        "Clients' own models on rows of their own",
+        lambda e: float(np.mean(e.own_scores)) if e.own_scores else math.nan,
+        head="{metric}, own rows",
+    ),
+    "accuracy_own_min": _sometimes(
+        "Worst client on rows of its own", lambda e: min(e.own_scores, default=math.nan)
+    ),
+    "macro_f1_clients": _sometimes(
+        "Macro F1 of all clients' answers together", lambda e: macro_f1(e.confusion)
+    ),
+    "macro_f1_averaged_model": _sometimes(
+        "Macro F1 of the averaged model", lambda e: macro_f1(e.averaged_confusion)
+    ),
     "train_loss_client_mean": Figure(
         "Training loss", lambda e: float(np.mean(e.train_losses)), logged="train/loss_client_mean"
     ),
@@ -141,15 +234,16 @@ FIGURES: dict[str, Figure] = {
 
 
 def taken(events: Sequence[Event]) -> dict[str, float]:
-    """Name -> figure of a run as the summary takes it; without those whose events are missing."""
+    """Name -> figure of a run as the summary takes it; without those that the run hasn't got."""
     there: dict[type[Event], list[Event]] = {
         kind: [event for event in events if isinstance(event, kind)] for kind in KINDS.values()
     }
-    return {
+    found = {
         name: TAKES[one.take](one.value, [there[kind] for kind in one.kinds])
         for name, one in FIGURES.items()
         if one.take and all(there[kind] for kind in one.kinds)
     }
+    return {k: x for k, x in found.items() if not (FIGURES[k].sometimes and math.isnan(x))}
 
 
 def remarks(events: Iterable[Event]) -> list[str]:
@@ -169,6 +263,19 @@ def summarize(config: Config, events: Iterable[Event]) -> dict[str, Any]:
         **{name: getattr(config, name) for name in settings},
         "metric": next(e.metric for e in events if isinstance(e, Started)),
         **taken(events),
+        **_best(config, events),
         "config_digest": config.digest(),
         **spent(config, releases(rounds)),
+    }
+
+
+def _best(config: Config, events: Sequence[Event]) -> dict[str, float]:
+    """Where a run that may stop early had its best round, and how far it came."""
+    best = best_evaluation(events)
+    if config.stop_after is None or best is None:
+        return {}
+    return {
+        "rounds_done": sum(isinstance(event, RoundDone) for event in events),
+        "best_round": best.round,
+        "best_accuracy_client_mean": float(np.mean(best.scores)),
     }

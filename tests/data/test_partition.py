@@ -44,12 +44,16 @@ def skew_of(name: str) -> str:
 
 # -- conformance: what holds for every partition
 
+TAKE_A_SIZE = [name for name in PARTITIONS if name != "sizes"]
+
 
 @pytest.mark.parametrize("client_size", [None, 30])
 @pytest.mark.parametrize("C", [2, 3, 6])
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_hands_are_disjoint_sorted_and_not_empty(name, C, client_size):
     rows = balanced(C, 100, keys=True)
+    if name not in TAKE_A_SIZE:
+        client_size = None
     config = Config(clients=4, label_skew=skew_of(name), client_size=client_size)
     hands = deal(rows, C, config)
     assert len(hands) == 4
@@ -69,7 +73,8 @@ def test_the_seed_decides(name):
     rows = balanced(3, 100, keys=True)
 
     def dealt(seed: int, **other: int) -> list[list[int]]:
-        config = Config(clients=4, label_skew=skew_of(name), client_size=40, seed=seed, **other)
+        size = 40 if name in TAKE_A_SIZE else None
+        config = Config(clients=4, label_skew=skew_of(name), client_size=size, seed=seed, **other)
         return [hand.tolist() for hand in deal(rows, 3, config)]
 
     assert dealt(0) == dealt(0, rounds=99)
@@ -81,7 +86,9 @@ def test_regression_is_dealt_or_refused(name):
     rows = make_rows(np.linspace(0, 5, 80, dtype=np.float32), keys=True)
     config = Config(clients=4, label_skew=skew_of(name))
     if PARTITIONS[name].needs_classes:
-        with pytest.raises(ValueError, match=f"{name}.* is a regression: use iid or key"):
+        with pytest.raises(
+            ValueError, match=f"{name}.* is a regression: use iid or shards or sizes or key"
+        ):
             deal(rows, 1, config)
     else:
         assert sorted(np.concatenate(deal(rows, 1, config)).tolist()) == list(range(80))
@@ -258,6 +265,35 @@ def test_dirichlet_that_cannot_be_names_the_fix():
         deal(rows, 2, Config(clients=3, label_skew="dirichlet:0.01", client_size=266))
 
 
+def test_shards_are_of_sorted_rows_and_as_many_for_each():
+    rows = make_rows(np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60)))
+    for seed in range(5):
+        hands = deal(rows, 10, Config(clients=30, label_skew="shards:2", seed=seed))
+        counts = counts_of(rows, hands, 10)
+        # Sixty shards of ten rows: a label has six of them, and none has two labels.
+        assert (counts.sum(1) == 20).all()
+        assert (counts % 10 == 0).all()
+        assert (counts > 0).sum(1).max() == 2
+    assert sorted(np.concatenate(hands).tolist()) == list(range(600))
+    one = counts_of(rows, deal(rows, 10, Config(clients=10, label_skew="shards:1")), 10)
+    assert sorted(one.argmax(1).tolist()) == list(range(10))
+    some = deal(rows, 10, Config(clients=7, label_skew="shards:3", client_size=31))
+    assert (counts_of(rows, some, 10) > 0).sum(1).max() <= 6
+    assert [len(hand) for hand in some] == [31] * 7
+
+
+def test_sizes_are_given():
+    rows = balanced(3, 40)
+    hands = deal(rows, 3, Config(clients=3, label_skew="sizes:70,7,30"))
+    assert [len(hand) for hand in hands] == [70, 7, 30]
+    with pytest.raises(ValueError, match=r"sizes of 3 clients and there are 10: .*--clients 3"):
+        deal(rows, 3, Config(label_skew="sizes:70,7,30"))
+    with pytest.raises(ValueError, match="needs 121 rows and there are 120"):
+        deal(rows, 3, Config(clients=2, label_skew="sizes:120,1"))
+    with pytest.raises(ValueError, match="Client 1 of 2 would get no rows"):
+        deal(rows, 3, Config(clients=2, label_skew="sizes:120,0"))
+
+
 def test_key_is_one_client_for_each_key():
     rows = balanced(2, 40, keys=True)
     hands = deal(rows, 2, Config(clients=4, label_skew="key"))
@@ -290,6 +326,9 @@ def test_key_refusals():
         ("iid:3", r"'iid:3': write `iid`"),
         ("dirichlet:x", "alpha must be a number above 0"),
         ("dirichlet:0", "alpha must be a number above 0"),
+        ("shards:0", "shards of a client must be a number above 0"),
+        ("shards:x", "shards of a client must be a number above 0"),
+        ("sizes:1,x", "write numbers of rows, such as sizes:100,200,50"),
         ("dirichlet:nan", "alpha must be a number above 0"),
         ("no/such.json", "a list for each of 2 clients, each with a weight for each of 3 labels"),
     ],

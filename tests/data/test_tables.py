@@ -416,6 +416,11 @@ def test_dev_needs_no_keys(tmp_path):
     task = load_task(Config(task="file", key_column="site", **files))
     assert set(task.train.keys or ()) == {"s0", "s1"}
     assert task.test.keys is None
+    with pytest.raises(ValueError, match=r"dev\.csv has no column 'site'"):
+        load_task(Config(task="file", key_column="site", test_split="client", **files))
+    (tmp_path / "dev.csv").write_text("text,label,site\na,x,s1\n")
+    task = load_task(Config(task="file", key_column="site", test_split="client", **files))
+    assert task.test.keys == ("s1",)
 
 
 def test_a_wrong_column_is_said_without_torch(tmp_path):

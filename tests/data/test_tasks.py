@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import softmax
+from sklearn.metrics import roc_auc_score
 
 from plait.config import Config
 from plait.data import sources
@@ -101,7 +103,7 @@ def test_every_task_has_three_disjoint_splits(name, config_of):
     assert not texts[0] & texts[2]
     assert task.num_outputs == max(1, len(task.label_names))
     assert set(task.train.labels) == set(range(task.num_outputs)) or task.num_outputs == 1
-    assert METRICS[task.metric](task.test.labels, task.test.labels) == pytest.approx(1.0)
+    assert METRICS[task.metric].score(task.test.labels, task.test.labels) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -436,14 +438,53 @@ def test_parquet(tmp_path):
 
 def test_metrics_by_hand():
     labels, classes = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])
-    assert METRICS["accuracy"](labels, classes) == pytest.approx(3 / 5)
-    assert METRICS["f1"](labels, classes) == pytest.approx(2 / 3)
-    assert METRICS["matthews"](labels, classes) == pytest.approx((2 * 1 - 1 * 1) / 6)
+    assert METRICS["accuracy"].score(labels, classes) == pytest.approx(3 / 5)
+    assert METRICS["f1"].score(labels, classes) == pytest.approx(2 / 3)
+    assert METRICS["matthews"].score(labels, classes) == pytest.approx((2 * 1 - 1 * 1) / 6)
     scores = np.array([1.0, 2.0, 4.0])
-    assert METRICS["pearson"](scores, -scores) == pytest.approx(-1)
+    assert METRICS["pearson"].score(scores, -scores) == pytest.approx(-1)
+    # Three classes of F1 2/3, 0 and 2/3; a fourth never comes.
+    three = np.array([0, 0, 1, 2]), np.array([0, 1, 2, 2])
+    assert METRICS["macro-f1"].score(*three) == pytest.approx(4 / 9)
+
+
+def test_auroc_counts_pairs_in_the_right_order():
+    auroc = METRICS["auroc"].score
+    # Of the four pairs of a 1 and a 0 three are in order and one is a tie.
+    labels, outputs = np.array([0, 0, 1, 1]), np.array([[0.0, 1], [0, 2], [0, 2], [0, 3]])
+    assert auroc(labels, outputs.astype(np.float32)) == pytest.approx(3.5 / 4)
+    assert auroc(labels[2:], outputs[2:]) == 0.5
+    rng = np.random.default_rng(0)
+    labels, outputs = rng.integers(0, 3, 50), rng.normal(size=(50, 3))
+    wanted = roc_auc_score(labels, softmax(outputs, axis=1), multi_class="ovr")
+    assert auroc(labels, outputs) == pytest.approx(wanted)
+    apart = outputs + 100 * np.eye(3)[labels]  # whose probabilities are all 0 or 1, nearly
+    assert auroc(labels, apart) == 1
+    assert auroc(labels % 2, outputs) > 0  # nobody is of the third class
+
+
+def test_a_metric_is_chosen_or_refused(tmp_path):
+    def task_of(metric: str, labels: str = "abc", **others: str) -> Task:
+        for name in ("train", "dev"):
+            rows = [f"{name} {i},{label}" for i, label in enumerate(labels * 8)]
+            (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]))
+        files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "dev")}
+        return load_task(Config(task="file", metric=metric, **files, **others))
+
+    assert task_of("auroc").metric == "auroc"
+    assert task_of("f1", "ab").metric == "f1"
+    with pytest.raises(ValueError, match="f1 can't judge 3 classes: take accuracy or macro-f1 or"):
+        task_of("f1")
+    with pytest.raises(ValueError, match="auroc can't judge a regression: take pearson"):
+        task_of("auroc", "12", objective="regression")
+    with pytest.raises(ValueError, match=r"Unknown metric 'makro-f1'\. Did you mean macro-f1"):
+        task_of("makro-f1")
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_of_constant_scores_are_numbers(name):
     labels, scores = np.array([0, 1, 1, 0]), np.zeros(4, dtype=np.int64)
-    assert METRICS[name](labels, scores) == (0.5 if name == "accuracy" else 0.0)
+    if METRICS[name].of_outputs:
+        scores = np.zeros((4, 2))
+    wanted = {"accuracy": 0.5, "auroc": 0.5, "macro-f1": 1 / 3}
+    assert METRICS[name].score(labels, scores) == pytest.approx(wanted.get(name, 0.0))

@@ -166,6 +166,17 @@ def no_signature() -> x509.KeyUsage:
     return x509.KeyUsage(key_encipherment=True, **dict.fromkeys(others, False))
 
 
+def test_peers_do_not_stop_early(files):
+    text = files.read_text()
+    files.write_text(
+        text.replace(
+            "[run]\n", '[run]\nstop_after = 2\neval_split = "validation"\neval_every = 1\n'
+        )
+    )
+    with pytest.raises(ValueError, match="Peers can't agree on stop_after"):
+        load_federation(files)
+
+
 PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
 LOCKED = serialization.BestAvailableEncryption(b"open-sesame")
 SERVER = [x509.ExtendedKeyUsageOID.SERVER_AUTH]

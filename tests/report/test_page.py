@@ -112,7 +112,8 @@ def test_a_run_that_goes_on_shows_what_is_known_of_it(tmp_path):
         pass
     track.read()
     so_far = _run_row("", track)
-    assert "" not in so_far[3:]
+    unknown = {name for name, cell in zip(COLUMNS, so_far[3:], strict=True) if not cell}
+    assert unknown == {"accuracy_own_mean"}
     assert track.summary is None
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summarize(CONFIG, track.events)))
     assert track.finished
@@ -426,6 +427,28 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
     for name in ("apart", "cross_term"):
         (said,) = made["charts"][name]["layout"]["annotations"]
         assert said["text"] == "not known (a peer sees itself alone): adf"
+
+
+def test_own_rows_and_classes_are_shown_where_a_run_has_them(tmp_path):
+    plain = payload(read(write_run(tmp_path / "plain"))[0])
+    assert "own rows" not in plain["pieces"]["runs"] + plain["pieces"]["results"]
+    assert plain["runs"][0]["classes"] == []
+    said = list(events(CONFIG, 0.8))
+    own = {"own_scores": [0.9, 0.8, 0.9, 0.7], "own_rows": [5, 5, 5, 6]}
+    said[-1] = dataclasses.replace(said[-1], confusion=[[3, 1], [0, 4]], **own)
+    folder = write_run(tmp_path / "own")
+    (folder / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
+    (folder / "summary.json").write_text(json.dumps(summarize(CONFIG, said)))
+    made = payload(read(folder)[0])
+    for table in ("runs", "results"):
+        assert "accuracy, own rows" in made["pieces"][table]
+        assert "0.825" in made["pieces"][table]
+    (run,) = made["runs"]
+    assert [trace["y"] for trace in run["charts"]["own"]["data"]] == [
+        own["own_scores"], [0.7, 0.9, 0.7, 0.9],
+    ]  # fmt: skip
+    go.Figure({k: v for k, v in run["charts"]["own"].items() if k != "alt"})
+    assert run["classes"][1] == ["no", "1.000", "0.750", "0.857", "75", "25"]
 
 
 def test_what_is_zero_is_not_called_unknown():

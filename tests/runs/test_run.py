@@ -19,6 +19,7 @@ from plait.events import Evaluated, Event, RoundDone, Started
 from plait.model.loading import Loaded
 from plait.runs.run import Run
 from plait.runs.run_folder import load_events, load_run
+from plait.runs.trained import find
 from twin import all_logits, twin_logits
 
 CONFIG = Config(
@@ -53,11 +54,14 @@ def stopped(config, out, after, machine=OFTEN):
 
 def assert_same_result(one, other):
     assert timeless(load_run(one)[2]) == timeless(load_run(other)[2])
-    for name in NAMES:
-        path = f"adapters/{name}/adapter_model.safetensors"
-        expected, found = load_file(one / path), load_file(other / path)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+    assert same_adapters(one / "adapters", other / "adapters")
+
+
+def same_adapters(one, other) -> bool:
+    paths = [f"{name}/adapter_model.safetensors" for name in NAMES]
+    pairs = [(load_file(one / path), load_file(other / path)) for path in paths]
+    assert all(expected.keys() == found.keys() for expected, found in pairs)
+    return all(torch.equal(a[key], b[key]) for a, b in pairs for key in a)
 
 
 # -- what it leaves
@@ -151,6 +155,67 @@ def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path, stop_after, op
 
     assert list(map(said, resumed)) == list(map(said, unbroken))
     assert_same_result(tmp_path / "unbroken", tmp_path / "stopped")
+
+
+def test_a_loop_that_was_left_leaves_a_run_that_is_taken_up(tmp_path):
+    unbroken = list(Run(CONFIG, tmp_path / "unbroken"))
+    for event in Run(CONFIG, tmp_path / "left"):
+        if isinstance(event, RoundDone) and event.round == 2:
+            break  # before the first checkpoint
+    resumed = list(Run(CONFIG, tmp_path / "left", resume=True))
+    assert list(map(said, resumed)) == list(map(said, unbroken))
+    assert_same_result(tmp_path / "left", tmp_path / "unbroken")
+
+
+STOPPING = dataclasses.replace(
+    CONFIG, rounds=8, eval_split="validation", stop_after=2, lr=3e-2, seed=2
+)
+
+
+def test_a_run_stops_without_gain_and_keeps_the_best_round(tmp_path):
+    long = dataclasses.replace(STOPPING, stop_after=None)
+    means = [np.mean(e.scores) for e in Run(long) if isinstance(e, Evaluated) and e.round >= 0]
+    best = 2
+    assert means[1] <= means[0] < means[2] > max(means[3:5])
+    run = Run(STOPPING, tmp_path / "run")
+    list(run)
+    figures = {
+        "rounds_done": best + 3,
+        "best_round": best,
+        "best_accuracy_client_mean": means[best],
+    }
+    assert {name: run.summary[name] for name in figures} == figures
+    assert run.summary["accuracy_client_mean"] == means[best + 2]
+    assert run.folder.rounds_done == best + 3
+    shorter = dataclasses.replace(long, rounds=best + 1)
+    list(Run(shorter, tmp_path / "shorter"))
+    assert same_adapters(tmp_path / "run" / "best", tmp_path / "shorter" / "adapters")
+    assert not same_adapters(tmp_path / "run" / "best", tmp_path / "run" / "adapters")
+    assert find(tmp_path / "run" / "best", 1).folder == tmp_path / "run" / "best" / "client-1"
+    # It is finished: taken up again it says the same, and more rounds would change nothing.
+    assert list(Run(STOPPING, tmp_path / "run", resume=True)) == run.events
+    with pytest.raises(ValueError, match="stopped early"):
+        Run(dataclasses.replace(STOPPING, rounds=9), tmp_path / "run", resume=True)
+    run.save(tmp_path / "saved")
+    assert same_adapters(tmp_path / "saved" / "best", tmp_path / "run" / "best")
+
+
+@pytest.mark.parametrize("after", [5, 8, -1])
+def test_a_run_that_was_left_stops_where_it_would_have(tmp_path, after):
+    whole = list(Run(STOPPING, tmp_path / "whole"))
+    stopped(STOPPING, tmp_path / "left", after % (len(whole) + 1))
+    resumed = list(Run(STOPPING, tmp_path / "left", resume=True, machine=OFTEN))
+    assert list(map(said, resumed)) == list(map(said, whole))
+    assert_same_result(tmp_path / "left", tmp_path / "whole")
+    assert same_adapters(tmp_path / "left" / "best", tmp_path / "whole" / "best")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"eval_split": "test"}, {"eval_every": None}, {"eval_rows": 5}, {"stop_after": 0}]
+)
+def test_stopping_needs_all_validation_rows(changes):
+    with pytest.raises(ValueError, match=r"stop_after (counts|is 0)"):
+        dataclasses.replace(STOPPING, **changes)
 
 
 def test_a_line_that_was_cut_short_is_written_again(tmp_path):

@@ -55,6 +55,9 @@ Three things to try:
 
 `plait --help` has all commands; `plait doctor` says what is missing here."""
 
+FEW_LINES, FEW_COLUMNS = 12, 10
+"""Tables up to this size are printed at the end of a run; larger ones are in the report."""
+
 
 # -- what each command takes
 
@@ -111,7 +114,7 @@ def _run(args: list[str]) -> None:
     check_files(config)
     _check_extras(given)
     from plait.cli.progress import watch
-    from plait.figures import remarks
+    from plait.figures import class_table, client_table, remarks
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
@@ -119,6 +122,11 @@ def _run(args: list[str]) -> None:
     told = logged(going, _loggers(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
+    _print_few(
+        class_table(going.events),
+        "by class, all clients together; % of its rows that were called this",
+    )
+    _print_few(client_table(going.events), "by client")
     for remark in remarks(going.events):
         print(remark)
 
@@ -343,6 +351,12 @@ def _greet() -> None:
     print(GREETING)
 
 
+def _print_few(table: list[list[str]], title: str) -> None:
+    if table and len(table) <= FEW_LINES + 1 and len(table[0]) <= FEW_COLUMNS:
+        print(f"\n{title}")
+        cli_lists.print_table(table[0], table[1:])
+
+
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
     print(
         f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
@@ -352,6 +366,11 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
         f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
         f"{out}: summary.json, events.jsonl, adapters/"
     )
+    if "best_round" in summary:
+        print(
+            f"best after round {summary['best_round'] + 1} of {summary['rounds_done']}: "
+            f"{summary['best_accuracy_client_mean']:.3f}; {out / 'best'}"
+        )
     if "dp_epsilon" in summary:
         print(
             f"epsilon {summary['dp_epsilon']:.3g} at delta {summary['dp_delta']:g} for each client,"

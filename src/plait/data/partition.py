@@ -183,7 +183,7 @@ def _mixture_file(d: Deal) -> Hands:
 
 
 def _from_mixtures(d: Deal, mixtures: Floats) -> Hands:
-    size = d.config.client_size or _largest_size(d.available, mixtures)
+    size = d.config.client_size or largest_size(d.available, mixtures)
     counts = largest_remainder(size, mixtures)
     short = _shortage(counts, d.available)
     if short:
@@ -203,7 +203,7 @@ def _shortage(counts: Ints, available: Ints) -> str:
     )
 
 
-def _largest_size(available: Ints, mixtures: Floats) -> int:
+def largest_size(available: Ints, mixtures: Floats) -> int:
     """The largest size of every client for which no label runs out; 0 if there is none."""
     wanted = mixtures.sum(0)
     # Rounding adds less than one row for each client that holds the label, which bounds the size.
@@ -313,6 +313,53 @@ def _iid(d: Deal) -> Hands:
     return np.split(order[: N * size], N)
 
 
+def _shards(d: Deal) -> Hands:
+    """Rows sorted by label in N k shards of one size, k of them for each client, drawn at random.
+
+    McMahan et al. 2017 (arXiv:1602.05629): a client has about k labels, since a shard in which one
+    label ends and the next begins has both.
+    """
+    N, k = d.config.clients, _whole_number(d)
+    hands = _iid(d)
+    rows = np.concatenate(hands)
+    rows = rows[np.argsort(d.rows.labels[rows], kind="stable")]
+    owners = stream(d.config.seed, "shards").permutation(np.repeat(np.arange(N), k))
+    sizes = [iter(np.array_split(hand, k)) for hand in hands]
+    shards = np.split(rows, np.cumsum([len(next(sizes[owner])) for owner in owners])[:-1])
+    of_clients: list[list[Ints]] = [[] for _ in hands]
+    for owner, shard in zip(owners, shards, strict=True):
+        of_clients[owner].append(shard)
+    return [np.concatenate(parts) for parts in of_clients]
+
+
+def _whole_number(d: Deal) -> int:
+    if not d.argument.isdecimal() or int(d.argument) < 1:
+        raise ValueError(f"{d.config.label_skew}: the shards of a client must be a number above 0.")
+    return int(d.argument)
+
+
+def _sizes(d: Deal) -> Hands:
+    """Rows dealt at random, to each client as many as are named for it."""
+    parts = d.argument.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{d.config.label_skew}: write numbers of rows, such as sizes:100,200,50.")
+    sizes, n = [int(part) for part in parts], len(d.rows)
+    if len(sizes) != d.config.clients:
+        raise ValueError(
+            f"{d.config.label_skew} has the sizes of {len(sizes)} clients and there are "
+            f"{d.config.clients}: pass --clients {len(sizes)}."
+        )
+    if d.config.client_size is not None:
+        raise ValueError(
+            f"{d.config.label_skew} says how many rows each client has: leave out client_size "
+            f"{d.config.client_size}."
+        )
+    if sum(sizes) > n:
+        raise ValueError(f"{d.config.label_skew} needs {sum(sizes)} rows and there are {n}.")
+    order = stream(d.config.seed, "partition").permutation(n)
+    return np.split(order, np.cumsum(sizes))[:-1]
+
+
 def _key(d: Deal) -> Hands:
     """The natural clients, in the order of their names; `client_size` takes so many of each."""
     if d.rows.keys is None:
@@ -356,6 +403,12 @@ PARTITIONS: dict[str, PartitionRow] = {
     "paper": PartitionRow(_paper, "ADF-LoRA's label mixtures: .9 of one label for most clients"),
     "iid": PartitionRow(_iid, "Rows dealt at random", needs_classes=False),
     "dirichlet": PartitionRow(_dirichlet, "Labels split by Dir(alpha)", example="0.5"),
+    "shards": PartitionRow(
+        _shards, "So many shards each of the rows sorted by label", needs_classes=False, example="2"
+    ),
+    "sizes": PartitionRow(
+        _sizes, "Rows dealt at random, so many to each", needs_classes=False, example="40,20,10,10"
+    ),
     "key": PartitionRow(_key, "A client for each value of the key", needs_classes=False),
 }
 

@@ -395,7 +395,7 @@ def read_texts(file: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def own_file(config: Config, setting: str) -> dict[str, Any]:
-    """The arguments of `read_file` for `train_file` or `dev_file`; only the former needs keys.
+    """The arguments of `read_file` for `train_file`, or `dev_file`, which mostly needs no keys.
 
     Raises:
         ValueError: The file isn't given, or there are more than two text columns.
@@ -408,11 +408,12 @@ def own_file(config: Config, setting: str) -> dict[str, Any]:
     columns = [column.strip() for column in config.text_columns.split(",")]
     if len(columns) > 2:
         raise ValueError(f"text_columns names {len(columns)} columns; give one, or two for pairs.")
+    keyed = setting == "train_file" or config.test_split == "client"
     return {
         "file": getattr(config, setting),
         "text_columns": columns,
         "label_column": config.label_column,
-        "key_column": config.key_column if setting == "train_file" else None,
+        "key_column": config.key_column if keyed else None,
         "encoding": config.encoding,
         "delimiter": config.delimiter,
     }

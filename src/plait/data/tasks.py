@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -77,11 +77,20 @@ class Task:
         """C, the outputs of the model's head."""
         return self.objective.num_outputs(self.label_names)
 
+    def held_out(self, split: str) -> Rows:
+        """The rows that are evaluated: those of `validation` or `test`.
 
-# -- metrics: (labels (n,), scores (n,)) -> number; scores are classes, or floats for regression.
+        Raises:
+            ValueError: There are none.
+        """
+        rows = self.validation if split == "validation" else self.test
+        if not len(rows):
+            raise ValueError(f"Task {self.name} has no {split} rows: take the other --eval-split.")
+        return rows
+
+
+# -- metrics: (labels (n,), answers (n,)) -> number; answers are classes, or floats for regression.
 # scikit-learn and SciPy take two seconds to import, so each does it when it is first called.
-
-Metric = Callable[[Array, Array], float]
 
 
 def accuracy(labels: Array, scores: Array) -> float:
@@ -96,6 +105,29 @@ def f1(labels: Array, scores: Array) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, scores, zero_division=0.0))
+
+
+def macro_f1(labels: Array, scores: Array) -> float:
+    """Mean of each class's F1, labels and predicted classes both (n,); of classes that come up."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, scores, average="macro", zero_division=0.0))
+
+
+def auroc(labels: Array, outputs: Array) -> float:
+    """Mean area under the ROC curve of each class against the others; labels (n,), outputs (n, C).
+
+    The softmax of the outputs ranks the rows. Classes without rows are left out; .5 if all rows are
+    of one class.
+    """
+    from scipy.special import softmax
+    from sklearn.metrics import roc_auc_score
+
+    ranked = softmax(outputs.astype(np.float64), axis=1)
+    there = np.unique(labels)
+    if len(there) < 2:
+        return 0.5
+    return float(np.mean([roc_auc_score(labels == c, ranked[:, c]) for c in there]))
 
 
 def matthews(labels: Array, scores: Array) -> float:
@@ -114,12 +146,50 @@ def pearson(labels: Array, scores: Array) -> float:
     return float(pearsonr(labels, scores).statistic)
 
 
-METRICS: dict[str, Metric] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
+@dataclass(frozen=True)
+class MetricRow:
+    """A line of `METRICS`.
+
+    Attributes:
+        score: (labels (n,), answers (n,)) -> number, higher is better.
+        objective: What it judges, a key of `OBJECTIVES`.
+        of_outputs: It takes the outputs (n, C) in the place of answers.
+        binary: It is for two classes.
+    """
+
+    score: Callable[[Array, Array], float]
+    objective: str = "classification"
+    of_outputs: bool = False
+    binary: bool = False
+
+    def judges(self, task: Task) -> bool:
+        """Whether a task's answers can be judged by it."""
+        return self.objective == task.objective.name and (not self.binary or task.num_outputs == 2)
+
+
+METRICS: dict[str, MetricRow] = {
+    "accuracy": MetricRow(accuracy),
+    "f1": MetricRow(f1, binary=True),
+    "macro-f1": MetricRow(macro_f1),
+    "matthews": MetricRow(matthews),
+    "auroc": MetricRow(auroc, of_outputs=True),
+    "pearson": MetricRow(pearson, objective="regression"),
 }
+
+
+def judged_by(task: Task, metric: str | None) -> Task:
+    """A task with another metric; its own for None.
+
+    Raises:
+        ValueError: There is no such metric, or it can't judge the task's answers.
+    """
+    if metric is None:
+        return task
+    if not lookup(METRICS, metric, "metric").judges(task):
+        can = " or ".join(name for name, row in METRICS.items() if row.judges(task))
+        kind = f"{len(task.label_names)} classes" if task.label_names else "a regression"
+        raise ValueError(f"--metric {metric} can't judge {kind}: take {can}.")
+    return replace(task, metric=metric)
 
 
 # -- splits
@@ -365,15 +435,17 @@ def load_task(config: Config, labels: Sequence[str] | None = None) -> Task:
     """The task that `config.task` names.
 
     Args:
-        config: Its `task`, and for some tasks `glue_dir`, or the settings of `--task file`.
+        config: Its `task` and `metric`, and for some tasks `glue_dir`, or the settings of
+            `--task file`.
         labels: Of one's own rows: the classes in their order, whichever of them the rows have.
 
     Raises:
-        ValueError: An unknown task, or data that is not there or makes no sense.
+        ValueError: An unknown task or metric, or data that is not there or makes no sense.
 
     Example:
         >>> load_task(Config(task="movies")).label_names
         ('negative', 'positive')
     """
     row = lookup(TASKS, config.task, "task")
-    return row.load(config) if labels is None else _file(config, labels)
+    task = row.load(config) if labels is None else _file(config, labels)
+    return judged_by(task, config.metric)

@@ -30,10 +30,10 @@ from torch import Tensor
 from plait.config import Config
 from plait.engines.checkpoint import lay_out, load_rows, write_rows
 from plait.engines.eval_schedule import EvalSchedule
-from plait.engines.evaluation import Judged, judge
+from plait.engines.evaluation import judge
 from plait.engines.job import Job
 from plait.engines.steps import edges_of, mix, round_done, train_round
-from plait.events import RoundDone, Started
+from plait.events import Evaluated, RoundDone, Started
 from plait.factors import VALUE, A, B, Factor, Slot
 from plait.lora import Stack, State, values
 from plait.machine.devices import exact_device
@@ -264,18 +264,13 @@ class Block:
 
     # -- what isn't done in every round
 
-    def evaluate(self, round_: int, *sums: Sums) -> tuple[Judged, float]:
-        """How the block's clients do; with the sums of all blocks, last, the averaged model too.
-
-        Returns:
-            The answers, and the seconds it took.
-        """
-        begin = time.perf_counter()
+    def evaluate(self, round_: int, *sums: Sums) -> Evaluated:
+        """How the block's clients do; with the sums of all blocks, the averaged model too."""
         models = dict(self.stack.factors)
         if sums:
             mean = self.mean(*sums)
             models = {f: torch.cat([v, mean[f].to(v.dtype)]) for f, v in models.items()}
-        return judge(self.job, models, round_), time.perf_counter() - begin
+        return judge(self.job, models, self.clients, round_)
 
     def lay_out(self, path: Path, rounds_done: int) -> None:
         """Make a checkpoint of all clients, for `write_rows` of each block to fill."""

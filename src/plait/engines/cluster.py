@@ -26,9 +26,8 @@ from ray.exceptions import RayError, RayTaskError
 from plait.config import Config, Machine
 from plait.engines.block import Block, Part
 from plait.engines.checkpoint import rounds_done
-from plait.engines.evaluation import Judged, evaluated
 from plait.engines.job import Job
-from plait.events import Evaluated, RoundDone
+from plait.events import Evaluated, RoundDone, together
 from plait.metrics import diagnose
 
 ATTEMPTS = 3
@@ -134,9 +133,9 @@ class Cluster:
         self.saved = path.resolve()
         self._surely(self._begin, 0)
 
-    def save_adapters(self, out: Path) -> None:
+    def save_adapters(self, out: Path, rounds_done: int) -> None:
         """Have every block write the adapters of its clients."""
-        self._surely(partial(self._save_adapters, out.resolve()), self.config.rounds)
+        self._surely(partial(self._save_adapters, out.resolve()), rounds_done)
 
     # -- the same, by workers that may die
 
@@ -189,14 +188,7 @@ class Cluster:
         first, *others = self.blocks
         answers = [self._ask(first.evaluate, round_, *self._sums())]
         answers += [self._ask(block.evaluate, round_) for block in others]
-        judged, seconds = zip(*self._get([answer[0] for answer in answers]), strict=True)
-        # The first block's last model is the averaged one.
-        averaged = Judged(judged[0].rows, judged[0].scores[-1:], judged[0].losses[-1:])
-        own = Judged(judged[0].rows, judged[0].scores[:-1], judged[0].losses[:-1])
-        in_order = [own, *judged[1:], averaged]
-        scores = [score for one in in_order for score in one.scores]
-        losses = [loss for one in in_order for loss in one.losses]
-        return evaluated(round_, Judged(averaged.rows, scores, losses), max(seconds))
+        return together(self._get([answer[0] for answer in answers]))
 
     def _save(self, path: Path, rounds_done: int) -> None:
         partial_path = path.with_name(path.name + ".partial")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plait.data.tasks import Task
 from plait.data.tokens import Tokens
 from plait.engines.job import Job
 from plait.engines.local_training import evaluate
@@ -20,47 +21,82 @@ from plait.mixing import mean
 from plait.rng import stream
 
 
-@dataclass(frozen=True)
-class Judged:
-    """How models did on held-out rows: rows, and each model's score and loss."""
+def judge(
+    job: Job, models: Mapping[Factor, Tensor], clients: Sequence[int], round_: int
+) -> Evaluated:
+    """Some models on the held-out rows that are evaluated after a round.
 
-    rows: int
-    scores: list[float]
-    losses: list[float]
+    Args:
+        job: The prepared run.
+        models: Factor -> (n, P), the own models of some clients, and perhaps the averaged one.
+        clients: The numbers of these.
+        round_: The round that was just done.
 
-
-def judge(job: Job, models: Mapping[Factor, Tensor], round_: int) -> Judged:
-    """Some models (n, P) on the held-out rows that are evaluated after a round."""
+    Returns:
+        What is said of it, NaN of the averaged model where it isn't there.
+    """
+    begin = time.perf_counter()
     rows = some_rows(job.held_out, job.evaluations.rows_after(round_))
     tokens = job.held_out.take(rows)
     # Models that are all the same, as before the first round, need to be computed only once.
-    num_models = len(models[Factor.A])
+    num_models, own = len(models[Factor.A]), len(clients)
     alike = all(bool((value == value[:1]).all()) for value in models.values())
     distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
-    losses, answers = evaluate(job.backbone, distinct, tokens, job.config, job.task.objective)
-    scores = [job.score(client, tokens.labels) for client in answers.numpy()]
-    copies = num_models if alike else 1
-    return Judged(len(rows), scores * copies, losses.mean(dim=1).tolist() * copies)
-
-
-def evaluation(job: Job, stack: Stack, round_: int) -> Evaluated:
-    """Every client's own model, and the averaged one, on the held-out rows."""
-    begin = time.perf_counter()
-    models = {factor: torch.cat([value, mean(value)]) for factor, value in stack.factors.items()}
-    return evaluated(round_, judge(job, models, round_), time.perf_counter() - begin)
-
-
-def evaluated(round_: int, judged: Judged, seconds: float) -> Evaluated:
-    """What is said of an evaluation of every client's own model and, last, the averaged one."""
+    losses, found = evaluate(job.backbone, distinct, tokens, job.config, job.judged)
+    answers, copies = found.numpy(), num_models if alike else 1
+    scores = [job.score(one, tokens.labels) for one in answers] * copies
+    means = losses.mean(dim=1).tolist() * copies
+    whose = np.zeros(num_models, int) if alike else np.arange(num_models)
+    last = round_ + 1 == job.evaluations.rounds or job.config.stop_after is not None
+    tables = [
+        confusion(job.task, answers, some, tokens.labels) if last and len(some) else []
+        for some in (whose[:own], whose[own:])
+    ]
+    whole = job.own_rows and len(rows) == len(job.held_out)
+    chosen_rows = [job.own_rows[client] for client in clients] if whole else []
     return Evaluated(
         round=round_,
-        rows=judged.rows,
-        scores=judged.scores[:-1],
-        losses=judged.losses[:-1],
-        averaged_score=judged.scores[-1],
-        averaged_loss=judged.losses[-1],
-        seconds=seconds,
+        rows=len(rows),
+        scores=scores[:own],
+        losses=means[:own],
+        averaged_score=[*scores[own:], math.nan][0],
+        averaged_loss=[*means[own:], math.nan][0],
+        seconds=time.perf_counter() - begin,
+        confusion=tables[0],
+        averaged_confusion=tables[1],
+        own_scores=[
+            job.score(answers[k][chosen], tokens.labels[chosen])
+            for k, chosen in zip(whose, chosen_rows, strict=False)
+        ],
+        own_rows=list(map(len, chosen_rows)),
     )
+
+
+def confusion(
+    task: Task, answers: np.ndarray, models: np.ndarray, labels: np.ndarray
+) -> list[list[int]]:
+    """(C, C) how many rows of each class some models, all together, called each class.
+
+    Args:
+        task: The task; without classes there is nothing to count.
+        answers: (n, Q) classes, or (n, Q, C) outputs.
+        models: Which of the n to count; one may come more than once.
+        labels: (Q,) the classes.
+    """
+    if not task.objective.has_classes:
+        return []
+    C = task.num_outputs
+    outputs = torch.from_numpy(answers)
+    called = answers if answers.ndim == 2 else task.objective.answer(outputs).numpy()
+    counts = np.bincount((labels * C + called[models]).ravel(), minlength=C * C)
+    table: list[list[int]] = counts.reshape(C, C).tolist()
+    return table
+
+
+def evaluation(job: Job, stack: Stack, clients: Sequence[int], round_: int) -> Evaluated:
+    """The own models of these clients, which the stack holds, and the averaged one."""
+    models = {factor: torch.cat([value, mean(value)]) for factor, value in stack.factors.items()}
+    return judge(job, models, clients, round_)
 
 
 def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:

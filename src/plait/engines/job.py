@@ -11,6 +11,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
+from plait.data.objectives import Objective
+from plait.data.own_rows import own_rows
 from plait.data.partition import deal
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
@@ -43,6 +45,7 @@ class Job:
         train: The training split, tokenised.
         held_out: The split that is evaluated, tokenised.
         shares: Client -> its rows of the training split.
+        own_rows: Client -> its own rows of the evaluated split; none with `test_split` common.
         started: The first event of the run.
     """
 
@@ -54,6 +57,7 @@ class Job:
     train: Tokens
     held_out: Tokens
     shares: list[np.ndarray]
+    own_rows: list[np.ndarray]
     started: Started
 
     @cached_property
@@ -106,9 +110,16 @@ class Job:
         """The bytes of what a client sends to each neighbour in a round."""
         return 4 * sum(self.backbone.layout.size(factor) for _, factor in self.shared(round_))
 
+    @cached_property
+    def judged(self) -> Objective:
+        """The task's objective, with answers as its metric takes them."""
+        whole = METRICS[self.task.metric].of_outputs
+        objective = self.task.objective
+        return dataclasses.replace(objective, answer=lambda x: x) if whole else objective
+
     def score(self, answers: np.ndarray, targets: np.ndarray) -> float:
-        """The task's metric of answers (Q,) against targets (Q,)."""
-        return METRICS[self.task.metric](targets, answers)
+        """The task's metric of the answers of `judged` to Q rows against targets (Q,)."""
+        return METRICS[self.task.metric].score(targets, answers)
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,9 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     begin = time.perf_counter()
     rules = Rules.of(config)
     config = rules.config
-    _, shares = dealt(config, own)  # before a model is loaded for nothing
+    task, shares = dealt(config, own)  # before a model is loaded for nothing
+    task.held_out(config.eval_split)
+    own_rows(task, shares, config)
     if own is None:
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
         materials = share(_shared(config), machine)
@@ -179,7 +192,8 @@ def _shared(config: Config) -> Config:
 def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
     """The job of its parts; preparing them began at `perf_counter` time `begin`."""
     started = _first_event(rules.config, materials, shares, begin)
-    return Job(**vars(rules), **vars(materials), shares=shares, started=started)
+    mine = own_rows(materials.task, shares, rules.config)
+    return Job(**vars(rules), **vars(materials), shares=shares, own_rows=mine, started=started)
 
 
 def _first_event(
@@ -207,7 +221,7 @@ def _first_event(
 MATERIAL = (
     names_of(FileSettings)
     | names_of(ModelSettings)
-    | {"task", "objective", "max_length", "eval_split", "seed"}
+    | {"task", "objective", "max_length", "eval_split", "test_split", "metric", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
@@ -236,7 +250,7 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
 def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens) -> Materials:
     """Task, model, training and evaluated split."""
     backbone = Backbone(load_model(config, task.num_outputs, task.label_names), config, machine)
-    held_out = task.validation if config.eval_split == "validation" else task.test
+    held_out = task.held_out(config.eval_split)
     train, evaluated = (
         _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
     )

@@ -263,7 +263,8 @@ def evaluate(
         objective: What is learned.
 
     Returns:
-        (n, Q) float32 losses and (n, Q) answers, both on the CPU, texts in the split's order.
+        (n, Q) float32 losses and (n, Q) answers, of whatever shape each, both on the CPU, texts in
+        the split's order.
     """
     num_clients = len(factors[Factor.A])
     order = np.argsort(tokens.lengths, kind="stable")
@@ -284,7 +285,7 @@ def evaluate(
             return objective.losses(outputs, batch.targets.cpu()), objective.answer(outputs)
 
     parts = on_cores(judge, pieces, backbone.backend.workers())
-    losses, answers = (parts[0][k].new_empty(num_clients, len(order)) for k in (0, 1))
+    losses, answers = (one.new_empty(num_clients, len(order), *one.shape[2:]) for one in parts[0])
     for (texts, chunk), (some_losses, some_answers) in zip(pieces, parts, strict=True):
         place = torch.tensor(chunk)[:, None], torch.from_numpy(texts)
         losses[place], answers[place] = some_losses, some_answers

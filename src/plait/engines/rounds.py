@@ -39,8 +39,8 @@ class Engine(Protocol):
         """Go back to a checkpoint."""
         ...
 
-    def save_adapters(self, out: Path) -> None:
-        """Write a PEFT folder for each client and for the averaged model."""
+    def save_adapters(self, out: Path, rounds_done: int) -> None:
+        """Write a PEFT folder for each client and for the averaged model, after so many rounds."""
         ...
 
 

@@ -64,7 +64,7 @@ class Simulation:
 
     def evaluate(self, round_: int) -> Evaluated:
         """Every client's own model, and the averaged one."""
-        return evaluation(self.job, self.stack, round_)
+        return evaluation(self.job, self.stack, range(self.job.config.clients), round_)
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Write the checkpoint of all clients."""
@@ -74,7 +74,7 @@ class Simulation:
         """Go back to a checkpoint."""
         load_rows(self.stack, path)
 
-    def save_adapters(self, out: Path) -> None:
+    def save_adapters(self, out: Path, rounds_done: int) -> None:
         """Write every client's adapter and the averaged one."""
         save_adapters(self.job.backbone, self.stack, self.job.config, out)
 

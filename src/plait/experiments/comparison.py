@@ -34,6 +34,8 @@ SHOWN = (
     "sent_bytes", "wall_seconds",
 )  # fmt: skip
 """The figures in the table beside the score."""
+SOMETIMES = ("accuracy_own_mean",)
+"""Those that only some runs have."""
 
 
 @dataclass(frozen=True)
@@ -232,5 +234,6 @@ def significance(one: Difference, num_seeds: int) -> str:
 
 
 def table_figures(outcome: Outcome) -> dict[str, float]:
-    """Means over seeds of what the table shows beside the score."""
-    return {key: float(np.mean(outcome.values(key))) for key in SHOWN}
+    """Means over seeds of what the table shows beside the score, as far as the runs have it."""
+    there = [key for key in (*SHOWN, *SOMETIMES) if all(key in one for one in outcome.summaries)]
+    return {key: float(np.mean(outcome.values(key))) for key in there}

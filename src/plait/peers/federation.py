@@ -131,6 +131,11 @@ class Federation:
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"Two peers have the {what} {twice[0]}; it must be unique.")
+        if self.config.stop_after is not None:
+            raise ValueError(
+                "Peers can't agree on stop_after, as none sees the others' scores; leave it out of "
+                "[run]."
+            )
         if self.config.clients != len(self.peers):
             raise ValueError(
                 f"clients is {self.config.clients}, but there are {len(self.peers)} peers; leave "

@@ -106,13 +106,13 @@ class Peer:
         self._rest()
         if first == 0:
             yield self.job.started
-            yield evaluation(self.job, self.stack, -1)
+            yield evaluation(self.job, self.stack, [self.me], -1)
         while (round_ := self._catch_up()) < end:
             done = self._round(round_)
             yield from self.desk.incidents()
             yield done
             if self.evaluates_after(round_):
-                yield evaluation(self.job, self.stack, round_)
+                yield evaluation(self.job, self.stack, [self.me], round_)
             if self.exchange.leave.is_set():
                 raise Left
 

@@ -150,6 +150,34 @@ def fan_chart(track: Track, metric: str) -> Chart:
     return _chart(traces, layout, f"{metric} of the clients over the rounds, as percentiles")
 
 
+def own_rows_chart(track: Track, metric: str) -> Chart | None:
+    """The clients' last scores on rows of their own and on those of all; None if not known."""
+    found = [one for one in track.evaluations if one.own_scores]
+    if not found:
+        return None
+    clients = list(range(len(found[-1].scores)))
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": clients,
+            "y": plain_numbers(scores),
+            "marker": {"size": 9, "color": color, "symbol": symbol},
+        }
+        for (color, _), symbol, name, scores in zip(
+            LINE_STYLES,
+            ("circle", "diamond"),
+            ("on rows of its own", "on the rows that all are judged on"),
+            (found[-1].own_scores, found[-1].scores),
+            strict=False,
+        )
+    ]
+    whole = {"dtick": 1} if len(clients) <= 24 else {}
+    layout = {"xaxis": _axis("client") | whole, "yaxis": _axis(metric)}
+    return _chart(traces, layout, f"{metric} of each client on its own rows and on those of all")
+
+
 def consensus_chart(track: Track) -> Chart:
     """Consensus distance of A and of B and the cross term of a run, its phases shaded."""
     traces = []

@@ -7,6 +7,7 @@ paper_figures.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,11 +40,13 @@ def cells(outcomes: Sequence[Outcome], differences: Sequence[Difference]) -> dic
     """Label -> its line of the table; the head is the line of the empty label."""
     reference, metric = outcomes[0].entry.label, outcomes[0].summaries[0]["metric"]
     against = {one.rival: one for one in differences}
-    heads = [FIGURES[name].head for name in table_figures(outcomes[0])]
+    names = list(table_figures(outcomes[0]))
+    heads = [FIGURES[name].head.format(metric=metric) for name in names]
     lines = {"": ["method", metric, *heads[:2], "lr", f"{reference} - this", *heads[2:]]}
     for outcome in outcomes:
         label, lr = outcome.entry.label, outcome.entry.lr
-        shown = [FIGURES[name].shown(value) for name, value in table_figures(outcome).items()]
+        found = table_figures(outcome)
+        shown = [FIGURES[name].shown(found.get(name, math.nan)) for name in names]
         lines[label] = [
             label,
             outcome.score.shown(),

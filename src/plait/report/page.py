@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
 from plait.experiments.significance import Difference
-from plait.figures import FIGURES, taken
+from plait.figures import FIGURES, class_table, taken
 from plait.report import charts
 from plait.report.charts import Chart
 from plait.report.comparison_report import cells, notes
@@ -94,8 +94,7 @@ def payload(study: Study) -> Payload:
         "headline": _headline(study, conclusion),
         "table": _results(outcomes, against),
         "notes": notes(conclusion)[1:] if conclusion else [],
-        "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
-        "runs": [_run_row(label, track) for label, track in study.tracks],
+        "runs": _runs(study, metric),
         "settings": settings(*study.configs),
         "commands": study.commands(),
     }
@@ -162,6 +161,15 @@ def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[l
     return lines
 
 
+def _runs(study: Study, metric: str) -> list[list[str]]:
+    """The head of the table of every run, and a line for each."""
+    heads = [one.head.format(metric=metric) for one in COLUMNS.values()]
+    lines = [["run", "seed", "rounds", *heads], *(_run_row(*one) for one in study.tracks)]
+    rare = {3 + k for k, one in enumerate(COLUMNS.values()) if one.sometimes}
+    empty = {k for k in rare if not any(line[k] for line in lines[1:])}
+    return [[cell for k, cell in enumerate(line) if k not in empty] for line in lines]
+
+
 def _run_row(label: str, track: Track) -> list[str]:
     """The figures of a run as in its `summary.json`; those so far, and known, until it is there."""
     found = track.summary or taken(track.events)
@@ -193,14 +201,17 @@ def _charts(
 
 
 def _run(key: str, track: Track, metric: str) -> Payload:
+    own = charts.own_rows_chart(track, metric)
     return {
         "key": key,
         "charts": {
             "fan": charts.fan_chart(track, metric),
             "consensus": charts.consensus_chart(track),
             "partition": charts.partition_chart(track),
+            **({"own": own} if own else {}),
         },
         "topology": topology(track),
+        "classes": class_table(track.events),
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line
+from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, together
 from plait.metrics import MOST_PAIRED
 from plait.runs.run_folder import load_fingerprints, load_summary
 
@@ -223,11 +223,10 @@ class JoinedPeers(Track):
             return
         if said:
             joined = dataclasses.replace(
-                said[0],
-                scores=[score for one in said for score in one.scores],
-                losses=[loss for one in said for loss in one.losses],
+                together(said),
                 averaged_score=float("nan"),
                 averaged_loss=float("nan"),
+                averaged_confusion=[],
             )
             self.events.append(joined)
 

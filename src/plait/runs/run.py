@@ -19,7 +19,7 @@ from plait.engines.job import prepare
 from plait.engines.rounds import Engine, all_rounds
 from plait.engines.simulate import Simulation
 from plait.events import Evaluated, Event, RoundDone, Started
-from plait.figures import summarize
+from plait.figures import best_evaluation, has_stopped, summarize
 from plait.lookup import lookup
 from plait.model.loading import Loaded, load_model, with_labels
 from plait.runs.made_by import made_by
@@ -120,7 +120,7 @@ class Run(Iterator[Event]):
             yield from done
             yield from self._rounds(engine, done)
             if folder:
-                engine.save_adapters(folder.path / "adapters")
+                engine.save_adapters(folder.path / "adapters", self._rounds_done)
                 folder.finish(summarize(config, self.events))
 
     def _rounds(self, engine: Engine, done: list[Event]) -> Iterator[Event]:
@@ -129,8 +129,11 @@ class Run(Iterator[Event]):
         first = sum(isinstance(event, RoundDone) for event in done)
         evaluated = any(isinstance(e, Evaluated) and e.round == first - 1 for e in done)
         due = first > 0 and engine.schedule.after(first - 1) and not evaluated
+        if has_stopped(self.config, done):
+            return
         for event in all_rounds(engine, first, evaluate_first=due):
             if folder:
+                self._keep_best(engine, folder, event)
                 # Saved before it is announced: whoever stops listening here can resume from here.
                 folder.record(event)
                 if isinstance(event, RoundDone) and (
@@ -138,6 +141,17 @@ class Run(Iterator[Event]):
                 ):
                     engine.save(folder.checkpoint_file, event.round + 1)
             yield event
+            if isinstance(event, Evaluated) and has_stopped(self.config, self.events):
+                if folder:
+                    engine.save(folder.checkpoint_file, event.round + 1)
+                return
+
+    def _keep_best(self, engine: Engine, folder: RunFolder, event: Event) -> None:
+        """Write the adapters of a round that is the best so far, where a run may stop early."""
+        if self.config.stop_after is None or not isinstance(event, Evaluated):
+            return
+        if best_evaluation([*self.events, event]) is event:
+            engine.save_adapters(folder.best, event.round + 1)
 
     def fingerprints(self) -> dict[str, str]:
         """What it reads -> a hash of it.
@@ -209,12 +223,14 @@ class Run(Iterator[Event]):
             adapters = self._adapters(Path(scratch))
             folder.create(self.config, self.fingerprints(), made_by(self.machine))
             shutil.copytree(adapters, folder.path / "adapters")
+        if self.folder and self.folder.best.is_dir():
+            shutil.copytree(self.folder.best, folder.best)
         for event in self.events:
             folder.record(event)
         if self.folder and self.folder.checkpoint_file.exists():
             shutil.copyfile(self.folder.checkpoint_file, folder.checkpoint_file)
         elif self._engine and not self.folder:
-            self._engine.save(folder.checkpoint_file, self.config.rounds)
+            self._engine.save(folder.checkpoint_file, self._rounds_done)
         folder.finish(self.summary)
 
     def base(self) -> Any:
@@ -243,10 +259,15 @@ class Run(Iterator[Event]):
             return self.folder.path / "adapters"
         if not isinstance(self._engine, Simulation):
             raise ValueError("The cluster's workers are gone; give the run a folder (out=...).")
-        self._engine.save_adapters(scratch)
+        self._engine.save_adapters(scratch, self._rounds_done)
         return scratch
+
+    @property
+    def _rounds_done(self) -> int:
+        return sum(isinstance(event, RoundDone) for event in self.events)
 
     def _need_end(self) -> None:
         last = self.config.rounds - 1
-        if not any(isinstance(e, Evaluated) and e.round == last for e in self.events):
+        ended = any(isinstance(e, Evaluated) and e.round == last for e in self.events)
+        if not ended and not has_stopped(self.config, self.events):
             raise ValueError("The run isn't finished: loop over it first, `for event in run: ...`.")

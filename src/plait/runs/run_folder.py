@@ -7,6 +7,7 @@
     summary.json       its figures, written last: a folder with a summary holds a finished run
     checkpoint.safetensors   the state of every client after the last saved round
     adapters/          a PEFT folder for each client and for the averaged model
+    best/              the same after the best round, of a run that may stop early
 
 Every file is written beside its place and renamed into it, so a run that dies leaves no half file.
 run.py is what writes them.
@@ -104,6 +105,11 @@ class RunFolder:
         return self.path / CHECKPOINT
 
     @property
+    def best(self) -> Path:
+        """Where the adapters of the best round go."""
+        return self.path / "best"
+
+    @property
     def rounds_done(self) -> int:
         """Rounds behind the checkpoint; 0 without one."""
         return rounds_done(self.checkpoint_file)
@@ -143,8 +149,8 @@ class RunFolder:
         goes_further = folder.summary_file.exists() and not folder.finished(config)
         if goes_further and not folder.has_last_state():
             raise ValueError(
-                f"{path} holds a finished run without its last state, so it can't go on with more "
-                "rounds; take another --out."
+                f"{path} holds a finished run that stopped early, or without its last state, so it "
+                "can't go on with more rounds; take another --out."
             )
         return folder
 

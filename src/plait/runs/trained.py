@@ -112,7 +112,7 @@ def find(path: Path | str, client: Client = "mean") -> Trained:
     """The adapter of a client of a run, or the one that lies in a folder.
 
     Args:
-        path: A run folder, of `plait run` or `plait up`, or a PEFT folder of plait's.
+        path: A run folder, of `plait run` or `plait up`, its `best/`, or a PEFT folder of plait's.
         client: Whose, of a run; the averaged one for `mean`.
 
     Raises:
@@ -123,10 +123,12 @@ def find(path: Path | str, client: Client = "mean") -> Trained:
         run = path.absolute().parent.parent
         here = (path / CARD).is_file()
         return Trained(path, Card.read(path / CARD) if here else card_of_run(run))
-    folder = path / "adapters" / (client if client == "mean" else f"client-{client}")
-    card = card_of_run(path)
+    inside = (path / "mean" / "adapter_config.json").is_file()
+    adapters = path if inside else path / "adapters"
+    folder = adapters / (client if client == "mean" else f"client-{client}")
+    card = card_of_run(path.absolute().parent if inside else path)
     if not folder.is_dir():
-        there = ", ".join(sorted(one.name for one in (path / "adapters").glob("*")))
+        there = ", ".join(sorted(one.name for one in adapters.glob("*")))
         raise ValueError(f"{path} has no adapter {folder.name}; it has: {there or 'none'}.")
     return Trained(folder, card)
 
@@ -188,7 +190,7 @@ def load(path: Path | str, client: Client = "mean") -> tuple[PeftModel, Any]:
     """The trained model, ready to use, and its tokenizer.
 
     Args:
-        path: A run folder, or one that `plait export` wrote.
+        path: A run folder, its `best/` where it has one, or one that `plait export` wrote.
         client: Whose model, of a run; the averaged one for `mean`.
 
     Raises:

@@ -24,12 +24,11 @@ from transformers import PreTrainedModel
 
 from plait.config import THIS_MACHINE, Config, Machine, Pooling
 from plait.data.objectives import CLASSIFICATION, REGRESSION, Objective
-from plait.data.tasks import METRICS, Rows, Task
+from plait.data.tasks import Rows, Task, judged_by
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.fingerprints import of_arrays
 from plait.engines.job import Job, Materials, Rules, assemble
 from plait.engines.simulate import Simulation
-from plait.lookup import lookup
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
 from plait.model.loading import Loaded
@@ -92,7 +91,8 @@ class Trainer(Run):
             train_dataset: One data set for each client.
             eval_dataset: The rows that every client's model is judged on.
             config: The settings. Those that name data, its partition or the model don't apply.
-            metric: A key of `METRICS`; accuracy, or Pearson's correlation where labels are scores.
+            metric: A key of `METRICS`; the config's `metric`, or accuracy, or Pearson's correlation
+                where labels are scores, if not given.
             out: A run folder, for `plait report` and the like; nothing is written without one.
             resume: Go on from the folder's checkpoint, with the same objects.
             machine: Where and how fast.
@@ -111,10 +111,11 @@ class Trainer(Run):
         name = getattr(model, "name_or_path", "") or type(model).__name__
         pooling: Pooling = "mean" if isinstance(model, MeanPooledClassifier) else "model"
         config = dataclasses.replace(
-            config, clients=len(train_dataset), task="own", backbone=name, pooling=pooling
-        )
+            config, clients=len(train_dataset), task="own", backbone=name, pooling=pooling,
+            metric=metric or config.metric,
+        )  # fmt: skip
         super().__init__(config, out, resume=resume, machine=machine)
-        self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, metric, machine)
+        self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, machine)
         # Yours may be trained on, or get adapters, which change it in place.
         self._model, self._tokenizer = copy.deepcopy(model), tokenizer
         self._open = lambda *_: nullcontext(Simulation(self.job, self.job.initial_stack()))
@@ -144,7 +145,6 @@ def _job(
     train_dataset: Sequence[Dataset],
     eval_dataset: Dataset,
     config: Config,
-    metric: str | None,
     machine: Machine,
 ) -> Job:
     begin = time.perf_counter()
@@ -155,7 +155,7 @@ def _job(
     held_out = read.all(eval_dataset, "eval_dataset")
     backbone = Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config, machine)
     train, held_out = map(backbone.with_hidden, (_join(hands), held_out))
-    task = _task(model, train, held_out, metric)
+    task = _task(model, train, held_out, config.metric)
     ends = np.cumsum([len(hand) for hand in hands])
     shares = np.split(np.arange(len(train)), ends[:-1])
     return assemble(rules, Materials(task, backbone, train, held_out), shares, begin)
@@ -166,10 +166,9 @@ def _task(model: Any, train: Tokens, held_out: Tokens, metric: str | None) -> Ta
     objective = _objective(model)
     classes = range(model.config.num_labels if objective.has_classes else 0)
     label_names = tuple(str(model.config.id2label[c]) for c in classes)
-    name = metric or objective.metric
-    lookup(METRICS, name, "metric")
     rows, test = (Rows((("",),) * len(one), one.labels) for one in (train, held_out))
-    return Task("own", rows, test, test, label_names, name, objective)
+    task = Task("own", rows, test, test, label_names, objective.metric, objective)
+    return judged_by(task, metric)
 
 
 def _objective(model: Any) -> Objective:

@@ -359,6 +359,16 @@ function play() {
   }, still.matches ? 1500 : 500);
 }
 
+// -- one run: class by class
+
+function drawClasses() {
+  const run = runNow(), box = byId("classes");
+  box.hidden = !run || !run.classes.length;
+  if (box.hidden) return;
+  const [head, ...lines] = run.classes;
+  box.querySelector(".scroll").replaceChildren(tableOf(head, lines));
+}
+
 // -- the page
 
 // One chart for each turn of the event loop, from the top: the page can be read and used meanwhile.
@@ -396,7 +406,7 @@ function finishDrawing() {
 function runTasks() {
   const run = runNow();
   const figures = [...document.querySelectorAll("figure[data-of=run]")];
-  return [drawTopology,
+  return [drawTopology, drawClasses,
           ...figures.map((figure) => () => draw(figure, run && run.charts[figure.dataset.chart]))];
 }
 
