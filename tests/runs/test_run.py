@@ -143,7 +143,9 @@ def test_a_loop_that_was_left_is_gone_on_with_by_the_same_object(tmp_path, folde
 @pytest.mark.parametrize("optimizer_state", ["reset_each_round", "reset_each_phase", "keep"])
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 9])
 def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path, stop_after, optimizer_state):
-    config = dataclasses.replace(CONFIG, optimizer_state=optimizer_state, lora_dropout=0.1)
+    config = dataclasses.replace(
+        CONFIG, optimizer_state=optimizer_state, lora_dropout=0.1, lr_schedule="cosine"
+    )
     unbroken = list(Run(config, tmp_path / "unbroken"))
     stopped(config, tmp_path / "stopped", stop_after)
 
@@ -240,6 +242,13 @@ def test_more_rounds_and_another_setting_are_refused(tmp_path):
     list(Run(CONFIG, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"other settings \(lr, rounds\)|\(rounds, lr\)"):
         Run(dataclasses.replace(CONFIG, rounds=6, lr=1.0), tmp_path / "run", resume=True)
+
+
+def test_a_learning_rate_that_went_by_the_rounds_takes_no_more_of_them(tmp_path):
+    falling = dataclasses.replace(CONFIG, lr_schedule="cosine")
+    list(Run(falling, tmp_path / "run"))
+    with pytest.raises(ValueError, match="went to its end over 4 rounds"):
+        Run(dataclasses.replace(falling, rounds=6), tmp_path / "run", resume=True)
 
 
 def test_an_old_folder_without_its_last_state_takes_no_more_rounds(tmp_path):

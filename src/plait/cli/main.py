@@ -66,7 +66,8 @@ class Run(Start):
     out: Path | None = None
     """The run folder; `runs/<task>-<method>-<seed>` if not given."""
     resume: Flag = False
-    """Go on with the run in the folder, with its own settings; only --rounds may be larger."""
+    """Go on with the run in the folder, with its own settings; only --rounds may be larger, where
+    the learning rate doesn't go by them."""
     log: Names = ()
     """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
 

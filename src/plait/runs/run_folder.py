@@ -116,7 +116,7 @@ class RunFolder:
     def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
         """Take a folder for a run, or take it up again; nothing is written yet.
 
-        A run may go on with more rounds than it had.
+        A run may go on with more rounds than it had, if its learning rate did not go by them.
 
         Raises:
             ValueError: It is in use, was made by another config, or can't go on.
@@ -133,6 +133,12 @@ class RunFolder:
         before, now = there.to_json(), config.to_json()
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["rounds"] and config.rounds > there.rounds:
+            if config.lr_schedule != "constant":
+                raise ValueError(
+                    f"{path} holds a run whose learning rate went to its end over "
+                    f"{there.rounds} rounds ({config.lr_schedule}), so it can't go on with more; "
+                    "take another --out."
+                )
             changed = []
         if changed:
             raise ValueError(
