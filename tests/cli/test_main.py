@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from plait.cli import main as cli
-from plait.cli.arguments import TOPICS, defaults, parse
+from plait.cli.arguments import TOPICS, default_out, defaults, parse
 from plait.cli.main import COMMANDS, main
 from plait.config import Config, Machine, names_of
 from plait.data.partition import PARTITIONS
@@ -346,13 +346,25 @@ def test_a_finished_run_goes_on_with_more_rounds(capsys, finished, data, tmp_pat
     assert "without its last state" in complaint(capsys, ["run", *more, "--rounds=3"])
 
 
+def test_without_out_each_run_gets_a_folder_and_resume_takes_the_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_out("one", resume=True) == default_out("one") == Path("runs/one")
+    for name in ("one", "one-2"):
+        Path("runs", name).mkdir(parents=True)
+    assert default_out("one") == Path("runs/one-3")
+    assert default_out("one", resume=True) == Path("runs/one-2")
+
+
 def test_resume_takes_the_settings_of_the_folder(capsys, finished, tmp_path):
     out = tmp_path / "more"
     shutil.copytree(finished, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(["run", "--resume", f"--out={out}"]) == 0
-    assert capsys.readouterr().out.startswith("preparing: file, 2 clients, minilm")
+    assert capsys.readouterr().out.startswith(f"preparing {out}: file, 2 clients, minilm")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main(["run", "--resume", f"--out={out}", "--name=first", "--tag=a,b"]) == 0
+    about = json.loads((out / "about.json").read_text())
+    assert about == {"name": "first", "tags": ["a", "b"]}
     assert "other settings (lr)" in complaint(
         capsys, ["run", "--resume", f"--out={out}", "--lr=0.5"]
     )

@@ -17,6 +17,7 @@ from plait.config import Config, Machine
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.model.loading import Loaded
+from plait.runs.listing import listed
 from plait.runs.run import Run
 from plait.runs.run_folder import load_events, load_run
 from twin import all_logits, twin_logits
@@ -90,9 +91,10 @@ def test_a_model_of_it_has_the_logits_of_its_client(tmp_path, head, folder):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_is_saved_is_the_run_as_if_in_a_folder_from_the_start(tmp_path, folder):
-    run = Run(CONFIG, tmp_path / "first" if folder else None)
+    run = Run(CONFIG, tmp_path / "first" if folder else None, tags=("mine",))
     events = list(run)
     run.save(tmp_path / "saved")
+    assert all(one.tags == ("mine",) for one in listed(tmp_path))
     assert load_run(tmp_path / "saved") == (CONFIG, events, run.summary)
     longer = dataclasses.replace(CONFIG, rounds=6)
     list(Run(longer, tmp_path / "saved", resume=True))

@@ -134,9 +134,23 @@ def parse(
     return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
 
 
-def say_preparing(config: Config) -> None:
+def default_out(name: str, resume: bool = False) -> Path:
+    """`runs/<name>`, or `runs/<name>-2` and so on where that is taken; to resume, the last of them.
+
+    Example:
+        >>> default_out("no-such-run").name
+        'no-such-run'
+    """
+    places = [Path("runs", name)]
+    while places[-1].exists():
+        places.append(Path("runs", f"{name}-{len(places) + 1}"))
+    return places[-2] if resume and len(places) > 1 else places[-1]
+
+
+def say_preparing(config: Config, out: Path) -> None:
     """The first word on the screen: importing what computes and loading a model take a while."""
-    print(f"preparing: {config.task}, {config.clients} clients, {config.backbone} ...", flush=True)
+    about = f"{config.task}, {config.clients} clients, {config.backbone}"
+    print(f"preparing {out}: {about} ...", flush=True)
 
 
 def split(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from plait.cli.arguments import (
     Flag,
     Names,
     Start,
+    default_out,
     defaults,
     fields_of,
     parse,
@@ -64,10 +65,15 @@ class Run(Start):
     """Run one experiment and write its folder."""
 
     out: Path | None = None
-    """The run folder; `runs/<task>-<method>-<seed>` if not given."""
+    """The run folder; `runs/<task>-<method>-<seed>` if not given, with a number where it is taken.
+    --resume takes the last of these."""
     resume: Flag = False
     """Go on with the run in the folder, with its own settings; only --rounds may be larger, where
     the learning rate doesn't go by them."""
+    name: str = ""
+    """What you call it: `plait runs` shows it."""
+    tag: Names = ()
+    """A word to find it by: `plait runs --filter tag=...`; several with commas."""
     log: Names = ()
     """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
 
@@ -87,7 +93,8 @@ class Compare(Start):
     no_matched_control: Flag = False
     """Leave out the controls of methods, such as Dec-LoRA at half of ADF's learning rate."""
     out: Path | None = None
-    """The folder of the comparison; `runs/<task>-compare` if not given."""
+    """The folder of the comparison; `runs/<task>-compare` if not given, with a number where that is
+    taken. --resume takes the last of these."""
     resume: Flag = False
     """Reuse the finished runs in the folder, and go on with the others."""
     log: Names = ()
@@ -103,12 +110,12 @@ class Compare(Start):
 def _run(args: list[str]) -> None:
     given = parse(Run, "run", args, Run(**defaults(args)))
     config = given.settings
-    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
+    out = given.out or default_out(f"{config.task}-{config.method}-{config.seed}", given.resume)
     if given.resume and not (given.preset or given.config) and (out / "config.json").is_file():
         there, _ = start_from(None, out / "config.json")
         given = parse(Run, "run", args, Run(**fields_of(there, given.machine)))
     config = given.settings
-    say_preparing(config)
+    say_preparing(config, out)
     check_files(config)
     _check_extras(given)
     from plait.cli.progress import watch
@@ -116,8 +123,11 @@ def _run(args: list[str]) -> None:
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
-    going = Going(config, out, resume=given.resume, machine=given.machine)
-    told = logged(going, _loggers(given.log), config, out)
+    going = Going(
+        config, out, resume=given.resume, machine=given.machine, name=given.name,
+        tags=_parts(given.tag),
+    )  # fmt: skip
+    told = logged(going, _parts(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
     for remark in remarks(going.events):
@@ -128,7 +138,8 @@ def _compare(args: list[str]) -> None:
     preset = PRESETS.get(start_of(args).preset, PresetRow(Config, ""))
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
-    say_preparing(given.settings)
+    out = given.out or default_out(f"{given.settings.task}-compare", given.resume)
+    say_preparing(given.settings, out)
     check_files(given.settings)
     _check_extras(given)
     console = Console()
@@ -145,9 +156,9 @@ def _compare(args: list[str]) -> None:
         compared = split(given.methods)
         rates = [rate for rate in split(given.lrs) if rate.partition("=")[0] in compared]
         given = replace(given, lrs=",".join(rates))
-    plan = _plan(given, start.settings)
+    plan = _plan(given, start.settings, out)
     jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
-    told = compare(plan, jobs, _loggers(given.log))
+    told = compare(plan, jobs, _parts(given.log))
     said = ((cell.label, event) for cell, event in told)
     watch(said, plan.config.rounds, plan.planned, console, jobs)
     conclusion = conclude(plan)
@@ -166,7 +177,7 @@ def _check_extras(given: Run | Compare) -> None:
     if given.log:
         from plait.runs.loggers import require
 
-        require(_loggers(given.log))
+        require(_parts(given.log))
     if given.privacy.dp_clip is not None:
         need("dp_accounting", "dp", "Differential privacy")
     if given.machine.engine == "ray":
@@ -292,7 +303,7 @@ def _complain(message: str, code: int) -> int:
 # -- from what was typed to what is called
 
 
-def _plan(given: Compare, start: Config) -> Plan:
+def _plan(given: Compare, start: Config, out: Path) -> Plan:
     from plait.experiments.plan import Plan
 
     config = given.settings
@@ -307,12 +318,12 @@ def _plan(given: Compare, start: Config) -> Plan:
         lrs=_rates(given.lrs),
         lr_grid=tuple(_numbers("--lr-grid", given.lr_grid, float)),
         matched_control=not given.no_matched_control,
-        out=given.out or Path("runs") / f"{config.task}-compare",
+        out=out,
         resume=given.resume,
     )
 
 
-def _loggers(given: Iterable[str]) -> list[str]:
+def _parts(given: Iterable[str]) -> list[str]:
     return [name for text in given for name in split(text)]
 
 

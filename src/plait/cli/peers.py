@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from plait.cli.arguments import Flag, Start, defaults, parse, split
+from plait.cli.arguments import Flag, Start, default_out, defaults, parse, split
 from plait.peers.federation import Limits
 
 # -- what each command takes
@@ -40,7 +40,8 @@ class Up(Start):
     peers: int = 3
     """How many peers."""
     out: Path | None = None
-    """A new folder; `runs/<task>-<method>-<seed>-peers` if not given."""
+    """A new folder; `runs/<task>-<method>-<seed>-peers` if not given, with a number where that is
+    taken."""
     round_timeout_s: float = Limits.round_timeout_s
     """A round waits no longer for its neighbours."""
     symmetric_loss: Flag = False
@@ -94,7 +95,7 @@ def up(args: list[str]) -> int:
     from plait.peers import local_federation as trial
 
     config = given.settings
-    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}-peers"
+    out = given.out or default_out(f"{config.task}-{config.method}-{config.seed}-peers")
     limits = Limits(round_timeout_s=given.round_timeout_s, symmetric_loss=given.symmetric_loss)
     console = Console()
     for line in trial.up(config, given.peers, out, limits, given.machine):

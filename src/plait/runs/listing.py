@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ class Listed:
         state: `finished` or `begun`.
         metric: What its score measures.
         score: The clients' mean, or a peer's own; the latest one, None before the first.
+        name: What people call it.
+        tags: Words to find it by.
         changed_s: When something was last recorded, in seconds since 1970.
     """
 
@@ -34,7 +36,17 @@ class Listed:
     state: str
     metric: str
     score: float | None
+    name: str
+    tags: tuple[str, ...]
     changed_s: float
+
+
+OTHERS: dict[str, Callable[[Listed], str | tuple[str, ...]]] = {
+    "state": lambda one: one.state,
+    "name": lambda one: one.name,
+    "tag": lambda one: one.tags,
+}
+"""What runs can be chosen by beside their settings."""
 
 
 def listed(top: Path) -> list[Listed]:
@@ -51,13 +63,13 @@ def listed(top: Path) -> list[Listed]:
 
 
 def chosen(runs: Iterable[Listed], filters: Sequence[str]) -> list[Listed]:
-    """Those with all of these settings, each `key=value`; `state` is a key as well.
+    """Those with all of these, each `key=value`: a setting, or a key of `OTHERS`.
 
     Raises:
         ValueError: A filter of another form, or by a key that there isn't.
     """
     pairs = [one.partition("=") for one in filters]
-    known = {*Config().to_json(), "state"}
+    known = {*Config().to_json(), *OTHERS}
     for key, sign, _ in pairs:
         if not sign or key.replace("-", "_") not in known:
             raise ValueError(
@@ -69,7 +81,9 @@ def chosen(runs: Iterable[Listed], filters: Sequence[str]) -> list[Listed]:
 
 
 def _has(one: Listed, key: str, value: str) -> bool:
-    there = one.state if key == "state" else getattr(one.config, key)
+    there = OTHERS[key](one) if key in OTHERS else getattr(one.config, key)
+    if isinstance(there, tuple):
+        return value in there
     if isinstance(there, float) and _is_float(value):
         return there == float(value)
     return str(there) == value
@@ -98,6 +112,8 @@ def _read(path: Path) -> Listed | None:
         config = Config.from_json(json.loads((path / "config.json").read_text()))
     except ValueError:
         return None
+    file = path / "about.json"
+    about = json.loads(file.read_text()) if file.is_file() else {}
     done, metric = 0, ""
     score: float | None = None
     for event in _events(path / "events.jsonl"):
@@ -113,6 +129,8 @@ def _read(path: Path) -> Listed | None:
         state="finished" if (path / "summary.json").is_file() else "begun",
         metric=metric,
         score=score,
+        name=about.get("name", ""),
+        tags=tuple(about.get("tags", ())),
         changed_s=(path / "events.jsonl").stat().st_mtime,
     )
 

@@ -3,6 +3,7 @@
     config.json        the resolved config
     fingerprints.json  hashes of what it read (fingerprints.py)
     made-by.json       the versions and the machine that computed it (made_by.py)
+    about.json         what people call it, if they do: a name and tags
     events.jsonl       what the run said, a line for each event
     summary.json       its figures, written last: a folder with a summary holds a finished run
     checkpoint.safetensors   the state of every client after the last saved round
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from plait.lora import Stack
 from plait.machine.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
-FINGERPRINTS, MADE_BY = "fingerprints.json", "made-by.json"
+FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
 
 
 def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
@@ -202,6 +203,14 @@ class RunFolder:
         for name, facts in ((FINGERPRINTS, fingerprints), (MADE_BY, made_by)):
             if facts is not None:
                 write_atomically(self.path / name, json.dumps(facts, indent=2) + "\n")
+
+    def describe(self, name: str, tags: Sequence[str]) -> None:
+        """Keep what people call the run; what is not given stays as it was."""
+        given = {key: value for key, value in (("name", name), ("tags", list(tags))) if value}
+        if given:
+            file = self.path / ABOUT
+            before = json.loads(file.read_text()) if file.is_file() else {}
+            write_atomically(file, json.dumps(before | given, indent=2) + "\n")
 
     def record(self, event: Event) -> None:
         """Add a line to the events."""
