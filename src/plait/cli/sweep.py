@@ -14,6 +14,7 @@ import tyro
 
 from plait.config import Config
 from plait.machine.extras import need
+from plait.presets import as_settings
 
 if TYPE_CHECKING:
     from plait.experiments.plan import Cell
@@ -81,7 +82,7 @@ def sweep(args: list[str]) -> int:
         results.save(frame, given.out)
     failed = results.failures(grid)
     for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
+        print(f"failed: {as_settings(line)}", file=sys.stderr)
     print(f"{given.out}: {len(frame)} rows in {results.RESULTS}; `plait table {given.out}`")
     return 1 if failed else 0
 

@@ -27,7 +27,7 @@ from plait.machine.files import write_atomically
 from plait.machine.text_files import read_text
 from plait.methods import build_method, settled
 from plait.plugins import load_plugins
-from plait.presets import changed, read_settings, start_from
+from plait.presets import as_settings, changed, read_settings, start_from
 from plait.topology import TOPOLOGIES, build_schedule
 
 FILE = "sweep.toml"
@@ -187,7 +187,7 @@ def load_sweep(file: Path, out: Path, small: bool = False, plugin: str | None = 
             for method in plan.methods:
                 build_schedule(settled(dataclasses.replace(plan.config, method=method)))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(as_settings(f"{file}: {error}")) from error
     return sweep
 
 
