@@ -282,6 +282,9 @@ def without(monkeypatch, *packages):
         (["compare", "--log=wandb"], "wandb", "pip install wandb"),
         (["compare", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
         (["sweep", "x.toml", "--out=x"], "pyarrow", "pip install 'plait[sweep]'"),
+        (["up", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
+        (["up"], "grpc", "pip install 'plait[peer]'"),
+        (["peer", "--config=x", "--name=x"], "xxhash", "pip install 'plait[peer]'"),
     ],
 )
 def test_a_missing_extra_is_said_before_anything_is_computed(
@@ -291,6 +294,29 @@ def test_a_missing_extra_is_said_before_anything_is_computed(
     without(monkeypatch, package)
     assert message in complaint(capsys, args)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--out=o", "--task=file", "--train-file=t.csv"], "preparing o: file, 10 clients"),
+        (["up", "--out=o", "--task=file", "--train-file=t.csv"], "preparing o: file, 3 clients"),
+        (["sweep", "grid.toml", "--out=o"], "preparing o: grid.toml"),
+    ],
+    ids=["run", "up", "sweep"],
+)
+def test_a_wrong_column_is_said_before_torch_is_imported(tmp_path, words, said):
+    (tmp_path / "t.csv").write_text("txt,label\na,b\n")
+    settings = '[settings]\ntask = "file"\n[axes]\ntrain_file = ["t.csv"]\nclients = [2, 3]\n'
+    (tmp_path / "grid.toml").write_text(settings)
+    code = "import sys; from plait.cli.main import main; code = main(sys.argv[1:])"
+    code += "; sys.exit(code + 2 * ('torch' in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(said)
+    assert "no column 'text'" in done.stderr
+    assert done.returncode == 1
 
 
 def test_a_comparison_without_matplotlib_says_so_at_its_start(capsys, tmp_path, monkeypatch):

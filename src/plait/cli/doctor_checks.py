@@ -21,13 +21,10 @@ from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from plait.machine.extras import installed
+from plait.machine.extras import PEER_PACKAGES, installed
 
 HUB_TIMEOUT_S = 3.0
 LEAST_DISK_GIB = 5.0
-PEER_PACKAGES = (
-    "grpc", "grpc_health", "google.protobuf", "cryptography", "xxhash", "prometheus_client",
-)  # fmt: skip
 
 
 EXTRAS = {

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plait.cli.doctor_checks import PEER_PACKAGES, Finding, room
-from plait.machine.extras import installed
+from plait.cli.doctor_checks import Finding, room
+from plait.machine.extras import PEER_PACKAGES, installed
 from plait.presets import as_settings
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,19 +26,20 @@ from plait.cli.arguments import (
     Flag,
     Names,
     Start,
+    check_first,
     default_out,
     defaults,
     fields_of,
     parse,
+    parts,
     say_preparing,
     split,
     start_of,
     with_plugins,
 )
 from plait.config import Config
-from plait.data.sources import check_files
 from plait.lookup import lookup
-from plait.machine.extras import installed, need
+from plait.machine.extras import installed
 from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow, start_from
 
@@ -115,9 +116,8 @@ def _run(args: list[str]) -> None:
         there, _ = start_from(None, out / "config.json")
         given = parse(Run, "run", args, Run(**fields_of(there, given.machine)))
     config = given.settings
-    say_preparing(config, out)
-    check_files(config)
-    _check_extras(given)
+    say_preparing(out, config)
+    check_first(config, given.machine, parts(given.log))
     from plait.cli.progress import watch
     from plait.figures import remarks
     from plait.runs.loggers import logged
@@ -125,9 +125,9 @@ def _run(args: list[str]) -> None:
 
     going = Going(
         config, out, resume=given.resume, machine=given.machine, name=given.name,
-        tags=_parts(given.tag),
+        tags=parts(given.tag),
     )  # fmt: skip
-    told = logged(going, _parts(given.log), config, out)
+    told = logged(going, parts(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
     for remark in remarks(going.events):
@@ -139,9 +139,8 @@ def _compare(args: list[str]) -> None:
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
     out = given.out or default_out(f"{given.settings.task}-compare", given.resume)
-    say_preparing(given.settings, out)
-    check_files(given.settings)
-    _check_extras(given)
+    say_preparing(out, given.settings)
+    check_first(given.settings, given.machine, parts(given.log))
     console = Console()
     draws = installed("matplotlib")
     if not draws:
@@ -158,7 +157,7 @@ def _compare(args: list[str]) -> None:
         given = replace(given, lrs=",".join(rates))
     plan = _plan(given, start.settings, out)
     jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
-    told = compare(plan, jobs, _parts(given.log))
+    told = compare(plan, jobs, parts(given.log))
     said = ((cell.label, event) for cell, event in told)
     watch(said, plan.config.rounds, plan.planned, console, jobs)
     conclusion = conclude(plan)
@@ -170,18 +169,6 @@ def _compare(args: list[str]) -> None:
     write_report(conclusion, draws)
     picture = ", curves.png" if draws else ""
     console.print(f"{plan.out}: summary.json, table.md{picture}", highlight=False)
-
-
-def _check_extras(given: Run | Compare) -> None:
-    """Refuse what needs packages that aren't there; it takes no torch to see that."""
-    if given.log:
-        from plait.runs.loggers import require
-
-        require(_parts(given.log))
-    if given.privacy.dp_clip is not None:
-        need("dp_accounting", "dp", "Differential privacy")
-    if given.machine.engine == "ray":
-        need("ray", "ray", "--engine ray")
 
 
 def _completion(args: list[str]) -> None:
@@ -321,10 +308,6 @@ def _plan(given: Compare, start: Config, out: Path) -> Plan:
         out=out,
         resume=given.resume,
     )
-
-
-def _parts(given: Iterable[str]) -> list[str]:
-    return [name for text in given for name in split(text)]
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

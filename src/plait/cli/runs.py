@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from plait.cli.arguments import Names, split
+from plait.cli.arguments import Names, parts
 from plait.cli.lists import print_table
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def runs(args: list[str]) -> None:
     given = tyro.cli(Runs, prog="plait runs", args=args)
     from plait.runs.listing import chosen, listed
 
-    wanted = [part for text in given.filter for part in split(text)]
-    rows = [_row(one, given.dir) for one in chosen(listed(given.dir), wanted)]
+    rows = [_row(one, given.dir) for one in chosen(listed(given.dir), parts(given.filter))]
     head = ("run", "name", "tags", "task", "method", "seed", "rounds", "score", "state", "date")
     shown = [key for key in head if key not in ("name", "tags") or any(row[key] for row in rows)]
     print_table(shown, [[row[key] for key in shown] for row in rows])

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from plait.cli.arguments import check_first
 from plait.config import Config
 from plait.machine.extras import need
-from plait.presets import as_settings
+from plait.presets import as_settings, changed
 
 if TYPE_CHECKING:
     from plait.experiments.plan import Cell
@@ -56,6 +57,13 @@ def sweep(args: list[str]) -> int:
     """`plait sweep`: 1 if runs failed, which are then listed."""
     given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
     need("pyarrow", "sweep", "A sweep's table of results")
+    print(f"preparing {given.out}: {given.file} ...", flush=True)
+    from plait.experiments.grid_file import read_grid
+
+    values, config, machine = read_grid(given.file, given.small, given.plugin)
+    axes = {k: row for k, row in values.get("axes", {}).items() if isinstance(row, list) and row}
+    first = {name: row[0] for name, row in axes.items()}
+    check_first(changed(config, first, f"{given.file}: axes"), machine)
     from plait.experiments import results
     from plait.experiments.executors import executor_for, num_jobs
     from plait.experiments.sweep import claim, load_sweep
