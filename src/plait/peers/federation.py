@@ -41,6 +41,14 @@ HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
 Table = TypeVar("Table")
 
 
+def in_common(config: Config) -> Config:
+    """The settings that all peers share, what a peer may set for itself at its default."""
+    default = Config()
+    return dataclasses.replace(
+        config, **{name: getattr(default, name) for name in OWN_SETTINGS & names_of(Config)}
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Member:
     """A peer as all others know it.

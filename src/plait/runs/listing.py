@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ OTHERS: dict[str, Callable[[Listed], str | tuple[str, ...]]] = {
 
 
 def listed(top: Path) -> list[Listed]:
-    """The run folders in and below a folder, the latest last.
+    """The run folders in and below a folder, the latest last; a federation's peers are one run.
 
     Raises:
         ValueError: There is none.
     """
-    read = [one for path in _folders(top) if (one := _read(path))]
-    found = sorted(read, key=lambda one: one.changed_s)
+    runs: dict[Path, list[Listed]] = {}
+    for path in _folders(top):
+        if one := _read(path):
+            runs.setdefault(_place(path, top), []).append(one)
+    found = sorted(map(_as_one, runs, runs.values()), key=lambda one: one.changed_s)
     if not found:
         raise ValueError(f"There is no run in {top}; `plait run --out` makes one.")
     return found
@@ -104,6 +107,31 @@ def _folders(top: Path) -> Iterator[Path]:
             inside.clear()
         else:
             inside[:] = sorted(name for name in inside if name not in NOT_RUNS)
+
+
+def _place(path: Path, top: Path) -> Path:
+    """Where a run is: of a peer, the folder of its federation, if that is in or below `top`."""
+    federation = path.parent.parent
+    if not (federation / "federation.toml").is_file() or not federation.is_relative_to(top):
+        return path
+    # `plait up` and `plait init-federation` may have the peers in a folder of this name.
+    whole = federation.parent if federation.name == "federation" else federation
+    return whole if whole.is_relative_to(top) else federation
+
+
+def _as_one(place: Path, parts: Sequence[Listed]) -> Listed:
+    """A run, or several peers: as far as the slowest is, with the mean of their scores."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = [one.score for one in parts if one.score is not None]
+    return replace(
+        parts[0],
+        path=place,
+        rounds_done=min(one.rounds_done for one in parts),
+        state="finished" if all(one.state == "finished" for one in parts) else "begun",
+        score=sum(scores) / len(scores) if scores else None,
+        changed_s=max(one.changed_s for one in parts),
+    )
 
 
 def _read(path: Path) -> Listed | None:
