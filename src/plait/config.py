@@ -23,6 +23,7 @@ from plait.plugins import plugin_files
 Head = Literal["frozen", "mixed", "local"]
 Pooling = Literal["auto", "model", "mean"]
 OptimizerState = Literal["reset_each_round", "reset_each_phase", "keep"]
+LrSchedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "auto"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
@@ -137,6 +138,13 @@ class TrainingSettings:
     """Learning rate of the LoRA factors."""
     head_lr: float = 1e-2
     """Learning rate of a trained head."""
+    lr_schedule: LrSchedule = "constant"
+    """How both go over the rounds, from their full value to their end in the last round."""
+    lr_end: float | None = None
+    """What --lr is in the last round (linear, cosine), a tenth of it if not given. The head's rate
+    keeps its proportion to --lr, and so does this where a comparison takes another --lr."""
+    warmup_rounds: int = 0
+    """Rounds before the learning rates are full; they rise by equal steps."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: float | None = 1.0
@@ -224,6 +232,15 @@ class Config(
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.lr_end is not None and (self.lr_schedule == "constant" or self.lr_end < 0):
+            raise ValueError(
+                f"lr_end is {self.lr_end} and lr_schedule {self.lr_schedule}; give 0 or more, and "
+                "linear or cosine."
+            )
+        if not 0 <= self.warmup_rounds < self.rounds:
+            raise ValueError(
+                f"warmup_rounds is {self.warmup_rounds}; it must be below rounds, {self.rounds}."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0, or None.")
         if (self.dp_clip is None) != (self.dp_noise is None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,6 +203,21 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f'{file} holds no settings; write {{"rounds": 20}} and so on.')
     return values
+
+
+def as_settings(message: str) -> str:
+    """A message with the flags of `plait run` as files name them, for commands that have none.
+
+    Example:
+        >>> as_settings("Lower --lr, or pass --clip-norm 1; see --help.")
+        'Lower `lr`, or pass `clip_norm` 1; see --help.'
+    """
+    known = names_of(Config) | names_of(Machine) | {"out"}
+    return re.sub(
+        r"--([a-z][a-z-]*[a-z]|p)\b",
+        lambda flag: f"`{name}`" if (name := flag[1].replace("-", "_")) in known else flag[0],
+        message,
+    )
 
 
 def fits(value: object, hint: Any) -> bool:

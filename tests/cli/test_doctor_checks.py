@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import http.server
-import socket
 import threading
 import time
 
@@ -114,73 +113,3 @@ def test_a_hub_that_is_not_there(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     assert "can't be reached" in doctor.check_hub().text
-
-
-# -- a peer's files
-
-
-@pytest.fixture
-def peer(tmp_path):
-    """Writes a peer's folder with a certificate that is valid for so many days from now."""
-    pytest.importorskip("cryptography.x509")
-    from plait.config import Config
-    from plait.peers import certificates
-
-    def write(days: float, listen: str | None = None):
-        path = certificates.init_federation(tmp_path / "fed", ["p0", "p1"], Config())
-        folder = path.parent / "p0"
-        files = [(path.parent / name).read_bytes() for name in ("ca.pem", "ca.key")]
-        pair = certificates.make_certificate(certificates.Pair(*files), "p0", days)
-        (folder / "cert.pem").write_bytes(pair.certificate)
-        (folder / "key.pem").write_bytes(pair.key)
-        (folder / "key.pem").chmod(0o600)
-        if listen:
-            text = (folder / "peer.toml").read_text().splitlines()
-            own = [line for line in text if not line.startswith("listen")]
-            (folder / "peer.toml").write_text("\n".join([f'listen = "{listen}"', *own]))
-        return folder
-
-    return write
-
-
-def marks(folder) -> list[str]:
-    return [found.mark for found in doctor.check_peer(folder / "peer.toml")]
-
-
-@pytest.mark.parametrize(("days", "mark"), [(365, "ok"), (3, "note"), (-1, "bad")])
-def test_certificates_by_the_days_they_have(peer, days, mark):
-    assert marks(peer(days)) == [mark, "ok", "ok", "ok"]
-
-
-def test_a_key_that_others_can_read_and_a_port_in_use(peer):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        folder = peer(365, f"127.0.0.1:{taken.getsockname()[1]}")
-        (folder / "key.pem").chmod(0o644)
-        assert marks(folder) == ["ok", "bad", "bad", "ok"]
-
-
-@pytest.mark.parametrize(
-    ("address", "right"), [("::1:7600", "[::1]:7600"), ("http://h:7600", "h:7600")]
-)
-def test_an_address_in_another_form_is_said_with_the_right_one(peer, address, right):
-    found = list(doctor.check_peer(peer(365, address) / "peer.toml"))
-    assert [one.mark for one in found] == ["bad"]
-    assert right in found[0].text
-
-
-def test_what_a_peer_would_refuse_the_doctor_finds(peer):
-    folder = peer(365)
-    (folder.parent / "ca.pem").write_text("")
-    found = next(doctor.check_peer(folder / "peer.toml"))
-    assert (found.mark, "ca.pem" in found.text, bool(found.fix)) == ("bad", True, True)
-
-
-def test_a_federations_folder_on_the_command_line(capsys, peer, tmp_path):
-    folder = peer(-1)
-    assert main(["doctor", f"--federation={folder}"]) == 1
-    assert "1 of these keeps" in capsys.readouterr().err
-    (folder / "peer.toml").write_text("listen = 3")
-    assert marks(folder) == ["bad"]
-    (folder / "peer.toml").unlink()
-    assert main(["doctor", f"--federation={folder}"]) == 1
-    assert "has no peer.toml" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from plait.cli import main as cli
-from plait.cli.arguments import TOPICS, defaults, parse
+from plait.cli.arguments import TOPICS, default_out, defaults, parse
 from plait.cli.main import COMMANDS, main
 from plait.config import Config, Machine, names_of
 from plait.data.partition import PARTITIONS
@@ -282,6 +282,9 @@ def without(monkeypatch, *packages):
         (["compare", "--log=wandb"], "wandb", "pip install wandb"),
         (["compare", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
         (["sweep", "x.toml", "--out=x"], "pyarrow", "pip install 'plait[sweep]'"),
+        (["up", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
+        (["up"], "grpc", "pip install 'plait[peer]'"),
+        (["peer", "--config=x", "--name=x"], "xxhash", "pip install 'plait[peer]'"),
     ],
 )
 def test_a_missing_extra_is_said_before_anything_is_computed(
@@ -291,6 +294,29 @@ def test_a_missing_extra_is_said_before_anything_is_computed(
     without(monkeypatch, package)
     assert message in complaint(capsys, args)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--out=o", "--task=file", "--train-file=t.csv"], "preparing o: file, 10 clients"),
+        (["up", "--out=o", "--task=file", "--train-file=t.csv"], "preparing o: file, 3 clients"),
+        (["sweep", "grid.toml", "--out=o"], "preparing o: grid.toml"),
+    ],
+    ids=["run", "up", "sweep"],
+)
+def test_a_wrong_column_is_said_before_torch_is_imported(tmp_path, words, said):
+    (tmp_path / "t.csv").write_text("txt,label\na,b\n")
+    settings = '[settings]\ntask = "file"\n[axes]\ntrain_file = ["t.csv"]\nclients = [2, 3]\n'
+    (tmp_path / "grid.toml").write_text(settings)
+    code = "import sys; from plait.cli.main import main; code = main(sys.argv[1:])"
+    code += "; sys.exit(code + 2 * ('torch' in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(said)
+    assert "no column 'text'" in done.stderr
+    assert done.returncode == 1
 
 
 def test_a_comparison_without_matplotlib_says_so_at_its_start(capsys, tmp_path, monkeypatch):
@@ -346,13 +372,25 @@ def test_a_finished_run_goes_on_with_more_rounds(capsys, finished, data, tmp_pat
     assert "without its last state" in complaint(capsys, ["run", *more, "--rounds=3"])
 
 
+def test_without_out_each_run_gets_a_folder_and_resume_takes_the_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_out("one", resume=True) == default_out("one") == Path("runs/one")
+    for name in ("one", "one-2"):
+        Path("runs", name).mkdir(parents=True)
+    assert default_out("one") == Path("runs/one-3")
+    assert default_out("one", resume=True) == Path("runs/one-2")
+
+
 def test_resume_takes_the_settings_of_the_folder(capsys, finished, tmp_path):
     out = tmp_path / "more"
     shutil.copytree(finished, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert main(["run", "--resume", f"--out={out}"]) == 0
-    assert capsys.readouterr().out.startswith("preparing: file, 2 clients, minilm")
+    assert capsys.readouterr().out.startswith(f"preparing {out}: file, 2 clients, minilm")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main(["run", "--resume", f"--out={out}", "--name=first", "--tag=a,b"]) == 0
+    about = json.loads((out / "about.json").read_text())
+    assert about == {"name": "first", "tags": ["a", "b"]}
     assert "other settings (lr)" in complaint(
         capsys, ["run", "--resume", f"--out={out}", "--lr=0.5"]
     )

@@ -34,6 +34,7 @@ SETTINGS = {
     "rank": 2,
     "switch_every": 2,
     "lr": 1e-2,
+    "lr_schedule": "linear",
     "head": "mixed",
     "lora_dropout": 0.1,
     "optimizer_state": "reset_each_phase",

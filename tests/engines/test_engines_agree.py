@@ -20,6 +20,8 @@ SETTINGS = {
     "rank": 2,
     "switch_every": 2,
     "lr": 1e-2,
+    "lr_schedule": "cosine",
+    "warmup_rounds": 1,
     "lora_dropout": 0.1,
     "optimizer_state": "reset_each_phase",
     "eval_every": 1,

@@ -158,6 +158,14 @@ def test_seeds_are_paired_and_the_matched_control_runs_at_half_the_rate(monkeypa
     assert {"adf-seed0", "dec-lora-matched-seed2"} <= folders
 
 
+def test_a_schedule_ends_in_proportion_to_each_rate(monkeypatch, tmp_path):
+    runs = fake(monkeypatch, by_method(CLEAR))
+    config = dataclasses.replace(CONFIG, lr_schedule="cosine", lr_end=1e-4)
+    concluded(plan_of(tmp_path / "out", config=config, lr_grid=(2e-3, 4e-3), lrs={"ffa": 1e-2}))
+    assert {c.eval_split for c in runs.started} == {"validation", "test"}
+    assert all(c.lr_end / c.lr == pytest.approx(0.1) for c in runs.started)
+
+
 def test_a_control_that_is_dec_lora_itself_runs_once(monkeypatch, tmp_path):
     fake(monkeypatch, by_method(CLEAR))
     plan = plan_of(tmp_path / "out", lrs={"adf": 2e-3})

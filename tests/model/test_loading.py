@@ -66,6 +66,18 @@ def test_an_adapter_loads_onto_a_base_from_anywhere(architecture, head, tmp_path
     assert logits.std() > 1e-5
 
 
+def test_the_hash_of_weights_is_of_those_in_the_checkpoint_in_any_precision(tmp_path):
+    config = Config(backbone=str(save_encoder("bert", tmp_path / "model")))
+    loaded = load_model(config, 3)
+    other_head = load_model(dataclasses.replace(config, seed=1), 2)
+    assert Backbone(other_head, dataclasses.replace(config, dtype="bfloat16")).weights_hash == (
+        loaded.weights_hash
+    )
+    with torch.no_grad():
+        loaded.model.bert.encoder.layer[1].output.dense.weight[3] += 0.1
+    assert loaded.weights_hash != other_head.weights_hash
+
+
 def test_a_sentence_encoder_is_mean_pooled_unless_asked_otherwise(tmp_path):
     folder = str(save_encoder("mean-pooled", tmp_path))
     assert isinstance(load_model(Config(backbone=folder), 3).model, MeanPooledClassifier)

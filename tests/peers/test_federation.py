@@ -344,6 +344,9 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
         federation(peers=PEERS[::-1]),
         federation(limits=Limits(symmetric_loss=True)),
         federation(labels=("x", "y")),
+        federation(weights_hash="0123"),
+        with_config(weights="laplacian"),
+        with_config(backbone="other"),
     ):
         assert other.digest() != digest
 
@@ -419,10 +422,26 @@ def test_peer_files_that_cannot_be(files, line, message):
 
 def test_a_peer_brings_its_own_data(files):
     path = files.parent / "ann" / "peer.toml"
-    path.write_text(path.read_text() + '[local]\ntrain_file = "rows.csv"\ndevice = "cpu"\n')
+    path.write_text(path.read_text() + '[local]\ntrain_file = "rows.csv"\n')
     settings = load_peer(files, "ann")
     assert settings.apply(CONFIG).train_file == str(files.parent / "ann" / "rows.csv")
-    assert settings.machine == Machine(device="cpu")
+
+
+def test_a_peer_says_where_its_model_lies_what_its_columns_are_and_what_computes(files):
+    path = files.parent / "ann" / "peer.toml"
+    own = [
+        'backbone = "model"', 'text_columns = "a,b"', 'label_column = "c"', 'device = "cpu"',
+        "memory_gib = 2",
+    ]  # fmt: skip
+    path.write_text("\n".join([path.read_text(), "[local]", *own]))
+    config = load_peer(files, "ann").apply(CONFIG)
+    assert config.backbone == "model", "a name on the hub"
+    (files.parent / "ann" / "model").mkdir()
+    settings = load_peer(files, "ann")
+    config = settings.apply(CONFIG)
+    assert config.backbone == str(files.parent / "ann" / "model")
+    assert (config.text_columns, config.label_column) == ("a,b", "c")
+    assert settings.machine == Machine(device="cpu", memory_gib=2)
 
 
 def test_a_peer_file_needs_its_keys(files):

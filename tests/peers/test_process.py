@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import socket
+import threading
 import urllib.request
 from types import SimpleNamespace
 
@@ -149,6 +150,27 @@ def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
         check_members(federation)
 
 
+def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeypatch):
+    file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
+    federation, job = load_federation(file), one_peer().job
+    monkeypatch.setattr(peers, "prepare_peer", lambda *_: job)
+    process = peers.Process(federation, load_peer(file, "p0"), threading.Event(), False)
+    assert process.desk.settings["weights_hash"] == job.backbone.weights_hash
+    digest = process.transport.identity.config_digest
+    assert digest == process.federation.digest() != federation.digest()
+
+
+def test_what_stops_a_peer_names_settings_of_its_files(tmp_path, monkeypatch):
+    file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
+    (tmp_path / "f" / "p0" / "out").mkdir()
+    (tmp_path / "f" / "p0" / "out" / "something").touch()
+    for name in ("configure_process", "log_to_stderr", "raise_descriptor_limit"):
+        monkeypatch.setattr(peers, name, lambda *_: None)
+    monkeypatch.setattr(peers.signal, "signal", lambda *_: None)
+    with pytest.raises(ValueError, match="is not an empty folder; take another `out`"):
+        peers.run_peer(file, "p0")
+
+
 def test_a_checkpoint_that_cant_be_read_is_set_aside(tmp_path):
     peer = one_peer()
     folder = RunFolder.open(tmp_path / "out", CONFIG, resume=True)
@@ -205,8 +227,15 @@ def test_status_of_a_federation(tmp_path, capsys):
         transport.stop(0)
     assert found[0].facts["round"] == 0
     assert not found[0].why
-    assert "unreachable" in found[1].why
+    address = federation.member("p1").address
+    assert found[1].why == f"nobody listens at {address}: not started yet, stopped, or done"
     assert "0/2" in capsys.readouterr().out
+    (tmp_path / "f" / "p1" / "out").mkdir()
+    (tmp_path / "f" / "p1" / "out" / "summary.json").write_text("{}")
+    file.write_text(file.read_text().replace(federation.member("p2").address, "no.invalid:7600"))
+    found = ask_all(file)
+    assert found[1].why == f"done: {tmp_path / 'f' / 'p1' / 'out' / 'summary.json'}"
+    assert found[2].why == "there is no host of the name in no.invalid:7600"
     assert lag([PeerStatus("a", {"round": 5}), found[0]], found[0]) == 5
 
 

@@ -413,15 +413,16 @@ def test_a_port_in_use_is_said(network):
         GrpcTransport(network.federation, taken, LAYOUT, Desk()).start()
 
 
-def test_settings_are_told_to_a_member_whose_digest_is_another(network):
+def test_settings_and_status_are_told_to_a_member_whose_digest_is_another(network):
     network.peers["alice"].identity = dataclasses.replace(
         network.peers["alice"].identity, config_digest="other"
     )
     try:
         with pytest.raises(Refused, match="config_digest"):
-            network.peers["alice"].ask("bob", Question(kind="status"), SOON_S)
-        asked = network.peers["alice"].ask("bob", Question(kind="settings"), SOON_S)
-        assert asked.facts["asked"] == "settings"
+            network.peers["alice"].ask("bob", Question(kind="round"), SOON_S)
+        for kind in ("settings", "status"):
+            asked = network.peers["alice"].ask("bob", Question(kind=kind), SOON_S)
+            assert asked.facts["asked"] == kind
     finally:
         network.stop("alice")
 

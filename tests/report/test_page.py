@@ -21,6 +21,7 @@ from plait.cli import main as cli
 from plait.cli import report as cli_report
 from plait.cli.arguments import defaults, parse
 from plait.cli.main import main
+from plait.config import Config
 from plait.events import Evaluated, RoundDone, Started, from_line, to_line
 from plait.experiments.plan import load_plan
 from plait.figures import FIGURES, summarize
@@ -30,7 +31,13 @@ from plait.report.page import COLUMNS, PLOTLY, _run_row, html_report, payload, p
 from plait.report.paper_figures import PICTURES
 from plait.report.recorded_run import MOST_DRAWN, Track, meetings
 from plait.report.series import band, over_rounds, phases, remark, sent_megabytes
-from plait.report.study import compare_command, find_studies, read_studies, run_command
+from plait.report.study import (
+    compare_command,
+    find_studies,
+    read_studies,
+    run_command,
+    settings,
+)
 
 
 def read(*paths):
@@ -218,7 +225,7 @@ def test_the_commands_make_the_same_runs(tmp_path, monkeypatch):
     _, name, *args = shlex.split(compare_command(plan))
     start = cli.Compare(**defaults(args), methods="", lrs="")
     given = parse(cli.Compare, name, args, start)
-    again = dataclasses.replace(cli._plan(given, start.settings), out=plan.out)
+    again = cli._plan(given, start.settings, plan.out)
     assert again == plan
 
 
@@ -381,7 +388,7 @@ def test_the_options_are_these():
 # -- peers
 
 
-def write_peer(folder, client: int, rounds: int) -> None:
+def write_peer(folder, client: int, rounds: int, config: Config = CONFIG) -> None:
     """What a peer writes of a run with four clients: itself alone, and no distances."""
     said = []
     for event in events(CONFIG, 0.8):
@@ -397,8 +404,21 @@ def write_peer(folder, client: int, rounds: int) -> None:
         elif isinstance(event, Started):
             said.append(event)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG.to_json()))
+    (folder / "config.json").write_text(json.dumps(config.to_json()))
     (folder / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
+
+
+def test_peers_with_rows_of_their_own_are_one_run_too(tmp_path):
+    for client in range(4):
+        own = dataclasses.replace(CONFIG, train_file=f"rows-{client}.csv", backbone=f"/m{client}")
+        write_peer(tmp_path / "fed" / f"peer-{client}" / "out", client, 3, own)
+    other = dataclasses.replace(CONFIG, lr=0.5)
+    write_peer(tmp_path / "fed" / "peer-4" / "out", 0, 3, other)
+    (study,) = find_studies([tmp_path])
+    assert [len(track.configs) for _, track in study.tracks] == [4, 1]
+    assert "plait peer --config federation.toml --name NAME" in study.commands()
+    shown = {name: text for name, text, _ in settings(*study.configs)}
+    assert shown["train_file"] == "rows-0.csv, rows-1.csv, rows-2.csv, rows-3.csv, None"
 
 
 def test_the_peers_of_a_federation_are_one_run(tmp_path):

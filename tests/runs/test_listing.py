@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 import pytest
 
 from fake_folders import CONFIG, begin_run, write_run
 from plait.cli.main import main
 from plait.runs.listing import chosen, listed
+from plait.runs.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -40,9 +42,42 @@ def test_runs_are_filtered_by_settings_and_state(top):
         chosen(runs, ["no_such=1"])
 
 
+def test_runs_are_found_by_name_and_tags(top, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    folder = RunFolder(top / "new")
+    folder.describe("baseline", ["old"])
+    folder.describe("", ["paper", "small"])  # what is given again takes the place of what was
+    folder.describe("", [])
+    runs = listed(top)
+    assert [(one.name, one.tags) for one in runs] == [("", ()), ("baseline", ("paper", "small"))]
+    assert chosen(runs, ["name=baseline"]) == chosen(runs, ["tag=small"]) == runs[1:]
+    assert chosen(runs, ["tag=old"]) == []
+    assert main(["runs", str(top), "--filter", "tag=paper"]) == 0
+    assert re.search(r"new +baseline +paper, small +", capsys.readouterr().out)
+
+
+def test_the_peers_of_a_federation_are_one_run(tmp_path):
+    federation = tmp_path / "trial" / "federation"
+    for name, events in (("ada", 3), ("ben", 20)):
+        own = dataclasses.replace(CONFIG, train_file=f"{name}.csv")
+        go_on = begin_run(federation / name / "out", own)
+        for _ in range(events):
+            go_on()
+    assert len(listed(tmp_path)) == 2, "no federation.toml"
+    (federation / "federation.toml").touch()
+    (one,) = listed(tmp_path)
+    assert (one.path, one.rounds_done, one.state) == (tmp_path / "trial", 1, "begun")
+    write_run(federation / "cai" / "out", dataclasses.replace(CONFIG, seed=2))
+    (one,) = listed(federation)
+    assert (one.path, one.rounds_done) == (federation, 1)
+    ada, ben, cai = (listed(federation / name)[0] for name in ("ada", "ben", "cai"))
+    assert one.score == pytest.approx((ada.score + ben.score + cai.score) / 3)
+
+
 def test_the_command_shows_them(top, capsys):
     assert main(["runs", str(top), "--filter", "method=adf"]) == 0
     said = capsys.readouterr().out
+    assert "tags" not in said
     assert "deep/old" in said
     assert "6/6" in said
     assert "new" not in said

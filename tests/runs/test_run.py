@@ -17,6 +17,7 @@ from plait.config import Config, Machine
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.model.loading import Loaded
+from plait.runs.listing import listed
 from plait.runs.run import Run
 from plait.runs.run_folder import load_events, load_run
 from plait.runs.trained import find
@@ -94,9 +95,10 @@ def test_a_model_of_it_has_the_logits_of_its_client(tmp_path, head, folder):
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_what_is_saved_is_the_run_as_if_in_a_folder_from_the_start(tmp_path, folder):
-    run = Run(CONFIG, tmp_path / "first" if folder else None)
+    run = Run(CONFIG, tmp_path / "first" if folder else None, tags=("mine",))
     events = list(run)
     run.save(tmp_path / "saved")
+    assert all(one.tags == ("mine",) for one in listed(tmp_path))
     assert load_run(tmp_path / "saved") == (CONFIG, events, run.summary)
     longer = dataclasses.replace(CONFIG, rounds=6)
     list(Run(longer, tmp_path / "saved", resume=True))
@@ -147,7 +149,9 @@ def test_a_loop_that_was_left_is_gone_on_with_by_the_same_object(tmp_path, folde
 @pytest.mark.parametrize("optimizer_state", ["reset_each_round", "reset_each_phase", "keep"])
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7, 9])
 def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path, stop_after, optimizer_state):
-    config = dataclasses.replace(CONFIG, optimizer_state=optimizer_state, lora_dropout=0.1)
+    config = dataclasses.replace(
+        CONFIG, optimizer_state=optimizer_state, lora_dropout=0.1, lr_schedule="cosine"
+    )
     unbroken = list(Run(config, tmp_path / "unbroken"))
     stopped(config, tmp_path / "stopped", stop_after)
 
@@ -305,6 +309,13 @@ def test_more_rounds_and_another_setting_are_refused(tmp_path):
     list(Run(CONFIG, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"other settings \(lr, rounds\)|\(rounds, lr\)"):
         Run(dataclasses.replace(CONFIG, rounds=6, lr=1.0), tmp_path / "run", resume=True)
+
+
+def test_a_learning_rate_that_went_by_the_rounds_takes_no_more_of_them(tmp_path):
+    falling = dataclasses.replace(CONFIG, lr_schedule="cosine")
+    list(Run(falling, tmp_path / "run"))
+    with pytest.raises(ValueError, match="went to its end over 4 rounds"):
+        Run(dataclasses.replace(falling, rounds=6), tmp_path / "run", resume=True)
 
 
 def test_an_old_folder_without_its_last_state_takes_no_more_rounds(tmp_path):

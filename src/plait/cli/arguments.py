@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -23,6 +23,8 @@ from plait.config import (
     TrainingSettings,
     names_of,
 )
+from plait.data.sources import check_files
+from plait.machine.extras import need
 from plait.plugins import load_plugins
 from plait.presets import start_from
 
@@ -134,9 +136,45 @@ def parse(
     return tyro.cli(kind, prog=f"plait {name}", args=args, default=start)
 
 
-def say_preparing(config: Config) -> None:
+def default_out(name: str, resume: bool = False) -> Path:
+    """`runs/<name>`, or `runs/<name>-2` and so on where that is taken; to resume, the last of them.
+
+    Example:
+        >>> default_out("no-such-run").name
+        'no-such-run'
+    """
+    places = [Path("runs", name)]
+    while places[-1].exists():
+        places.append(Path("runs", f"{name}-{len(places) + 1}"))
+    return places[-2] if resume and len(places) > 1 else places[-1]
+
+
+def say_preparing(out: Path, config: Config) -> None:
     """The first word on the screen: importing what computes and loading a model take a while."""
-    print(f"preparing: {config.task}, {config.clients} clients, {config.backbone} ...", flush=True)
+    about = f"{config.task}, {config.clients} clients, {config.backbone}"
+    print(f"preparing {out}: {about} ...", flush=True)
+
+
+def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> None:
+    """Refuse columns and packages that aren't there; it takes no torch to see that.
+
+    Raises:
+        ValueError: What is missing, and how to get it.
+    """
+    check_files(config)
+    if log:
+        from plait.runs.loggers import require
+
+        require(log)
+    if config.dp_clip is not None:
+        need("dp_accounting", "dp", "Differential privacy")
+    if machine.engine == "ray":
+        need("ray", "ray", "--engine ray")
+
+
+def parts(given: Iterable[str]) -> list[str]:
+    """The parts of an option that may be given again, each time a list with commas."""
+    return [part for text in given for part in split(text)]
 
 
 def split(text: str) -> list[str]:

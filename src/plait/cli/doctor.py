@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import tyro
@@ -16,7 +17,8 @@ class Doctor:
     """Check what this machine has for plait, and say what to do about what it has not."""
 
     federation: Path | None = None
-    """A peer's folder, or one with several: check their certificates, keys and ports too."""
+    """A peer's folder, or one with several: check what they need, too: certificates,
+    keys, ports, disk, rows, and whether the others can be reached."""
 
 
 def doctor(args: list[str]) -> None:
@@ -27,10 +29,12 @@ def doctor(args: list[str]) -> None:
     """
     given = tyro.cli(Doctor, prog="plait doctor", args=args)
     from plait.cli.doctor_checks import examine
+    from plait.cli.doctor_peer import examine_peers
 
     console = Console()
     bad = 0
-    for found in examine(given.federation):
+    peers = [] if given.federation is None else examine_peers(given.federation)
+    for found in chain(examine(), peers):
         console.print(
             f"[{STYLES[found.mark]}]{found.mark:4}[/]  {found.about:8}", end="", highlight=False
         )

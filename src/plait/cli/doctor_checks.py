@@ -1,5 +1,7 @@
 """What a machine has for plait, and what to do about what it has not: `plait doctor`.
 
+A peer's own files are looked at in doctor_peer.py.
+
 A check looks at one thing and returns what it found. `bad` is what keeps plait from running at all
 or a federation from starting; `note` is what some commands lack.
 """
@@ -10,27 +12,19 @@ import os
 import platform
 import shutil
 import socket
-import stat
 import threading
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from plait.machine.extras import installed
-from plait.machine.text_files import read_text
+from plait.machine.extras import PEER_PACKAGES, installed
 
 HUB_TIMEOUT_S = 3.0
 LEAST_DISK_GIB = 5.0
-SOON = timedelta(days=30)
-PEER_PACKAGES = (
-    "grpc", "grpc_health", "google.protobuf", "cryptography", "xxhash", "prometheus_client",
-)  # fmt: skip
 
 
 EXTRAS = {
@@ -51,16 +45,10 @@ class Finding:
     fix: str = ""
 
 
-def examine(federation: Path | None = None) -> Iterator[Finding]:
-    """All checks, one after another, those that take time last.
-
-    Args:
-        federation: A peer's folder, or one with several: its certificates and ports are checked.
-    """
+def examine() -> Iterator[Finding]:
+    """All checks, one after another, those that take time last."""
     for check in CHECKS:
         yield check()
-    for file in [] if federation is None else _peer_files(federation):
-        yield from check_peer(file)
 
 
 def check_python() -> Finding:
@@ -170,12 +158,19 @@ def check_ports() -> Finding:
 
 def check_disk() -> Finding:
     """Room for run folders, here."""
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
-    if not os.access(Path.cwd(), os.W_OK):
-        return Finding("disk", "bad", f"{Path.cwd()} can't be written to", "go to another folder")
-    mark: Literal["ok", "note"] = "ok" if free >= LEAST_DISK_GIB else "note"
-    text = f"{free:.1f} GiB free in {Path.cwd()}"
-    return Finding("disk", mark, text, "" if mark == "ok" else "make room, or take --out elsewhere")
+    return room("disk", Path.cwd(), "make room, or take --out elsewhere")
+
+
+def room(about: str, folder: Path, fix: str) -> Finding:
+    """A folder, or the one that it will be made in, can be written to and has room."""
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        return Finding(about, "bad", f"{place} can't be written to", fix)
+    free = shutil.disk_usage(place).free / 2**30
+    text = f"{free:.1f} GiB free in {place}"
+    if free < LEAST_DISK_GIB:
+        return Finding(about, "note", text, fix)
+    return Finding(about, "ok", text)
 
 
 def check_hub() -> Finding:
@@ -223,70 +218,3 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_disk,
     check_hub,
 )
-
-
-# -- a peer's own files
-
-
-def _peer_files(folder: Path) -> list[Path]:
-    files = sorted([*folder.glob("peer.toml"), *folder.glob("*/peer.toml")])
-    if not files:
-        raise ValueError(
-            f"{folder} has no peer.toml, nor has a folder in it; name the one with federation.toml."
-        )
-    return files
-
-
-def check_peer(file: Path) -> Iterator[Finding]:
-    """A peer's certificate, key and ports, as its `peer.toml` names them."""
-    about = file.resolve().parent.name
-    try:
-        settings = tomllib.loads(read_text(file))
-        yield _papers(about, file, settings)
-        yield _key(about, file.parent / settings["key"])
-        for what in ("listen", "metrics"):
-            if what in settings:
-                yield _listen(about, settings[what], what)
-    except KeyError as error:
-        yield Finding(about, "bad", f"{file} has no {error}", "write it anew")
-    except (OSError, ValueError) as error:
-        yield Finding(about, "bad", f"{file}: {error}", "mend it, or write it anew")
-
-
-def _papers(about: str, file: Path, settings: dict[str, Any]) -> Finding:
-    """A peer's certificate, key and authority, as it looks at them itself when it starts."""
-    try:
-        from plait.peers.credentials import check_credentials
-        from plait.peers.federation import PeerSettings
-    except ImportError:
-        return Finding(about, "bad", f"{file} can't be checked", "pip install 'plait[peer]'")
-    places = {key: file.parent / settings[key] for key in ("ca", "certificate", "key")}
-    own = PeerSettings(name=about, listen=settings["listen"], out=file.parent, **places)
-    try:
-        end = check_credentials(own)
-    except ValueError as error:
-        found, _, remedy = str(error).partition("; ")
-        return Finding(about, "bad", found, remedy)
-    text = f"{own.certificate.name} is valid until {end:%Y-%m-%d}"
-    if end - datetime.now(UTC) < SOON:
-        return Finding(about, "note", text, "have a new one signed before that day")
-    return Finding(about, "ok", text)
-
-
-def _key(about: str, file: Path) -> Finding:
-    if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        return Finding(about, "bad", f"others can read {file}", f"chmod 600 {file}")
-    return Finding(about, "ok", f"{file.name} is its owner's alone")
-
-
-def _listen(about: str, address: str, what: str) -> Finding:
-    from plait.peers.federation import split_address
-
-    host, port = split_address(address)
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port), family=family).close()
-    except (OSError, OverflowError) as error:
-        text = f"{address} can't be listened on: {error}"
-        return Finding(about, "bad", text, f"stop what uses it, or change `{what}`")
-    return Finding(about, "ok", f"{address} is free")

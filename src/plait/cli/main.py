@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,18 +26,20 @@ from plait.cli.arguments import (
     Flag,
     Names,
     Start,
+    check_first,
+    default_out,
     defaults,
     fields_of,
     parse,
+    parts,
     say_preparing,
     split,
     start_of,
     with_plugins,
 )
 from plait.config import Config
-from plait.data.sources import check_files
 from plait.lookup import lookup
-from plait.machine.extras import installed, need
+from plait.machine.extras import installed
 from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow, start_from
 
@@ -67,9 +69,15 @@ class Run(Start):
     """Run one experiment and write its folder."""
 
     out: Path | None = None
-    """The run folder; `runs/<task>-<method>-<seed>` if not given."""
+    """The run folder; `runs/<task>-<method>-<seed>` if not given, with a number where it is taken.
+    --resume takes the last of these."""
     resume: Flag = False
-    """Go on with the run in the folder, with its own settings; only --rounds may be larger."""
+    """Go on with the run in the folder, with its own settings; only --rounds may be larger, where
+    the learning rate doesn't go by them."""
+    name: str = ""
+    """What you call it: `plait runs` shows it."""
+    tag: Names = ()
+    """A word to find it by: `plait runs --filter tag=...`; several with commas."""
     log: Names = ()
     """Write to a logger too: tensorboard, wandb, mlflow or trackio; several with commas."""
 
@@ -89,7 +97,8 @@ class Compare(Start):
     no_matched_control: Flag = False
     """Leave out the controls of methods, such as Dec-LoRA at half of ADF's learning rate."""
     out: Path | None = None
-    """The folder of the comparison; `runs/<task>-compare` if not given."""
+    """The folder of the comparison; `runs/<task>-compare` if not given, with a number where that is
+    taken. --resume takes the last of these."""
     resume: Flag = False
     """Reuse the finished runs in the folder, and go on with the others."""
     log: Names = ()
@@ -105,21 +114,23 @@ class Compare(Start):
 def _run(args: list[str]) -> None:
     given = parse(Run, "run", args, Run(**defaults(args)))
     config = given.settings
-    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}"
+    out = given.out or default_out(f"{config.task}-{config.method}-{config.seed}", given.resume)
     if given.resume and not (given.preset or given.config) and (out / "config.json").is_file():
         there, _ = start_from(None, out / "config.json")
         given = parse(Run, "run", args, Run(**fields_of(there, given.machine)))
     config = given.settings
-    say_preparing(config)
-    check_files(config)
-    _check_extras(given)
+    say_preparing(out, config)
+    check_first(config, given.machine, parts(given.log))
     from plait.cli.progress import watch
     from plait.figures import class_table, client_table, remarks
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
-    going = Going(config, out, resume=given.resume, machine=given.machine)
-    told = logged(going, _loggers(given.log), config, out)
+    going = Going(
+        config, out, resume=given.resume, machine=given.machine, name=given.name,
+        tags=parts(given.tag),
+    )  # fmt: skip
+    told = logged(going, parts(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
     _print_few(
@@ -135,9 +146,9 @@ def _compare(args: list[str]) -> None:
     preset = PRESETS.get(start_of(args).preset, PresetRow(Config, ""))
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
-    say_preparing(given.settings)
-    check_files(given.settings)
-    _check_extras(given)
+    out = given.out or default_out(f"{given.settings.task}-compare", given.resume)
+    say_preparing(out, given.settings)
+    check_first(given.settings, given.machine, parts(given.log))
     console = Console()
     draws = installed("matplotlib")
     if not draws:
@@ -152,9 +163,9 @@ def _compare(args: list[str]) -> None:
         compared = split(given.methods)
         rates = [rate for rate in split(given.lrs) if rate.partition("=")[0] in compared]
         given = replace(given, lrs=",".join(rates))
-    plan = _plan(given, start.settings)
+    plan = _plan(given, start.settings, out)
     jobs = num_jobs(plan.machine.device, given.jobs, sum(plan.planned.values()))
-    told = compare(plan, jobs, _loggers(given.log))
+    told = compare(plan, jobs, parts(given.log))
     said = ((cell.label, event) for cell, event in told)
     watch(said, plan.config.rounds, plan.planned, console, jobs)
     conclusion = conclude(plan)
@@ -166,18 +177,6 @@ def _compare(args: list[str]) -> None:
     write_report(conclusion, draws)
     picture = ", curves.png" if draws else ""
     console.print(f"{plan.out}: summary.json, table.md{picture}", highlight=False)
-
-
-def _check_extras(given: Run | Compare) -> None:
-    """Refuse what needs packages that aren't there; it takes no torch to see that."""
-    if given.log:
-        from plait.runs.loggers import require
-
-        require(_loggers(given.log))
-    if given.privacy.dp_clip is not None:
-        need("dp_accounting", "dp", "Differential privacy")
-    if given.machine.engine == "ray":
-        need("ray", "ray", "--engine ray")
 
 
 def _completion(args: list[str]) -> None:
@@ -299,7 +298,7 @@ def _complain(message: str, code: int) -> int:
 # -- from what was typed to what is called
 
 
-def _plan(given: Compare, start: Config) -> Plan:
+def _plan(given: Compare, start: Config, out: Path) -> Plan:
     from plait.experiments.plan import Plan
 
     config = given.settings
@@ -314,13 +313,9 @@ def _plan(given: Compare, start: Config) -> Plan:
         lrs=_rates(given.lrs),
         lr_grid=tuple(_numbers("--lr-grid", given.lr_grid, float)),
         matched_control=not given.no_matched_control,
-        out=given.out or Path("runs") / f"{config.task}-compare",
+        out=out,
         resume=given.resume,
     )
-
-
-def _loggers(given: Iterable[str]) -> list[str]:
-    return [name for text in given for name in split(text)]
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from plait.cli.arguments import Flag, Start, defaults, parse, split
+from plait.cli.arguments import (
+    Flag,
+    Start,
+    check_first,
+    default_out,
+    defaults,
+    parse,
+    say_preparing,
+    split,
+)
+from plait.machine.extras import PEER_PACKAGES, need
 from plait.peers.federation import Limits
 
 # -- what each command takes
@@ -40,7 +50,8 @@ class Up(Start):
     peers: int = 3
     """How many peers."""
     out: Path | None = None
-    """A new folder; `runs/<task>-<method>-<seed>-peers` if not given."""
+    """A new folder; `runs/<task>-<method>-<seed>-peers` if not given, with a number where that is
+    taken."""
     round_timeout_s: float = Limits.round_timeout_s
     """A round waits no longer for its neighbours."""
     symmetric_loss: Flag = False
@@ -79,9 +90,15 @@ class InitFederation(Start):
 # -- the commands
 
 
+def _need_packages() -> None:
+    for package in PEER_PACKAGES:
+        need(package, "peer", "A federation")
+
+
 def peer(args: list[str]) -> int:
     """`plait peer`: 0 when it is done, or was told to leave."""
     given = parse(PeerCommand, "peer", args)
+    _need_packages()
     from plait.peers.process import run_peer
 
     run_peer(given.config, given.name, given.insecure_loopback, given.trust)
@@ -91,10 +108,13 @@ def peer(args: list[str]) -> int:
 def up(args: list[str]) -> int:
     """`plait up`."""
     given = parse(Up, "up", args, Up(**defaults(args)))
+    config = replace(given.settings, clients=given.peers)
+    out = given.out or default_out(f"{config.task}-{config.method}-{config.seed}-peers")
+    say_preparing(out, config)
+    check_first(config, given.machine)
+    _need_packages()
     from plait.peers import local_federation as trial
 
-    config = given.settings
-    out = given.out or Path("runs") / f"{config.task}-{config.method}-{config.seed}-peers"
     limits = Limits(round_timeout_s=given.round_timeout_s, symmetric_loss=given.symmetric_loss)
     console = Console()
     for line in trial.up(config, given.peers, out, limits, given.machine):
@@ -120,6 +140,7 @@ def up(args: list[str]) -> int:
 def status(args: list[str]) -> int:
     """`plait status`: 0 when all peers answer, 1 when one does not."""
     given = parse(Status, "status", args)
+    _need_packages()
     from plait.peers.status import lag
     from plait.peers.status import status as ask
 
@@ -153,6 +174,7 @@ def init_federation(args: list[str]) -> int:
         InitFederation, "init-federation", args,
         InitFederation(directory=tyro.MISSING, peers=tyro.MISSING, **defaults(args)),
     )  # fmt: skip
+    _need_packages()
     from plait.peers.certificates import init_federation as write
 
     pairs = [one.partition("=") for one in split(given.peers)]

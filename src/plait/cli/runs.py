@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from plait.cli.arguments import Names, split
+from plait.cli.arguments import Names, parts
 from plait.cli.lists import print_table
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class Runs:
     dir: tyro.conf.Positional[Path] = Path("runs")
     """Where to look."""
     filter: Names = ()
-    """Only runs with this setting or state, such as `method=adf` or `state=finished`; several with
-    commas."""
+    """Only runs with this setting, state, name or tag, such as `method=adf` or `tag=paper`; several
+    with commas."""
 
 
 def runs(args: list[str]) -> None:
@@ -32,15 +32,20 @@ def runs(args: list[str]) -> None:
     given = tyro.cli(Runs, prog="plait runs", args=args)
     from plait.runs.listing import chosen, listed
 
-    wanted = [part for text in given.filter for part in split(text)]
-    head = ("run", "task", "method", "seed", "rounds", "score", "state", "date")
-    print_table(head, [_row(one, given.dir) for one in chosen(listed(given.dir), wanted)])
+    rows = [_row(one, given.dir) for one in chosen(listed(given.dir), parts(given.filter))]
+    head = ("run", "name", "tags", "task", "method", "seed", "rounds", "score", "state", "date")
+    shown = [key for key in head if key not in ("name", "tags") or any(row[key] for row in rows)]
+    print_table(shown, [[row[key] for key in shown] for row in rows])
 
 
-def _row(one: Listed, top: Path) -> list[str]:
+def _row(one: Listed, top: Path) -> dict[str, str]:
     config = one.config
-    name = str(one.path.relative_to(top)) if one.path != top else one.path.resolve().name
+    run = str(one.path.relative_to(top)) if one.path != top else one.path.resolve().name
     score = "" if one.score is None else f"{one.metric} {one.score:.3f}"
     date = datetime.fromtimestamp(one.changed_s).strftime("%Y-%m-%d %H:%M")
     rounds = f"{one.rounds_done}/{config.rounds}"
-    return [name, config.task, config.method, str(config.seed), rounds, score, one.state, date]
+    return {
+        "run": run, "name": one.name, "tags": ", ".join(one.tags), "task": config.task,
+        "method": config.method, "seed": str(config.seed), "rounds": rounds, "score": score,
+        "state": one.state, "date": date,
+    }  # fmt: skip

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from plait.cli.arguments import check_first
 from plait.config import Config
 from plait.machine.extras import need
+from plait.presets import as_settings, changed
 
 if TYPE_CHECKING:
     from plait.experiments.plan import Cell
@@ -55,6 +57,13 @@ def sweep(args: list[str]) -> int:
     """`plait sweep`: 1 if runs failed, which are then listed."""
     given = tyro.cli(SweepCommand, prog="plait sweep", args=args)
     need("pyarrow", "sweep", "A sweep's table of results")
+    print(f"preparing {given.out}: {given.file} ...", flush=True)
+    from plait.experiments.grid_file import read_grid
+
+    values, config, machine = read_grid(given.file, given.small, given.plugin)
+    axes = {k: row for k, row in values.get("axes", {}).items() if isinstance(row, list) and row}
+    first = {name: row[0] for name, row in axes.items()}
+    check_first(changed(config, first, f"{given.file}: axes"), machine)
     from plait.experiments import results
     from plait.experiments.executors import executor_for, num_jobs
     from plait.experiments.sweep import claim, load_sweep
@@ -81,7 +90,7 @@ def sweep(args: list[str]) -> int:
         results.save(frame, given.out)
     failed = results.failures(grid)
     for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
+        print(f"failed: {as_settings(line)}", file=sys.stderr)
     print(f"{given.out}: {len(frame)} rows in {results.RESULTS}; `plait table {given.out}`")
     return 1 if failed else 0
 

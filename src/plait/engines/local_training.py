@@ -24,6 +24,7 @@ from plait.config import Config
 from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tokens import Batch, Tokens
 from plait.factors import VALUE, Factor
+from plait.learning_rates import lr_factor
 from plait.lora import Dropout, Stack
 from plait.machine.devices import moved
 from plait.model.backbone import Backbone
@@ -57,7 +58,7 @@ def local_phase(
         tokens: The training split.
         shares: Client -> its rows of the split.
         clients: Which clients the stack holds.
-        config: Steps, batch size, learning rates.
+        config: Steps, batch size, learning rates and their schedule.
         objective: What is learned.
         optimizer: How a factor takes a step.
 
@@ -66,7 +67,8 @@ def local_phase(
     """
     positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
     texts = np.array([batch_rows(shares[i], i, positions, config) for i in clients])
-    phase = _Phase(backbone, stack, train, tokens, texts, positions, clients, config)
+    rate = lr_factor(config, round_)
+    phase = _Phase(backbone, stack, train, tokens, texts, positions, clients, config, rate)
     losses = np.empty(texts.shape[:2])
 
     def train_chunk(chunk: list[int]) -> None:
@@ -94,6 +96,7 @@ class _Phase:
     positions: range
     clients: Sequence[int]
     config: Config
+    lr_factor: float
 
     @property
     def active(self) -> list[Factor]:
@@ -136,7 +139,7 @@ class _Phase:
         for factor in self.active:
             leaf = leaves[factor]
             assert leaf.grad is not None
-            lr = config.head_lr if factor is Factor.HEAD else config.lr
+            lr = self.lr_factor * (config.head_lr if factor is Factor.HEAD else config.lr)
             beside = {kind: rows(slot) for kind, slot in kept[factor].items()}
             taken = self.stack.steps[factor] + step
             optimizer.update(

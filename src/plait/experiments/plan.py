@@ -144,8 +144,14 @@ def save_plan(plan: Plan) -> None:
 
 def reported_cell(plan: Plan, entry: Entry, seed: int) -> Cell:
     """The run of a line of the table with a seed."""
-    config = dataclasses.replace(plan.config, method=entry.method, lr=entry.lr, seed=seed)
+    config = dataclasses.replace(at_rate(plan.config, entry.lr), method=entry.method, seed=seed)
     return Cell(entry.label, config, run_folder(plan, entry.label, seed))
+
+
+def at_rate(config: Config, lr: float) -> Config:
+    """The config at another learning rate, which ends in the same proportion to it."""
+    end = None if config.lr_end is None else config.lr_end * (lr / config.lr)
+    return dataclasses.replace(config, lr=lr, lr_end=end)
 
 
 def run_folder(plan: Plan, label: str, seed: int) -> Path:
@@ -178,7 +184,7 @@ def tuning_cells(plan: Plan, method: str) -> list[Cell]:
     return [
         Cell(
             f"{method}, lr {lr:g}",
-            dataclasses.replace(base, lr=lr),
+            at_rate(base, lr),
             plan.out / "tuning" / f"{slug(method)}-lr{lr:g}",
         )
         for lr in plan.lr_grid

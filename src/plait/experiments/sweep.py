@@ -19,21 +19,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plait.config import Config, Machine, names_of
+from plait.config import Config, Machine
 from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
+from plait.experiments.grid_file import read_grid
 from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
 from plait.machine.files import write_atomically
 from plait.machine.text_files import read_text
 from plait.methods import build_method, settled
 from plait.plugins import load_plugins
-from plait.presets import changed, read_settings, start_from
+from plait.presets import as_settings, changed
 from plait.topology import TOPOLOGIES, build_schedule
 
 FILE = "sweep.toml"
 KEYS = ("preset", *KEPT, "settings", "axes", "search_at", "small")
-NOT_SHARED = ("method", "seed", "lr", "eval_split")
-"""Settings that are of a run, not of a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,42 +174,23 @@ def load_sweep(file: Path, out: Path, small: bool = False, plugin: str | None = 
         ValueError: The file asks for what can't be; the message has the file and the fix.
         OSError: It can't be read.
     """
-    values = read_settings(file)
+    values, config, machine = read_grid(file, small, plugin)
     try:
-        twin = values.pop("small", None)
-        if small:
-            values = _replaced(values, twin)
-        if plugin:
-            values["settings"] = values.get("settings", {}) | {"plugin": plugin}
-        sweep = _from_values(values, out)
+        sweep = _from_values(values, config, machine, out)
         for plan in sweep.plans:
             for method in plan.methods:
                 build_schedule(settled(dataclasses.replace(plan.config, method=method)))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(as_settings(f"{file}: {error}")) from error
     return sweep
 
 
-def _replaced(values: dict[str, Any], twin: dict[str, Any] | None) -> dict[str, Any]:
-    if twin is None:
-        raise ValueError("There is no table `small`.")
-    settings = values.get("settings", {}) | twin.get("settings", {})
-    return values | twin | {"settings": settings}
-
-
-def _from_values(values: dict[str, Any], out: Path) -> Sweep:
+def _from_values(values: dict[str, Any], config: Config, machine: Machine, out: Path) -> Sweep:
     unknown = sorted(set(values) - set(KEYS))
     if unknown:
         raise ValueError(f"Unknown keys: {', '.join(unknown)}. There are: {', '.join(KEYS)}.")
-    settings, axes, search_at = (values.get(key, {}) for key in ("settings", "axes", "search_at"))
-    for name in (*settings, *axes):
-        if name in NOT_SHARED:
-            raise ValueError(f"{name} differs between runs; see methods, seeds, lrs and lr_grid.")
-    config, machine = start_from(values.get("preset"), None)
-    of_machine = {name: settings.pop(name) for name in names_of(Machine) & settings.keys()}
-    config = changed(config, settings, "settings")
+    axes, search_at = (values.get(key, {}) for key in ("axes", "search_at"))
     load_plugins(config.plugin)
-    machine = changed(machine, of_machine, "settings")
     for name, row in axes.items():
         if not isinstance(row, list) or not row or len(set(row)) < len(row):
             raise ValueError(f"axes: {name} is {row!r}; give a list, each value once.")

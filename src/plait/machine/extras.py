@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+PEER_PACKAGES = (
+    "grpc", "grpc_health", "google.protobuf", "cryptography", "xxhash", "prometheus_client",
+)  # fmt: skip
+"""What a federation of peers needs."""
+
 
 def installed(package: str) -> bool:
     """Whether a package could be imported.

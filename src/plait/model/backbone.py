@@ -49,6 +49,7 @@ class Backbone:
 
     Attributes:
         tokenizer: The model's tokenizer.
+        weights_hash: Of the loaded weights.
         layout: Where the adapters and the trained head lie in a client's row.
         head_policy: Whether the head is frozen, trained and mixed, or trained and local.
         head_start: The trained head's parameters at the start, by name.
@@ -79,6 +80,7 @@ class Backbone:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.backend = build_backend(self.device, self.dtype, machine.backend)
         self.tokenizer, self.name = loaded.tokenizer, config.backbone
+        self.weights_hash = loaded.weights_hash
         self._num_embeddings = _num_embeddings(getattr(loaded.model, "base", loaded.model))
         model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -38,6 +39,20 @@ class Loaded:
     model: Any
     tokenizer: Any
     fresh: tuple[str, ...]
+
+    @property
+    def weights_hash(self) -> str:
+        """Sixteen hex digits that are equal for equal weights, in whatever files and precision.
+
+        The first entries of each tensor count; those of what was drawn here don't.
+        """
+        drawn = ("classifier",) if isinstance(self.model, MeanPooledClassifier) else self.fresh
+        found = hashlib.sha256()
+        for name, value in self.model.named_parameters():
+            if name.rpartition(".")[0] not in drawn:
+                some = value.detach().flatten()[:1024].to(torch.bfloat16).cpu()
+                found.update(some.view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:16]
 
 
 def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ()) -> Loaded:

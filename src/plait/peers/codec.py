@@ -189,7 +189,7 @@ class Identity:
             "layout": (self.layout_digest, Reason.WRONG_SHAPE),
             "dtype": (DTYPE, Reason.WRONG_SHAPE),
         }
-        if getattr(header, "kind", "") == "settings":
+        if getattr(header, "kind", "") in ("settings", "status"):
             del expected["config_digest"]  # one with others is told which they are
         for name, (ours, reason) in expected.items():
             theirs = getattr(header, name, ours)

@@ -30,12 +30,23 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 OF_MACHINE = names_of(Machine) - {"engine", "workers"}
 LOCAL_SETTINGS = names_of(FileSettings) | OF_MACHINE
+"""Settings of a run in which the peers of a federation may differ."""
+
+OWN_SETTINGS = LOCAL_SETTINGS | {"backbone"}
+"""What a peer may set for itself: these, and where its copy of the frozen model lies."""
+
 HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
 """A name, an IPv4 address, or an IPv6 address in brackets."""
 
-"""Settings of a run in which the peers of a federation may differ."""
-
 Table = TypeVar("Table")
+
+
+def in_common(config: Config) -> Config:
+    """The settings that all peers share, what a peer may set for itself at its default."""
+    default = Config()
+    return dataclasses.replace(
+        config, **{name: getattr(default, name) for name in OWN_SETTINGS & names_of(Config)}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +123,7 @@ class Federation:
         peers: In the order of the clients.
         limits: Sizes and times.
         labels: The classes in their order, when peers bring data of their own.
+        weights_hash: Of the frozen model's weights, where it is loaded.
     """
 
     id: str
@@ -119,6 +131,7 @@ class Federation:
     peers: tuple[Member, ...]
     limits: Limits = Limits()
     labels: tuple[str, ...] | None = None
+    weights_hash: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a federation of nobody, or with two peers of one name."""
@@ -178,6 +191,7 @@ class Federation:
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
+            "weights_hash": self.weights_hash,
         }
         return cast("dict[str, Any]", json.loads(json.dumps(shared)))
 
@@ -194,7 +208,8 @@ class PeerSettings:
         key: The key of it.
         out: Its run folder.
         metrics: Where Prometheus reads its figures, `host:port`, or nowhere.
-        local: Settings of the run in which it differs, such as its data.
+        local: Settings of the run in which it differs, such as its data, its device, or where its
+            copy of the frozen model lies.
     """
 
     name: str
@@ -211,11 +226,11 @@ class PeerSettings:
         split_address(self.listen)
         if self.metrics is not None:
             split_address(self.metrics)
-        shared = sorted(set(self.local) - set(LOCAL_SETTINGS))
+        shared = sorted(set(self.local) - OWN_SETTINGS)
         if shared:
             raise ValueError(
                 f"[local] of {self.name} sets {', '.join(shared)}; a peer may set "
-                f"{', '.join(sorted(LOCAL_SETTINGS))}, the rest is in federation.toml."
+                f"{', '.join(sorted(OWN_SETTINGS))}, the rest is in federation.toml."
             )
 
     def apply(self, config: Config) -> Config:
@@ -269,6 +284,8 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
         raise ValueError(f"{path} has no {', '.join(missing)}.")
     local = values.get("local", {})
     relative = [key for key in ("glue_dir", "train_file", "dev_file") if key in local]
+    if (path.parent / str(local.get("backbone"))).is_dir():  # else a name on the hub
+        relative.append("backbone")
     try:
         for kind, names in ((Config, local.keys() - OF_MACHINE), (Machine, OF_MACHINE)):
             _check_types(kind, {k: v for k, v in local.items() if k in names}, "[local]")

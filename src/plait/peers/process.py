@@ -60,6 +60,7 @@ from plait.peers.quorum import Quorum, middle
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.plugins import load_plugins
+from plait.presets import as_settings
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder
@@ -106,8 +107,11 @@ def run_peer(
         with Process(federation, settings, leave, insecure_loopback, trust) as process:
             return process.run()
     except (ValueError, OSError) as error:
-        LOG.error("stopped: %s", error, extra={"kind": "stopped"})
-        raise
+        said = as_settings(str(error))
+        LOG.error("stopped: %s", said, extra={"kind": "stopped"})
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(said) from error
 
 
 def log_to_stderr(name: str) -> None:
@@ -139,7 +143,7 @@ class Process:
 
         Once `leave` is set, by whoever it may be, the peer goes.
         """
-        self.federation, self.settings = federation, settings
+        self.settings = settings
         self.me = federation.index(settings.name)
         self.member = federation.member(settings.name)
         load_plugins(settings.apply(federation.config).plugin)
@@ -148,6 +152,8 @@ class Process:
         self.leave = leave
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
+        federation = dataclasses.replace(federation, weights_hash=self.job.backbone.weights_hash)
+        self.federation = federation
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits

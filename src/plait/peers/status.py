@@ -15,7 +15,7 @@ from typing import Any
 from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.codec import Answer, Header, Message, Question
-from plait.peers.federation import load_federation, load_peer
+from plait.peers.federation import PeerSettings, load_federation, load_peer
 from plait.peers.mailbox import OBSERVER
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import GrpcTransport
@@ -87,7 +87,8 @@ def status(
         try:
             reply = transport.ask(peer, Question(kind="status", asker_round=OBSERVER), ASK_S)
         except Refused as refused:
-            return PeerStatus(peer, {}, str(refused))
+            own = load_peer(federation_file, peer) if peer in here else None
+            return PeerStatus(peer, {}, _why(refused, federation.member(peer).address, own))
         return PeerStatus(peer, reply.facts)
 
     try:
@@ -95,6 +96,17 @@ def status(
             return list(pool.map(ask, federation.names))
     finally:
         transport.stop(0.0)
+
+
+def _why(refused: Refused, address: str, own: PeerSettings | None) -> str:
+    """Why there is no answer; of a peer whose folder is here, whether it is done."""
+    if "errors resolving" in refused.detail:
+        return f"there is no host of the name in {address}"
+    if "Connection refused" in refused.detail:
+        if own and (own.out / "summary.json").is_file():
+            return f"done: {own.out / 'summary.json'}"
+        return f"nobody listens at {address}: not started yet, stopped, or done"
+    return str(refused)
 
 
 def lag(peers: Iterable[PeerStatus], peer: PeerStatus) -> int:

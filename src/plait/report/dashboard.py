@@ -16,6 +16,7 @@ import contextlib
 import hmac
 import json
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -106,8 +107,7 @@ def serve(paths: Sequence[Path], host: str = "127.0.0.1", port: int = 8765) -> N
         port: The port to listen at; 0 for any that is free.
 
     Raises:
-        ValueError: starlette, uvicorn or jinja2 is not installed.
-        OSError: The port is taken.
+        ValueError: starlette, uvicorn or jinja2 is not installed, or the port is taken.
     """
     try:
         import uvicorn
@@ -118,7 +118,11 @@ def serve(paths: Sequence[Path], host: str = "127.0.0.1", port: int = 8765) -> N
     config = uvicorn.Config(application(follower, token), host=host, port=port, log_level="warning")
     server = uvicorn.Server(config)
     follower.ends = lambda: server.should_exit
-    sock = config.bind_socket()
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"Can't listen on {host}:{port}: {error}. Take another --port.") from error
     shown = f"[{host}]" if ":" in host else host
     query = f"?token={token}" if token else ""
     print(f"http://{shown}:{sock.getsockname()[1]}/{query}", flush=True)

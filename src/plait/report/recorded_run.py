@@ -131,6 +131,11 @@ class Track:
         return any(len(one.scores) < self.config.clients for one in self.evaluations[:1])
 
     @property
+    def configs(self) -> list[Config]:
+        """Its settings; of several peers that brought something of their own, each once."""
+        return [self.config]
+
+    @property
     def started(self) -> Started | None:
         """What it said first."""
         return next((event for event in self.events if isinstance(event, Started)), None)
@@ -185,6 +190,11 @@ class JoinedPeers(Track):
             self._join_rounds(round_)
             self._join_evaluations(round_)
         return True
+
+    @property
+    def configs(self) -> list[Config]:
+        """The settings of the peers, each once."""
+        return list(dict.fromkeys(part.config for part in self.parts))
 
     @property
     def fingerprints(self) -> dict[str, str]:

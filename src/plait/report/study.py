@@ -8,6 +8,7 @@ alone, and its label says what sets it apart from the other groups.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from plait.config import Config
 from plait.experiments.comparison import Conclusion, Outcome, conclude
 from plait.experiments.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
 from plait.experiments.significance import Difference, differences
+from plait.peers.federation import in_common
 from plait.report.recorded_run import JoinedPeers, Track
 from plait.report.series import Said
 
@@ -66,7 +68,8 @@ class Study:
     @property
     def configs(self) -> list[Config]:
         """The settings of its runs, each once."""
-        own = [self.plan.config] if self.plan else [track.config for _, track in self.tracks]
+        each = (track.configs for _, track in self.tracks)
+        own = [self.plan.config] if self.plan else itertools.chain.from_iterable(each)
         return list(dict.fromkeys(own))
 
     @property
@@ -104,12 +107,7 @@ class Study:
         """What to type to run it again."""
         if self.plan:
             return [compare_command(self.plan)]
-        return [
-            up_command(track.config, track.path.name)
-            if isinstance(track, JoinedPeers)
-            else run_command(track.config, track.path.name)
-            for _, track in self.tracks
-        ]
+        return [_command(track) for _, track in self.tracks]
 
 
 # -- finding them
@@ -208,7 +206,7 @@ def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
     for track in tracks:
         track.read()
         if track.sees_itself_alone:
-            peers.setdefault((track.config, _federation(track.path)), []).append(track)
+            peers.setdefault((in_common(track.config), _federation(track.path)), []).append(track)
         else:
             found.append(track)
     for parts in peers.values():
@@ -307,6 +305,14 @@ def _words(name: str) -> str:
 
 
 # -- the commands that run them again
+
+
+def _command(track: Track) -> str:
+    if not isinstance(track, JoinedPeers):
+        return run_command(track.config, track.path.name)
+    if len(track.configs) > 1:  # peers that brought what they have
+        return "plait peer --config federation.toml --name NAME"
+    return up_command(track.config, track.path.name)
 
 
 def run_command(config: Config, out: str) -> str:

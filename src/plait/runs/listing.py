@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Listed:
         state: `finished` or `begun`.
         metric: What its score measures.
         score: The clients' mean, or a peer's own; the latest one, None before the first.
+        name: What people call it.
+        tags: Words to find it by.
         changed_s: When something was last recorded, in seconds since 1970.
     """
 
@@ -34,30 +36,43 @@ class Listed:
     state: str
     metric: str
     score: float | None
+    name: str
+    tags: tuple[str, ...]
     changed_s: float
 
 
+OTHERS: dict[str, Callable[[Listed], str | tuple[str, ...]]] = {
+    "state": lambda one: one.state,
+    "name": lambda one: one.name,
+    "tag": lambda one: one.tags,
+}
+"""What runs can be chosen by beside their settings."""
+
+
 def listed(top: Path) -> list[Listed]:
-    """The run folders in and below a folder, the latest last.
+    """The run folders in and below a folder, the latest last; a federation's peers are one run.
 
     Raises:
         ValueError: There is none.
     """
-    read = [one for path in _folders(top) if (one := _read(path))]
-    found = sorted(read, key=lambda one: one.changed_s)
+    runs: dict[Path, list[Listed]] = {}
+    for path in _folders(top):
+        if one := _read(path):
+            runs.setdefault(_place(path, top), []).append(one)
+    found = sorted(map(_as_one, runs, runs.values()), key=lambda one: one.changed_s)
     if not found:
         raise ValueError(f"There is no run in {top}; `plait run --out` makes one.")
     return found
 
 
 def chosen(runs: Iterable[Listed], filters: Sequence[str]) -> list[Listed]:
-    """Those with all of these settings, each `key=value`; `state` is a key as well.
+    """Those with all of these, each `key=value`: a setting, or a key of `OTHERS`.
 
     Raises:
         ValueError: A filter of another form, or by a key that there isn't.
     """
     pairs = [one.partition("=") for one in filters]
-    known = {*Config().to_json(), "state"}
+    known = {*Config().to_json(), *OTHERS}
     for key, sign, _ in pairs:
         if not sign or key.replace("-", "_") not in known:
             raise ValueError(
@@ -69,7 +84,9 @@ def chosen(runs: Iterable[Listed], filters: Sequence[str]) -> list[Listed]:
 
 
 def _has(one: Listed, key: str, value: str) -> bool:
-    there = one.state if key == "state" else getattr(one.config, key)
+    there = OTHERS[key](one) if key in OTHERS else getattr(one.config, key)
+    if isinstance(there, tuple):
+        return value in there
     if isinstance(there, float) and _is_float(value):
         return there == float(value)
     return str(there) == value
@@ -92,12 +109,39 @@ def _folders(top: Path) -> Iterator[Path]:
             inside[:] = sorted(name for name in inside if name not in NOT_RUNS)
 
 
+def _place(path: Path, top: Path) -> Path:
+    """Where a run is: of a peer, the folder of its federation, if that is in or below `top`."""
+    federation = path.parent.parent
+    if not (federation / "federation.toml").is_file() or not federation.is_relative_to(top):
+        return path
+    # `plait up` and `plait init-federation` may have the peers in a folder of this name.
+    whole = federation.parent if federation.name == "federation" else federation
+    return whole if whole.is_relative_to(top) else federation
+
+
+def _as_one(place: Path, parts: Sequence[Listed]) -> Listed:
+    """A run, or several peers: as far as the slowest is, with the mean of their scores."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = [one.score for one in parts if one.score is not None]
+    return replace(
+        parts[0],
+        path=place,
+        rounds_done=min(one.rounds_done for one in parts),
+        state="finished" if all(one.state == "finished" for one in parts) else "begun",
+        score=sum(scores) / len(scores) if scores else None,
+        changed_s=max(one.changed_s for one in parts),
+    )
+
+
 def _read(path: Path) -> Listed | None:
     """None of a folder with settings that this plait doesn't know."""
     try:
         config = Config.from_json(json.loads((path / "config.json").read_text()))
     except ValueError:
         return None
+    file = path / "about.json"
+    about = json.loads(file.read_text()) if file.is_file() else {}
     done, metric = 0, ""
     score: float | None = None
     for event in _events(path / "events.jsonl"):
@@ -113,6 +157,8 @@ def _read(path: Path) -> Listed | None:
         state="finished" if (path / "summary.json").is_file() else "begun",
         metric=metric,
         score=score,
+        name=about.get("name", ""),
+        tags=tuple(about.get("tags", ())),
         changed_s=(path / "events.jsonl").stat().st_mtime,
     )
 

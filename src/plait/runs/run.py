@@ -70,6 +70,8 @@ class Run(Iterator[Event]):
         *,
         resume: bool = False,
         machine: Machine = THIS_MACHINE,
+        name: str = "",
+        tags: Sequence[str] = (),
     ) -> None:
         """Nothing is computed or written yet.
 
@@ -79,11 +81,14 @@ class Run(Iterator[Event]):
             resume: Go on from the folder's checkpoint, perhaps with more rounds than it had; a
                 folder without one is started anew, and a finished one only yields its events.
             machine: Where and how fast.
+            name: What people call it.
+            tags: Words to find it by.
 
         Raises:
             ValueError: The folder is in use, or belongs to another config.
         """
         self.config, self.machine = config, machine
+        self._name, self._tags = name, tags
         self.folder = None if out is None else RunFolder.open(Path(out), config, resume)
         self.events: list[Event] = []
         self._open = lookup(ENGINES, machine.engine, "engine")
@@ -106,6 +111,7 @@ class Run(Iterator[Event]):
         if folder:
             folder.check(self.fingerprints)
         if folder and folder.finished(config):
+            folder.describe(self._name, self._tags)
             yield from load_events(folder.path)
             return
         with self._open(config, self.machine) as engine:
@@ -116,6 +122,7 @@ class Run(Iterator[Event]):
                 if folder.checkpoint_file.exists():
                     engine.restore(folder.checkpoint_file)
                 folder.create(config, self.fingerprints(), made_by(self.machine))
+                folder.describe(self._name, self._tags)
                 done = folder.rewind(last_evaluation=folder.rounds_before == config.rounds)
             yield from done
             yield from self._rounds(engine, done)
@@ -222,6 +229,7 @@ class Run(Iterator[Event]):
         with TemporaryDirectory() as scratch:
             adapters = self._adapters(Path(scratch))
             folder.create(self.config, self.fingerprints(), made_by(self.machine))
+            folder.describe(self._name, self._tags)
             shutil.copytree(adapters, folder.path / "adapters")
         if self.folder and self.folder.best.is_dir():
             shutil.copytree(self.folder.best, folder.best)

@@ -3,6 +3,7 @@
     config.json        the resolved config
     fingerprints.json  hashes of what it read (fingerprints.py)
     made-by.json       the versions and the machine that computed it (made_by.py)
+    about.json         what people call it, if they do: a name and tags
     events.jsonl       what the run said, a line for each event
     summary.json       its figures, written last: a folder with a summary holds a finished run
     checkpoint.safetensors   the state of every client after the last saved round
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from plait.lora import Stack
 from plait.machine.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
-FINGERPRINTS, MADE_BY = "fingerprints.json", "made-by.json"
+FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
 
 
 def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
@@ -122,7 +123,7 @@ class RunFolder:
     def open(cls, path: Path, config: Config, resume: bool) -> RunFolder:
         """Take a folder for a run, or take it up again; nothing is written yet.
 
-        A run may go on with more rounds than it had.
+        A run may go on with more rounds than it had, if its learning rate did not go by them.
 
         Raises:
             ValueError: It is in use, was made by another config, or can't go on.
@@ -139,6 +140,12 @@ class RunFolder:
         before, now = there.to_json(), config.to_json()
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["rounds"] and config.rounds > there.rounds:
+            if config.lr_schedule != "constant":
+                raise ValueError(
+                    f"{path} holds a run whose learning rate went to its end over "
+                    f"{there.rounds} rounds ({config.lr_schedule}), so it can't go on with more; "
+                    "take another --out."
+                )
             changed = []
         if changed:
             raise ValueError(
@@ -202,6 +209,14 @@ class RunFolder:
         for name, facts in ((FINGERPRINTS, fingerprints), (MADE_BY, made_by)):
             if facts is not None:
                 write_atomically(self.path / name, json.dumps(facts, indent=2) + "\n")
+
+    def describe(self, name: str, tags: Sequence[str]) -> None:
+        """Keep what people call the run; what is not given stays as it was."""
+        given = {key: value for key, value in (("name", name), ("tags", list(tags))) if value}
+        if given:
+            file = self.path / ABOUT
+            before = json.loads(file.read_text()) if file.is_file() else {}
+            write_atomically(file, json.dumps(before | given, indent=2) + "\n")
 
     def record(self, event: Event) -> None:
         """Add a line to the events."""
