@@ -120,6 +120,13 @@ METRICS: dict[str, Metric] = {
     "matthews": matthews,
     "pearson": pearson,
 }
+RANGES: dict[str, tuple[float, float]] = {
+    "accuracy": (0, 1),
+    "f1": (0, 1),
+    "matthews": (-1, 1),
+    "pearson": (-1, 1),
+}
+"""What a metric can be, from the least to the most; one that isn't here can be anything."""
 
 
 # -- splits

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
-from plait.experiments.significance import Difference
+from plait.experiments.significance import Difference, estimate
 from plait.figures import FIGURES, taken
 from plait.report import charts
 from plait.report.charts import Chart
@@ -94,8 +94,7 @@ def payload(study: Study) -> Payload:
         "headline": _headline(study, conclusion),
         "table": _results(outcomes, against),
         "notes": notes(conclusion)[1:] if conclusion else [],
-        "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
-        "runs": [_run_row(label, track) for label, track in study.tracks],
+        "runs": _runs(study, metric),
         "settings": settings(*study.configs),
         "commands": study.commands(),
     }
@@ -162,6 +161,14 @@ def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[l
     return lines
 
 
+def _runs(study: Study, metric: str) -> list[list[str]]:
+    """The table of all runs, its head first, without the figures that no run has."""
+    head = ["run", "seed", "rounds", *(one.head.format(metric=metric) for one in COLUMNS.values())]
+    rows = [_run_row(label, track) for label, track in study.tracks]
+    known = [at for at in range(len(head)) if any(row[at] for row in rows)]
+    return [[row[at] for at in known] for row in (head, *rows)]
+
+
 def _run_row(label: str, track: Track) -> list[str]:
     """The figures of a run as in its `summary.json`; those so far, and known, until it is there."""
     found = track.summary or taken(track.events)
@@ -177,13 +184,17 @@ def _charts(
     said: dict[str, Said], metric: str, outcomes: Sequence[Outcome], against: Sequence[Difference]
 ) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
+    scores = {one.entry.label: one.values("accuracy_client_mean") for one in outcomes}
     if len(outcomes) > 1:
-        scores = {one.entry.label: one.score for one in outcomes}
-        unit = f"{metric}, client mean"
-        found["estimates"] = charts.intervals_chart(scores, unit, zero=False)
+        ranked = {label: (estimate(values), values) for label, values in scores.items()}
+        found["estimates"] = charts.scores_chart(ranked, metric)
     if against:
         reference = outcomes[0].entry.label
-        found["differences"] = charts.differences_chart(against, reference, metric)
+        pairs = {one.rival: zip(scores[reference], scores[one.rival], strict=True)
+                 for one in against}  # fmt: skip
+        apart = {one.rival: (one.estimate, [mine - other for mine, other in pairs[one.rival]])
+                 for one in against}  # fmt: skip
+        found["differences"] = charts.differences_chart(apart, reference, metric)
     for name, figure in FIGURES.items():
         if figure.unit:
             found[name] = charts.over_rounds_chart(said, figure, metric)
@@ -195,6 +206,7 @@ def _charts(
 def _run(key: str, track: Track, metric: str) -> Payload:
     return {
         "key": key,
+        "finished": track.finished,
         "charts": {
             "fan": charts.fan_chart(track, metric),
             "consensus": charts.consensus_chart(track),
