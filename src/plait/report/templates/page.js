@@ -37,8 +37,7 @@ function recoloured(chart) {
 function layoutOf(chart) {
   const axis = {gridcolor: colour("--grid"), zerolinecolor: colour("--line"),
                 linecolor: colour("--line"), automargin: true};
-  const title = (one) => ({...one, title: {text: wrapped((one.title || {}).text || "", narrow.matches ? 26 : 44), standoff: 8,
-                                           font: {size: 13}}});
+  const title = (one) => ({...one, title: {...(one.title || {}), standoff: 8, font: {size: 13}}});
   return {
     showlegend: chart.data ? chart.data.filter((one) => one.showlegend !== false).length > 1 : false,
     margin: {l: 12, r: 16, t: 12, b: 12},
@@ -73,14 +72,15 @@ const linesIn = (text) => text.split("<br>").length;
 
 // Room for what is written beside the lines: labels of an axis, or a legend below the plot.
 function makeRoom(plot, chart, layout) {
-  const letters = narrow.matches ? 24 : 30, names = chart.data[0].x;
+  const letters = narrow.matches ? 24 : 30, names = chart.data[0].x, under = layout.xaxis.title;
+  under.text = wrapped(under.text, narrow.matches ? 30 : 44);
   if (chart.layout.xaxis.type === "category" && names.some((one) => one.length > 4)) {
     Object.assign(layout.xaxis, {tickvals: names, ticktext: names.map(cut)});
   }
   if (chart.layout.yaxis.type === "category") {
     const labels = chart.layout.yaxis.categoryarray, texts = labels.map((one) => wrapped(one, letters));
     Object.assign(layout.yaxis, {tickvals: labels, ticktext: texts});
-    layout.height = 80 + texts.length * Math.max(42, 12 + 17 * Math.max(...texts.map(linesIn)));
+    layout.height = 90 + texts.length * Math.max(42, 14 + 18 * Math.max(...texts.map(linesIn)));
     plot.style.height = `${layout.height}px`;
   } else if (layout.showlegend) {
     const entries = chart.data.filter((one) => one.showlegend !== false);
