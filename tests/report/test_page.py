@@ -15,13 +15,13 @@ import plotly
 import plotly.graph_objects as go
 import pytest
 
-from fake_folders import CONFIG, begin_run, write_comparison, write_run
+from fake_folders import CONFIG, NAMES, begin_run, write_comparison, write_peer, write_run
 from fake_runs import events, pairs_apart
 from plait.cli import main as cli
 from plait.cli import report as cli_report
 from plait.cli.arguments import defaults, parse
 from plait.cli.main import main
-from plait.events import Evaluated, RoundDone, Started, from_line, to_line
+from plait.events import RoundDone, from_line, to_line
 from plait.experiments.plan import load_plan
 from plait.experiments.significance import estimate
 from plait.figures import FIGURES, summarize
@@ -453,26 +453,6 @@ def test_the_options_are_these():
 # -- peers
 
 
-def write_peer(folder, client: int, rounds: int, **said_of_itself: object) -> None:
-    """What a peer writes of a run with four clients: itself alone, and no distances."""
-    said = []
-    for event in events(CONFIG, 0.8):
-        if isinstance(event, Evaluated) and event.round < rounds:
-            scores, losses = [event.scores[client]], [event.losses[client]]
-            said.append(dataclasses.replace(event, scores=scores, losses=losses))
-        elif isinstance(event, RoundDone) and event.round < rounds:
-            edges = [edge for edge in event.edges if edge[0] == client]
-            met = {tuple(sorted(edge[:2])) for edge in edges}
-            pairs = [one for one in event.pairs_apart if one[:2] in met]
-            alone = {"train_losses": [0.7], "before": [], "after": [], "apart": []}
-            said.append(dataclasses.replace(event, edges=edges, pairs_apart=pairs, **alone))
-        elif isinstance(event, Started):
-            said.append(dataclasses.replace(event, **said_of_itself))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG.to_json()))
-    (folder / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
-
-
 def test_the_peers_of_a_federation_are_one_run(tmp_path):
     for client in range(4):
         write_peer(tmp_path / "federation" / f"peer-{client}" / "out", client, 3 if client else 2)
@@ -499,9 +479,6 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
     for chart in (made["charts"]["apart"], made["charts"]["cross_term"],
                   made["runs"][0]["charts"]["consensus"]):  # fmt: skip
         assert (chart["data"], chart["note"]) == ([], "not known (a peer sees itself alone)")
-
-
-NAMES = ("north", "clinic", "lab", "south")
 
 
 def test_a_peers_part_has_names_and_no_score_of_others(tmp_path):

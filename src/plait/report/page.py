@@ -156,7 +156,7 @@ def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[l
     if not outcomes:
         return []
     lines = list(cells(outcomes, found).values())
-    if len(outcomes) == 1:  # nothing to subtract from
+    if not found:  # nothing to subtract
         lines = [line[:5] + line[6:] for line in lines]
     return lines
 
