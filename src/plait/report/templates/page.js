@@ -331,11 +331,12 @@ function drawBetween(t, at) {
   const title = {title: {text: t.names.length ? "" : "client"}};
   const layout = layoutOf({layout: {xaxis: title, yaxis: title}});
   Object.assign(layout, {showlegend: false, margin: {l: 8, r: 8, t: 8, b: 8}});
-  const axis = {showgrid: false, zeroline: false, fixedrange: true, constrain: "domain", type: "category"};
+  const axis = {showgrid: false, zeroline: false, fixedrange: true, constrain: "domain", type: "category",
+                range: [-.5, n - .5]};
   // Names stand on one side, which is enough for both.
   const sides = {tickvals: names, ticktext: names.map(cut)};
   Object.assign(layout.xaxis, axis, t.names.length ? {showticklabels: false} : {});
-  Object.assign(layout.yaxis, axis, t.names.length ? sides : {}, {scaleanchor: "x", autorange: "reversed"});
+  Object.assign(layout.yaxis, axis, t.names.length ? sides : {}, {scaleanchor: "x", range: [n - .5, -.5]});
   const plot = byId("between-plot");
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `The distance of each pair of clients in round ${t.rounds[at]}, before `
