@@ -31,6 +31,8 @@ class Started:
         rho: Of the topology: how much of the disagreement survives a round, in [0, 1].
         eval_every: Rounds between evaluations; 0 for none but before the first and after the last.
         eval_rows: On how many rows, between those two.
+        client_names: Of peers, which have names; empty where clients are numbers.
+        peer: Of one peer's part of a run, the number of its client: it sees itself alone.
         held_out_rows: Rows of the evaluated split, all of which are judged after the last round; 0
             in runs of an older plait.
         device: Where it computes.
@@ -48,6 +50,8 @@ class Started:
     eval_every: int = 1
     eval_rows: int = 0
     held_out_rows: int = 0
+    client_names: tuple[str, ...] = ()
+    peer: int | None = None
     device: str
     seconds: float
 
@@ -167,7 +171,8 @@ def from_line(line: str) -> Event:
         for triples in ("edges", "pairs_apart"):
             values[triples] = [tuple(triple) for triple in values.get(triples, [])]
     if kind is Started:
-        values["label_names"] = tuple(values["label_names"])
+        for names in ("label_names", "client_names"):
+            values[names] = tuple(values.get(names, ()))
         # Runs of plait before 0.2 didn't say; there only scores had no names.
         values.setdefault("objective", "classification" if values["label_names"] else "regression")
     return kind(**values)

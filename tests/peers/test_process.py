@@ -20,6 +20,7 @@ from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
 from plait.data.tasks import load_task
+from plait.events import from_line, to_line
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
@@ -317,6 +318,16 @@ def test_a_peer_is_not_started_again_with_other_rows(tmp_path):
     own_rows(tmp_path, train=["fruit", "tool"] * 5, dev=["pet", "fruit"])
     with pytest.raises(ValueError, match="have changed: training rows"):
         open_folder(federation, settings)
+
+
+def test_a_peers_first_event_names_all_peers_and_itself(monkeypatch):
+    members = tuple(member(name) for name in ("p7", "p2", "p5"))
+    federation = Federation(id="f", config=CONFIG, peers=members, limits=Limits())
+    settings = SimpleNamespace(name="p2", local={}, apply=lambda c: c, machine=Machine())
+    monkeypatch.setattr(peers, "prepare", lambda *_: one_peer().job)
+    started = prepare_peer(federation, settings).started
+    assert (started.client_names, started.peer) == (("p7", "p2", "p5"), 1)
+    assert from_line(to_line(started)) == started
 
 
 def test_a_peer_with_rows_of_its_own_counts_no_others():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_folders import begin_run, write_comparison
+from fake_folders import NAMES, begin_run, write_comparison, write_peer
 from plait.report.page import html_report
 from plait.report.study import read_studies
 
@@ -87,6 +87,21 @@ def test_the_report_opens_without_a_complaint(browser, comparison, width, scheme
         assert page.evaluate(f"{controls}.some({unlabelled})") is False
 
 
+def test_a_peers_report_shows_what_it_does_not_know_without_a_complaint(browser, tmp_path):
+    write_peer(tmp_path / "b" / "out", 1, 3, client_names=NAMES, peer=1)
+    (tmp_path / "report.html").write_text(html_report(read_studies([tmp_path])))
+    with opened(browser, f"file://{tmp_path}/report.html") as page:
+        page.wait_for_selector("figure[data-chart=partition] .main-svg")
+        unknown, known = page.evaluate("byId('graph').data.slice(-2).map((one) => one.hovertext)")
+        assert [one.split("<br>")[0] for one in known] == ["clinic"]
+        assert [one.split("<br>")[0] for one in unknown] == ["north", "lab", "south"]
+        assert page.locator("#round-table tbody th").all_inner_texts() == list(NAMES)
+        assert page.evaluate("byId('graph').data.at(-1).marker.color") == [0.75]
+        alone = page.locator("figure[data-chart=apart]")
+        assert "not known" in alone.inner_text()
+        assert not alone.locator(".plot").is_visible()
+
+
 def test_the_tables_numbers_are_those_of_summary_json(browser, comparison):
     summary = json.loads((comparison / "summary.json").read_text())
     with opened(browser, f"file://{comparison}/report.html") as page:
@@ -106,8 +121,8 @@ def test_the_tables_numbers_are_those_of_summary_json(browser, comparison):
 
 
 def lines_of(page) -> list:
-    """x, colour and width of the lines of the topology; the last trace is the clients."""
-    lines = "byId('graph').data.slice(0, -1)"
+    """x, colour and width of the lines of the topology; the last two traces are the clients."""
+    lines = "byId('graph').data.slice(0, -2)"
     return page.evaluate(f"{lines}.map((one) => [one.x, one.line.color, one.line.width])")
 
 

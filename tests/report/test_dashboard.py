@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import sys
 
 import httpx
@@ -52,6 +53,36 @@ def test_a_comparison_in_progress_shows_its_plan(tmp_path, monkeypatch):
     made = json.loads(follower.payload("cmp"))
     assert "72 of 72 rounds" in made["pieces"]["head"]
     assert made["pieces"]["results"].count("<tr>") == 4
+
+
+def test_it_opens_on_what_runs(tmp_path):
+    write_run(tmp_path / "a" / "done")
+    begin_run(tmp_path / "b" / "now", dataclasses.replace(CONFIG, task="trec"))()
+    write_run(tmp_path / "c" / "later", dataclasses.replace(CONFIG, task="movies"))
+    follower = Follower([tmp_path])
+    assert follower.newest == ""
+    follower.look()
+    assert follower.newest == "now"
+    said = asyncio.run(anext_study(follower))
+    assert json.loads(said)["title"] == "now"
+    assert [run["finished"] for run in json.loads(follower.payload("done"))["runs"]] == [True]
+    (tmp_path / "b" / "now" / "summary.json").write_text("{}")
+    os.utime(tmp_path / "c" / "later" / "events.jsonl", (2e9, 2e9))
+    follower.look()
+    assert follower.newest == "later"
+
+
+async def anext_study(follower: Follower) -> str:
+    """The data of the first study that a browser is told."""
+
+    class Browser:
+        async def is_disconnected(self) -> bool:
+            return False
+
+    async for event in dashboard._stream(follower, "", Browser()):
+        if event.startswith("event: study\n"):
+            return event.split("data: ")[1]
+    raise AssertionError("no study")
 
 
 def test_studies_of_the_same_name_are_told_apart(tmp_path):

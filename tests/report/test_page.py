@@ -15,22 +15,32 @@ import plotly
 import plotly.graph_objects as go
 import pytest
 
-from fake_folders import CONFIG, begin_run, write_comparison, write_run
+from fake_folders import CONFIG, NAMES, begin_run, write_comparison, write_peer, write_run
 from fake_runs import events, pairs_apart
 from plait.cli import main as cli
 from plait.cli import report as cli_report
 from plait.cli.arguments import defaults, parse
 from plait.cli.main import main
-from plait.config import Config
-from plait.events import Evaluated, RoundDone, Started, from_line, to_line
+from plait.events import RoundDone, from_line, to_line
 from plait.experiments.plan import load_plan
+from plait.experiments.significance import estimate
 from plait.figures import FIGURES, summarize
+from plait.methods import METHODS
 from plait.report import charts
 from plait.report.meetings import topology
-from plait.report.page import COLUMNS, PLOTLY, _run_row, html_report, payload, plotly_js
+from plait.report.page import COLUMNS, PLOTLY, _run_row, _text, html_report, payload, plotly_js
 from plait.report.paper_figures import PICTURES
 from plait.report.recorded_run import MOST_DRAWN, Track, meetings
-from plait.report.series import band, over_rounds, phases, remark, sent_megabytes
+from plait.report.series import (
+    FILLS,
+    LINE_STYLES,
+    band,
+    over_rounds,
+    phases,
+    remark,
+    sent_megabytes,
+    styles,
+)
 from plait.report.study import (
     compare_command,
     find_studies,
@@ -301,6 +311,68 @@ def test_a_thousand_clients_stay_small(tmp_path):
     assert "of 1000 clients" in html
 
 
+def test_lines_over_the_rounds_begin_at_nought_and_have_the_majority_class(tmp_path):
+    (study,) = read(write_run(tmp_path / "run"))
+    made = payload(study)
+    begun = study.tracks[0][1].started
+    for name in ("accuracy_client_mean", "accuracy_client_min", "accuracy_averaged_model"):
+        chart = made["charts"][name]
+        assert chart["data"][-1]["y"] == [begun.majority] * 2
+        assert chart["layout"]["xaxis"]["range"] == chart["data"][-1]["x"] == [0, 6]
+        assert chart["layout"]["yaxis"]["autorangeoptions"] == {"clipmin": 0, "clipmax": 1}
+    for name in ("loss_client_mean", "apart", "cross_term"):
+        assert "majority class" not in [one["name"] for one in made["charts"][name]["data"]]
+        assert made["charts"][name]["layout"]["xaxis"]["range"] == [0, 6]
+
+
+def test_an_interval_ends_where_the_metric_does_and_each_seed_has_a_ring():
+    scores = {"adf": [0.9, 1.0, 0.98], "ffa": [0.0, 0.1, 0.0]}
+    ranked = {label: (estimate(values), values) for label, values in scores.items()}
+    high = ranked["adf"][0]
+    assert high.high > 1
+    chart = charts.scores_chart(ranked, "accuracy")
+    bars = [one for one in chart["data"] if "error_x" in one]
+    (mean,), reach = bars[0]["x"], bars[0]["error_x"]
+    assert mean - reach["arrayminus"][0] == pytest.approx(high.low, abs=1e-4)
+    assert mean + reach["array"][0] == pytest.approx(1, abs=1e-4)
+    (mean,), reach = bars[1]["x"], bars[1]["error_x"]
+    assert mean - reach["arrayminus"][0] == pytest.approx(0, abs=1e-5)
+    rings = {one["name"]: one["x"] for one in chart["data"] if "error_x" not in one}
+    assert rings == scores
+    assert chart["table"][1][3:] == [1.0, 0.9, 1.0, 0.98]
+    # A correlation can be below 0, and what has no known range is left as it is.
+    assert charts.scores_chart(ranked, "matthews")["table"][2][2] == pytest.approx(-0.11, abs=0.01)
+    assert charts.scores_chart(ranked, "rmse")["table"][1][3] > 1
+
+
+def test_a_method_has_one_colour_everywhere():
+    alone = {method: styles([method])[method] for method in METHODS}
+    assert len(set(alone.values())) == len(METHODS)
+    labels = ["dec-lora (matched)", "ffa, rank 4", "dec-lora", "ffa", "mine"]
+    found = styles(labels)
+    assert list(found) == labels
+    assert len(set(found.values())) == 5
+    for label, method in (("dec-lora (matched)", "dec-lora"), ("ffa, rank 4", "ffa")):
+        assert found[label] == alone[method]
+    assert styles(["dec-lora", "dec-lora (matched)"])["dec-lora"] == alone["dec-lora"]
+    assert set(styles([f"adf, lr {k}" for k in range(20)]).values()) == set(LINE_STYLES)
+
+
+def test_every_colour_is_one_and_classes_are_told_apart_in_the_dark_too(tmp_path, monkeypatch):
+    write_comparison(tmp_path / "cmp", monkeypatch)
+    made = json.dumps(payload(read(tmp_path / "cmp")[0]))
+    colours = set(re.findall(r'color": "([^"]*)"', made))
+    assert colours
+    assert all(re.fullmatch(r"#[0-9A-Fa-f]{6}([0-9A-Fa-f]{2})?", one) for one in colours)
+    for scheme in ("ON_DARK", "ON_LIGHT"):
+        table = re.search(rf"const {scheme} = {{(.*?)}};", _text("page.js"), re.DOTALL).group(1)
+        other = dict(re.findall(r'"(#\w+)": "(#\w+)"', table))
+        fills = [np.array([int(other.get(one, one)[k : k + 2], 16) for k in (1, 3, 5)])
+                 for one in FILLS]  # fmt: skip
+        apart = [np.linalg.norm(a - b) for k, a in enumerate(fills) for b in fills[:k]]
+        assert min(apart) > 40
+
+
 # -- the page
 
 
@@ -388,26 +460,6 @@ def test_the_options_are_these():
 # -- peers
 
 
-def write_peer(folder, client: int, rounds: int, config: Config = CONFIG) -> None:
-    """What a peer writes of a run with four clients: itself alone, and no distances."""
-    said = []
-    for event in events(CONFIG, 0.8):
-        if isinstance(event, Evaluated) and event.round < rounds:
-            scores, losses = [event.scores[client]], [event.losses[client]]
-            said.append(dataclasses.replace(event, scores=scores, losses=losses))
-        elif isinstance(event, RoundDone) and event.round < rounds:
-            edges = [edge for edge in event.edges if edge[0] == client]
-            met = {tuple(sorted(edge[:2])) for edge in edges}
-            pairs = [one for one in event.pairs_apart if one[:2] in met]
-            alone = {"train_losses": [0.7], "before": [], "after": [], "apart": []}
-            said.append(dataclasses.replace(event, edges=edges, pairs_apart=pairs, **alone))
-        elif isinstance(event, Started):
-            said.append(event)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_json()))
-    (folder / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
-
-
 def test_peers_with_rows_of_their_own_are_one_run_too(tmp_path):
     for client in range(4):
         own = dataclasses.replace(CONFIG, train_file=f"rows-{client}.csv", backbone=f"/m{client}")
@@ -444,9 +496,33 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert "12.0" in made["pieces"]["runs"]
     assert "plait up --peers 4" in made["pieces"]["settings"]
-    for name in ("apart", "cross_term"):
-        (said,) = made["charts"][name]["layout"]["annotations"]
-        assert said["text"] == "not known (a peer sees itself alone): adf"
+    for chart in (made["charts"]["apart"], made["charts"]["cross_term"],
+                  made["runs"][0]["charts"]["consensus"]):  # fmt: skip
+        assert (chart["data"], chart["note"]) == ([], "not known (a peer sees itself alone)")
+
+
+def test_a_peers_part_has_names_and_no_score_of_others(tmp_path):
+    write_peer(tmp_path / "b" / "out", 1, 3, client_names=NAMES, peer=1)
+    (study,) = read(tmp_path)
+    made = payload(study)
+    assert study.title == "clinic"
+    assert study.remarks == ("Of the 4 peers clinic alone is here.",)
+    (run,) = made["runs"]
+    assert run["topology"]["names"] == list(NAMES)
+    assert run["topology"]["scores"][-1] == [None, 0.75, None, None]
+    assert [one["name"] for one in run["charts"]["fan"]["data"]] == ["clinic", "majority class"]
+    assert run["charts"]["partition"]["data"][0]["x"] == list(NAMES)
+    assert made["charts"]["clients"]["data"] == []
+    assert "averaged" not in made["pieces"]["runs"]
+
+
+def test_peers_take_the_places_that_they_have_in_their_federation(tmp_path):
+    for name, client in (("a", 3), ("b", 0)):
+        write_peer(tmp_path / name / "out", client, 2, client_names=NAMES, peer=client)
+    (study,) = read(tmp_path)
+    drawn = topology(study.tracks[0][1])
+    assert drawn["scores"][-1] == [0.5, None, None, 0.7]  # client 0 of peer b, and 3 of a
+    assert study.remarks == ("Of the 4 peers south, north alone are here.",)
 
 
 def test_own_rows_and_classes_are_shown_where_a_run_has_them(tmp_path):

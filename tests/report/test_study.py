@@ -62,6 +62,13 @@ def test_every_setting_keeps_runs_apart(tmp_path):
     assert ("eval_rows", "None, 5, 7", True) in settings(*study.configs)
 
 
+def test_a_label_says_what_differs_from_most_of_the_runs_alone(tmp_path):
+    others = [{}, {"method": "ffa"}, {"lr": 0.1, "clip_norm": None}, {"method": "dec-lora"}]
+    for number, other in enumerate(others):
+        write_run(tmp_path / f"{number}", dataclasses.replace(CONFIG, **other))
+    assert list(counted(tmp_path)) == ["adf", "ffa", "adf, lr 0.1, clip norm None", "dec-lora"]
+
+
 def test_a_folder_that_has_another_run_by_now_is_read_anew(tmp_path):
     run, known = write_run(tmp_path / "run"), {}
     find_studies([run], known)

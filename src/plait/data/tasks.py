@@ -7,6 +7,7 @@ two runs with different seeds are judged on the same rows. sources.py reads; thi
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -155,12 +156,14 @@ class MetricRow:
         objective: What it judges, a key of `OBJECTIVES`.
         of_outputs: It takes the outputs (n, C) in the place of answers.
         binary: It is for two classes.
+        span: What it can be, from the least to the most.
     """
 
     score: Callable[[Array, Array], float]
     objective: str = "classification"
     of_outputs: bool = False
     binary: bool = False
+    span: tuple[float, float] = (0.0, 1.0)
 
     def judges(self, task: Task) -> bool:
         """Whether a task's answers can be judged by it."""
@@ -171,10 +174,15 @@ METRICS: dict[str, MetricRow] = {
     "accuracy": MetricRow(accuracy),
     "f1": MetricRow(f1, binary=True),
     "macro-f1": MetricRow(macro_f1),
-    "matthews": MetricRow(matthews),
+    "matthews": MetricRow(matthews, span=(-1.0, 1.0)),
     "auroc": MetricRow(auroc, of_outputs=True),
-    "pearson": MetricRow(pearson, objective="regression"),
+    "pearson": MetricRow(pearson, objective="regression", span=(-1.0, 1.0)),
 }
+
+
+def span_of(metric: str) -> tuple[float, float]:
+    """What a metric can be; a plugin's that isn't loaded here can be anything."""
+    return METRICS[metric].span if metric in METRICS else (-math.inf, math.inf)
 
 
 def judged_by(task: Task, metric: str | None) -> Task:

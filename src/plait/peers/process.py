@@ -425,9 +425,11 @@ def check_members(federation: Federation) -> None:
 
 def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
-    own = own_task(federation, settings)
+    own, me = own_task(federation, settings), federation.index(settings.name)
     job = prepare(settings.apply(federation.config), settings.machine, own)
-    return job if own is None else counting_alone(job, federation.index(settings.name))
+    said = dataclasses.replace(job.started, client_names=federation.names, peer=me)
+    job = dataclasses.replace(job, started=said)
+    return job if own is None else counting_alone(job, me)
 
 
 def counting_alone(job: Job, me: int) -> Job:

@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from plait.experiments.significance import Difference, Estimate
+from plait.data.tasks import span_of
+from plait.experiments.significance import Estimate
 from plait.figures import FIGURES, Figure
 from plait.report.recorded_run import MOST_DRAWN, Track
 from plait.report.series import (
+    AVERAGED,
     FILLS,
     LINE_STYLES,
+    MAJORITY,
+    UNKNOWN,
     Said,
     Series,
     band,
@@ -28,26 +32,36 @@ from plait.report.series import (
     remark,
     sent_megabytes,
     started,
+    styles,
 )
 
 MOST_POINTS = 300
 
 Chart = dict[str, Any]
-"""What plotly.js takes: `data` and `layout`, and `alt`, which says in words what is drawn."""
+"""What plotly.js takes: `data` and `layout`; `alt` says in words what is drawn, `note` what else is
+to be said of it; `table` has its numbers where they aren't the points of its lines. Without `data`
+there is the note alone."""
 
 
 def over_rounds_chart(groups: Mapping[str, Said], figure: Figure, metric: str) -> Chart:
     """A figure of every label over the rounds, with the range of its runs as a band."""
     traces: list[Chart] = []
-    for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
-        traces += _banded(label, *over_rounds(runs, figure), color, dash)
-    why, unit = remark(groups, figure), figure.unit.format(metric=metric)
+    for label, (color, dash) in styles(groups).items():
+        traces += _banded(label, *over_rounds(groups[label], figure), color, dash)
+    scored = "{metric}" in figure.unit
+    traces += _majority(groups, traces) if scored else []
+    unit = figure.unit.format(metric=metric)
     layout = {
-        "xaxis": _axis("rounds done"),
-        "yaxis": _axis(unit, log=figure.log and any(map(_positive, traces))),
-        "annotations": [_remark(why)] if why else [],
+        "xaxis": _rounds_axis(traces),
+        "yaxis": _scores_axis(unit, metric)
+        if scored
+        else _log_axis(unit, traces)
+        if figure.log
+        else _axis(unit),
     }
-    return _chart(traces, layout, f"{figure.title} over the rounds")
+    many = any(len(runs) > 1 for runs in groups.values())
+    said = ["line: mean over seeds; band: their range"] * many + [remark(groups, figure)]
+    return _chart(traces, layout, f"{figure.title} over the rounds", "; ".join(filter(None, said)))
 
 
 def _banded(label: str, x: Series, values: Series, color: str, dash: str) -> list[Chart]:
@@ -68,86 +82,124 @@ def _banded(label: str, x: Series, values: Series, color: str, dash: str) -> lis
 
 def bytes_chart(groups: Mapping[str, Said], metric: str) -> Chart:
     """What was sent against what was reached."""
-    traces = []
-    for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
-        _, values = over_rounds(runs, FIGURES["accuracy_client_mean"])
-        sent = sent_megabytes(runs)[: values.shape[1]]
+    traces: list[Chart] = []
+    for label, (color, dash) in styles(groups).items():
+        _, values = over_rounds(groups[label], FIGURES["accuracy_client_mean"])
+        sent = sent_megabytes(groups[label])[: values.shape[1]]
         traces += _banded(label, sent, values, color, dash)
-    layout = {"xaxis": _axis("sent by all clients, MB"),
-              "yaxis": _axis(f"{metric}, client mean")}  # fmt: skip
+    traces += _majority(groups, traces)
+    layout = {"xaxis": _axis("sent by all clients, MB") | {"rangemode": "tozero"},
+              "yaxis": _scores_axis(f"{metric}, client mean", metric)}  # fmt: skip
     return _chart(traces, layout, f"{metric} against the megabytes sent")
 
 
 def clients_chart(groups: Mapping[str, Said], metric: str) -> Chart:
     """The clients' last scores from the worst to the best, mean over the runs: who is left behind.
 
-    Of more than a hundred clients the percentiles are drawn.
+    Of more than a hundred clients the percentiles are drawn; of a single one nothing.
     """
-    traces = []
-    for (label, runs), (color, dash) in zip(groups.items(), cycle(LINE_STYLES), strict=False):
-        shares, values = last_scores(runs)
-        traces += _banded(label, shares, values, color, dash) if len(shares) else []
-    layout = {"xaxis": _axis("clients from the worst to the best, %"),
-              "yaxis": _axis(f"{metric} of a client")}  # fmt: skip
-    return _chart(traces, layout, "Clients' last scores, sorted from the worst to the best")
+    traces: list[Chart] = []
+    for label, (color, dash) in styles(groups).items():
+        shares, values = last_scores(groups[label])
+        traces += _banded(label, shares, values, color, dash) if len(shares) > 1 else []
+    traces += _majority(groups, traces)
+    layout = {"xaxis": _axis("clients from the worst to the best, %") | {"range": [0, 100]},
+              "yaxis": _scores_axis(f"{metric} of a client", metric)}  # fmt: skip
+    alt = "Clients' last scores, sorted from the worst to the best"
+    return _chart(traces, layout, alt, "" if traces else UNKNOWN)
 
 
-def intervals_chart(estimates: Mapping[str, Estimate], unit: str, zero: bool) -> Chart:
-    """Means with their intervals, one below the other."""
-    labels = list(estimates)
-    reach = [0.0 if one.high is None else one.high - one.mean for one in estimates.values()]
-    trace = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": plain_numbers([one.mean for one in estimates.values()]),
-        "y": labels,
-        "error_x": {"type": "data", "array": plain_numbers(reach), "thickness": 2, "width": 6},
-        "marker": {"size": 11, "color": LINE_STYLES[0][0]},
-        "name": unit,
-        "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
-    }
+Ranked = Mapping[str, tuple[Estimate, Sequence[float]]]
+"""Label -> the mean over the seeds, and each seed's own value."""
+
+
+def scores_chart(found: Ranked, metric: str) -> Chart:
+    """The score of each label, in the range that the metric has."""
+    looks = styles(found)
+    layout = {"xaxis": _scores_axis(f"{metric}, client mean", metric)}
+    return _intervals_chart(found, looks, span_of(metric), layout)
+
+
+def differences_chart(found: Ranked, reference: str, metric: str) -> Chart:
+    """The reference minus each other label, paired over the seeds."""
+    looks = styles([reference, *found])
+    least, most = span_of(metric)
     line = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1,
             "line": {"width": 1.5, "dash": "dash", "color": "#888888"}}  # fmt: skip
-    layout = {
-        "xaxis": _axis(unit),
-        "yaxis": {"autorange": "reversed", "type": "category"},
-        "showlegend": False,
-        "shapes": [line] if zero else [],
-        "height": 110 + 42 * len(labels),
-    }
-    return _chart([trace], layout, f"{unit} with 95% intervals")
+    layout = {"xaxis": _axis(f"{metric}, {reference} - other"), "shapes": [line]}
+    return _intervals_chart(found, looks, (least - most, most - least), layout)
 
 
-def differences_chart(found: Sequence[Difference], reference: str, metric: str) -> Chart:
-    """The reference minus each other method, paired over the seeds."""
-    unit = f"{metric}, {reference} - other"
-    return intervals_chart({one.rival: one.estimate for one in found}, unit, zero=True)
+def _intervals_chart(
+    found: Ranked, looks: Mapping[str, tuple[str, str]], span: tuple[float, float], layout: Chart
+) -> Chart:
+    """Means with their intervals, one below the other, and a dot for each seed.
+
+    An interval ends where its values do: no accuracy is above 1.
+    """
+    traces: list[Chart] = []
+    rows = []
+    for label, (one, seeds) in found.items():
+        low, high = (one.mean if end is None else end for end in (one.low, one.high))
+        low, high = max(low, span[0]), min(high, span[1])
+        traces += _interval(label, one.mean, low, high, seeds, looks[label][0])
+        rows.append([label, *plain_numbers([one.mean, low, high, *seeds])])
+    most = max((len(seeds) for _, seeds in found.values()), default=0)
+    title = layout["xaxis"]["title"]["text"]
+    axis = {"autorange": "reversed", "type": "category", "categoryarray": list(found)}
+    layout |= {"yaxis": axis, "showlegend": False, "height": 110 + 42 * len(found)}
+    head = ["", "mean", "from", "to", *[f"seed {k}" for k in range(1, most + 1)]]
+    chart = _chart(traces, layout, f"{title} with 95% intervals and a dot for each seed")
+    return chart | {"table": [head, *rows]}
+
+
+def _interval(
+    label: str, mean: float, low: float, high: float, seeds: Sequence[float], color: str
+) -> list[Chart]:
+    reach = {"array": plain_numbers([high - mean]), "arrayminus": plain_numbers([mean - low])}
+    both = {"type": "scatter", "mode": "markers", "name": label, "cliponaxis": False}
+    hover = {"hovertemplate": "%{y}: %{x:.4f}<extra></extra>"}
+    whole = {"x": plain_numbers([mean]), "y": [label], "marker": {"size": 11, "color": color},
+             "error_x": {"type": "data", "symmetric": False, **reach, "thickness": 2, "width": 6,
+                         "color": color}}  # fmt: skip
+    rings = {"size": 8, "color": color, "symbol": "circle-open", "line": {"width": 1.5}}
+    dots = {"x": plain_numbers(seeds), "y": [label] * len(seeds), "marker": rings}
+    return [both | hover | whole, *([both | hover | dots] if len(seeds) > 1 else [])]
 
 
 # -- one run
 
 
 def fan_chart(track: Track, metric: str) -> Chart:
-    """All clients of a run over the rounds: its percentiles and the worst client."""
+    """All clients of a run over the rounds: its percentiles and the worst client.
+
+    Of a peer's part of a run its own line.
+    """
     found = track.evaluations
-    found = [found[i] for i in _thinned(len(found))]
+    kept = _thinned(len(found))
+    found, scored = [found[i] for i in kept], track.scored[-1]
     rounds = [float(one.round + 1) for one in found]
     levels = (0, 10, 50, 90, 100)
     low, ten, half, ninety, high = (
         np.array([np.percentile(one.scores, level) for one in found]) for level in levels
     )
-    color, worst = LINE_STYLES[0][0], int(np.argmin(found[-1].scores))
-    traces = [
+    ((color, _),) = styles([track.config.method]).values()
+    worst = track.name_of(scored[int(np.argmin(found[-1].scores))])
+    whole = [
         _area("all clients", rounds, low, high, color + "1A"),
         _area("middle 80% of clients", rounds, ten, ninety, color + "40"),
         _line("median client", rounds, half, {"color": color, "width": 2}),
         _line(f"worst client (now {worst})", rounds, low,
-              {"color": LINE_STYLES[1][0], "width": 1.5, "dash": "dot"}),
+              {"color": color, "width": 1.5, "dash": "dot"}),
         _line("averaged model", rounds, [one.averaged_score for one in found],
-              {"color": LINE_STYLES[4][0], "width": 1.5, "dash": "dash"}),
+              {"color": AVERAGED, "width": 1.5, "dash": "dash"}),
     ]  # fmt: skip
-    layout = {"xaxis": _axis("rounds done"), "yaxis": _axis(metric)}
-    return _chart(traces, layout, f"{metric} of the clients over the rounds, as percentiles")
+    alone = [_line(worst, rounds, half, {"color": color, "width": 2})]
+    traces = [one for one in (whole if len(scored) > 1 else alone) if _has_points(one)]
+    traces += _majority({"": [track.events]}, traces)
+    layout = {"xaxis": _rounds_axis(traces), "yaxis": _scores_axis(metric, metric)}
+    words = "the run's clients as percentiles" if len(scored) > 1 else f"{worst} alone"
+    return _chart(traces, layout, f"{metric} of the clients over the rounds", words)
 
 
 def own_rows_chart(track: Track, metric: str) -> Chart | None:
@@ -189,18 +241,18 @@ def consensus_chart(track: Track) -> Chart:
         line = {"color": color, "width": 2, "dash": dash}
         traces.append(_line(FIGURES[name].title, rounds[keep], values[0][keep], line))
     stretches = phases(track.events)
-    words = "shaded: A trains; not shaded: B trains"
-    unknown = bool(stretches) and not any(one.after for one in track.rounds)
-    words = "not known: a peer sees itself alone" if unknown else words
     alternates = 1 < len(stretches) <= MOST_POINTS
     layout = {
-        "xaxis": _axis("rounds done"),
-        "yaxis": _axis("after mixing, all layers", log=any(_positive(one) for one in traces)),
+        "xaxis": _rounds_axis(traces),
+        "yaxis": _log_axis("after mixing, all layers", traces),
         "shapes": [_shade(*stretch) for stretch in stretches if stretch[2].startswith("A")]
         if alternates else [],
-        "annotations": [_remark(words)] if alternates or unknown else [],
     }  # fmt: skip
-    return _chart(traces, layout, "Consensus distance of A and B and the cross term over rounds")
+    words = "shaded: A trains; not shaded: B trains" if alternates else ""
+    if not any(map(_has_points, traces)):
+        words = remark({"": [track.events]}, FIGURES["apart"])
+    alt = "Consensus distance of A and B and the cross term over rounds"
+    return _chart(traces, layout, alt, words)
 
 
 def _shade(first: int, end: int, _factors: str) -> Chart:
@@ -219,7 +271,7 @@ def partition_chart(track: Track) -> Chart:
         {
             "type": "bar",
             "name": name,
-            "x": list(range(shown)),
+            "x": [track.name_of(client) for client in range(shown)],
             "y": counts[:shown, label].tolist(),
             "marker": {"color": color, "pattern": {"shape": shape, "fgopacity": 0.5}},
         }
@@ -227,22 +279,38 @@ def partition_chart(track: Track) -> Chart:
             zip(names, cycle(FILLS), cycle(("", "", "", "", "", "", "/", ".", "x")), strict=False)
         )
     ]
-    cut = [_remark(f"the first {shown} of {len(counts)} clients")] if shown < len(counts) else []
+    cut = f"the first {shown} of {len(counts)} clients" if shown < len(counts) else ""
     layout = {
         "barmode": "stack",
         "bargap": 0.15 if shown <= 60 else 0,
-        "xaxis": _axis("client"),
+        "xaxis": _axis("client") | {"type": "category"},
         "yaxis": _axis("training rows"),
-        "annotations": cut,
     }
-    return _chart(traces, layout, "Rows of each class at each client")
+    return _chart(traces, layout, "Rows of each class at each client", cut)
 
 
 # -- parts
 
 
-def _chart(traces: list[Chart], layout: Chart, alt: str) -> Chart:
-    return {"data": traces, "layout": layout, "alt": alt}
+def _chart(traces: list[Chart], layout: Chart, alt: str, note: str = "") -> Chart:
+    there = traces if any(map(_has_points, traces)) else []
+    return {"data": there, "layout": layout, "alt": alt, "note": note}
+
+
+def _majority(groups: Mapping[str, Said], traces: Sequence[Chart]) -> list[Chart]:
+    """The score of always giving the same answer, as a line below the others."""
+    begun = started(groups)
+    if not traces or begun is None or not begun.majority:
+        return []
+    end = _last(traces) or 1
+    line = {"color": MAJORITY, "width": 1.5, "dash": "dot"}
+    level = plain_numbers([begun.majority] * 2)
+    return [{"type": "scatter", "mode": "lines", "name": "majority class", "x": [0.0, end],
+             "y": level, "line": line}]  # fmt: skip
+
+
+def _last(traces: Sequence[Chart]) -> float:
+    return max((float(x) for trace in traces for x in trace["x"]), default=0.0)
 
 
 def _line(name: str, x: Any, y: Any, line: Chart) -> Chart:
@@ -256,6 +324,7 @@ def _line(name: str, x: Any, y: Any, line: Chart) -> Chart:
         "x": plain_numbers(x),
         "y": plain_numbers(y),
         "line": line,
+        "cliponaxis": False,
     }
 
 
@@ -265,17 +334,34 @@ def _area(name: str, x: Any, low: Series, high: Series, fill: str) -> Chart:
     return {"type": "scatter", "name": name, **around, **look, "hoverinfo": "skip"}
 
 
-def _axis(title: str, log: bool = False) -> Chart:
-    axis: Chart = {"title": {"text": title}}
-    return axis | ({"type": "log", "exponentformat": "power"} if log else {})
+def _axis(title: str) -> Chart:
+    return {"title": {"text": title}}
 
 
-def _remark(text: str) -> Chart:
-    return {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": 1, "y": 1.02,
-            "xanchor": "right", "yanchor": "bottom", "font": {"size": 12}}  # fmt: skip
+def _log_axis(title: str, traces: Sequence[Chart]) -> Chart:
+    """Numbers at 1, 2 and 5 of each decade, or at 1 alone where there are many."""
+    there = [y for trace in traces for y in trace["y"] if y is not None]
+    decades = math.log10(max(there) / min(there)) if there else 0
+    ticks = {"dtick": "D2" if decades <= 3 else 1} if decades >= 1 else {}
+    return _axis(title) | {"type": "log", "tickformat": "~g", **ticks}
 
 
-def _positive(trace: Chart) -> bool:
+def _rounds_axis(traces: Sequence[Chart]) -> Chart:
+    """From the start to the last round that is drawn, whole rounds alone."""
+    end = _last(traces) or 1
+    ticks = {"dtick": 1} if end <= 12 else {"tickformat": "d"}
+    return _axis("rounds done") | {"range": [0, end], **ticks}
+
+
+def _scores_axis(title: str, metric: str) -> Chart:
+    """Never beyond what the metric can be."""
+    least, most = span_of(metric)
+    if math.isinf(most):
+        return _axis(title)
+    return _axis(title) | {"autorangeoptions": {"clipmin": least, "clipmax": most}}
+
+
+def _has_points(trace: Chart) -> bool:
     return any(value is not None for value in trace["y"])
 
 

@@ -79,6 +79,15 @@ class Follower:
                 self._seen[title] = now
                 self.version[title] = self.version.get(title, 0) + 1
 
+    @property
+    def newest(self) -> str:
+        """The title of the study that goes on; of several, or of none, the one that spoke last."""
+        spoke = {
+            title: (not study.finished, max(track.spoke_at for _, track in study.tracks))
+            for title, study in self.studies.items()
+        }
+        return max(spoke, key=lambda title: spoke[title], default="")
+
     def payload(self, title: str) -> str:
         """The study's payload as JSON; made once for each version, however many look at it."""
         if self._made.get(title, (0, ""))[0] != self.version[title]:
@@ -208,7 +217,7 @@ async def _stream(follower: Follower, title: str, request: Request) -> AsyncIter
         if list(follower.studies) != titles:
             titles = list(follower.studies)
             yield _event("studies", json.dumps(titles))
-        title = title if title in titles else next(iter(titles), "")
+        title = title if title in titles else follower.newest
         if title and follower.version[title] != version:
             version = follower.version[title]
             yield _event("study", await asyncio.to_thread(follower.payload, title))

@@ -36,10 +36,14 @@ def topology(track: Track) -> charts.Chart:
     codes = [(_base64(one.pairs), _base64(_bytes(255 * one.weights / heaviest))) for one in met]
     # Graphs that stay the same, or come again, are kept once.
     unique = {code: number for number, code in enumerate(dict.fromkeys(codes))}
-    scores = {one.round: one.scores for one in track.evaluations}
+    scores = {
+        one.round: _placed(one.scores, scored, clients)
+        for one, scored in zip(track.evaluations, track.scored, strict=True)
+    }
     latest = [max((r for r in scores if r <= rounds[i].round), default=-1) for i in chosen]
     return {
         "clients": clients,
+        "names": track.names[:clients],
         "all_clients": track.config.clients,
         "step": chosen[1] - chosen[0] if len(chosen) > 2 else 1,
         "pairs": [pairs for pairs, _ in unique],
@@ -50,9 +54,15 @@ def topology(track: Track) -> charts.Chart:
         "count": [one.count for one in met],
         "trains": [rounds[i].active for i in chosen],
         "apart": [charts.plain_numbers(_distances(rounds[i])[:clients]) for i in chosen],
-        "scores": [charts.plain_numbers(scores.get(r, [])[:clients]) for r in latest],
+        "scores": [scores.get(r, [None] * clients) for r in latest],
         **_between(met),
     }
+
+
+def _placed(scores: Sequence[float], of: Sequence[int], clients: int) -> list[float | None]:
+    """The scores of some clients in the places of these; None for the others."""
+    placed = dict(zip(of, scores, strict=True))
+    return charts.plain_numbers(placed.get(client, math.nan) for client in range(clients))
 
 
 def _chosen_rounds(track: Track) -> list[int]:

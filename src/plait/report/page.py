@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
-from plait.experiments.significance import Difference
+from plait.experiments.significance import Difference, estimate
 from plait.figures import FIGURES, class_table, taken
 from plait.report import charts
 from plait.report.charts import Chart
@@ -156,18 +156,17 @@ def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[l
     if not outcomes:
         return []
     lines = list(cells(outcomes, found).values())
-    if len(outcomes) == 1:  # nothing to subtract from
+    if not found:  # nothing to subtract
         lines = [line[:5] + line[6:] for line in lines]
     return lines
 
 
 def _runs(study: Study, metric: str) -> list[list[str]]:
-    """The head of the table of every run, and a line for each."""
-    heads = [one.head.format(metric=metric) for one in COLUMNS.values()]
-    lines = [["run", "seed", "rounds", *heads], *(_run_row(*one) for one in study.tracks)]
-    rare = {3 + k for k, one in enumerate(COLUMNS.values()) if one.sometimes}
-    empty = {k for k in rare if not any(line[k] for line in lines[1:])}
-    return [[cell for k, cell in enumerate(line) if k not in empty] for line in lines]
+    """The table of all runs, its head first, without the figures that no run has."""
+    head = ["run", "seed", "rounds", *(one.head.format(metric=metric) for one in COLUMNS.values())]
+    rows = [_run_row(label, track) for label, track in study.tracks]
+    known = [at for at in range(len(head)) if any(row[at] for row in rows)]
+    return [[row[at] for at in known] for row in (head, *rows)]
 
 
 def _run_row(label: str, track: Track) -> list[str]:
@@ -185,13 +184,17 @@ def _charts(
     said: dict[str, Said], metric: str, outcomes: Sequence[Outcome], against: Sequence[Difference]
 ) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
+    scores = {one.entry.label: one.values("accuracy_client_mean") for one in outcomes}
     if len(outcomes) > 1:
-        scores = {one.entry.label: one.score for one in outcomes}
-        unit = f"{metric}, client mean"
-        found["estimates"] = charts.intervals_chart(scores, unit, zero=False)
+        ranked = {label: (estimate(values), values) for label, values in scores.items()}
+        found["estimates"] = charts.scores_chart(ranked, metric)
     if against:
         reference = outcomes[0].entry.label
-        found["differences"] = charts.differences_chart(against, reference, metric)
+        pairs = {one.rival: zip(scores[reference], scores[one.rival], strict=True)
+                 for one in against}  # fmt: skip
+        apart = {one.rival: (one.estimate, [mine - other for mine, other in pairs[one.rival]])
+                 for one in against}  # fmt: skip
+        found["differences"] = charts.differences_chart(apart, reference, metric)
     for name, figure in FIGURES.items():
         if figure.unit:
             found[name] = charts.over_rounds_chart(said, figure, metric)
@@ -204,6 +207,7 @@ def _run(key: str, track: Track, metric: str) -> Payload:
     own = charts.own_rows_chart(track, metric)
     return {
         "key": key,
+        "finished": track.finished,
         "charts": {
             "fan": charts.fan_chart(track, metric),
             "consensus": charts.consensus_chart(track),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from plait.figures import FIGURES
 from plait.report.series import (
     LINE_STYLES,
+    MAJORITY,
     Said,
     Series,
     band,
@@ -24,6 +24,7 @@ from plait.report.series import (
     remark,
     sent_megabytes,
     started,
+    styles,
 )
 
 if TYPE_CHECKING:
@@ -112,15 +113,15 @@ def _draw_scores(axes: Axes, runs: Groups) -> None:
     _draw(axes, runs, "accuracy_client_mean")
     if begun.majority:
         axes.axhline(
-            begun.majority, color="#666666", linewidth=1.2, linestyle=(0, (1, 2)),
+            begun.majority, color=MAJORITY, linewidth=1.2, linestyle=(0, (1, 2)),
             label="majority class",
         )  # fmt: skip
 
 
 def _draw(axes: Axes, runs: Groups, name: str) -> None:
     figure = FIGURES[name]
-    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
-        _draw_band(axes, label, *over_rounds(said, figure), color, dash)
+    for label, (color, dash) in styles(runs).items():
+        _draw_band(axes, label, *over_rounds(runs[label], figure), color, dash)
     if figure.log and axes.dataLim.y1 > 0:
         axes.set_yscale("log")
     axes.set_ylabel(_plain(figure.unit.format(metric=_metric(runs))))
@@ -128,7 +129,8 @@ def _draw(axes: Axes, runs: Groups, name: str) -> None:
 
 
 def _draw_bytes(axes: Axes, runs: Groups) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
+    for label, (color, dash) in styles(runs).items():
+        said = runs[label]
         _, values = over_rounds(said, FIGURES["accuracy_client_mean"])
         _draw_band(axes, label, sent_megabytes(said)[: values.shape[1]], values, color, dash)
     axes.set_xlabel("sent by all clients, MB")
@@ -136,8 +138,8 @@ def _draw_bytes(axes: Axes, runs: Groups) -> None:
 
 
 def _draw_clients(axes: Axes, runs: Groups) -> None:
-    for (label, said), (color, dash) in zip(runs.items(), cycle(LINE_STYLES), strict=False):
-        shares, values = last_scores(said)
+    for label, (color, dash) in styles(runs).items():
+        shares, values = last_scores(runs[label])
         _draw_band(axes, label, shares, values, color, dash)
     axes.set_xlabel("clients from the worst to the best, %")
     axes.set_ylabel(f"{_metric(runs)} of a client")

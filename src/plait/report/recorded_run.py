@@ -81,6 +81,16 @@ class Track:
         return replaced and Track.open(self.path).config != self.config
 
     @property
+    def spoke_at(self) -> float:
+        """When it last said something, in seconds of the epoch."""
+        return (self.path / "events.jsonl").stat().st_mtime
+
+    @property
+    def title(self) -> str:
+        """A name for people."""
+        return self.path.resolve().name
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """What it read; nothing if that isn't known."""
         if not self._fingerprints:
@@ -151,6 +161,20 @@ class Track:
         return [event for event in self.events if isinstance(event, Evaluated)]
 
     @property
+    def scored(self) -> list[list[int]]:
+        """The clients whose scores each evaluation has."""
+        return [list(range(len(one.scores))) for one in self.evaluations]
+
+    @property
+    def names(self) -> list[str]:
+        """The clients' names; nothing where they are numbers."""
+        return list(self.started.client_names) if self.started else []
+
+    def name_of(self, client: int) -> str:
+        """The name of a client, or its number as a word."""
+        return self.names[client] if self.names else str(client)
+
+    @property
     def finished(self) -> bool:
         """Whether its figures are written."""
         return (self.path / "summary.json").exists()
@@ -172,6 +196,7 @@ class JoinedPeers(Track):
         """Join the runs of peers, in the order of their numbers, in a folder that has them all."""
         super().__init__(path, parts[0].config)
         self.parts = list(parts)
+        self._scored: list[list[int]] = []
         self._joined: list[tuple[int, bool]] = []
 
     def read(self) -> bool:
@@ -181,7 +206,7 @@ class JoinedPeers(Track):
         now = [(len(part.events), part.finished) for part in self.parts]
         if now == self._joined:
             return False
-        self._joined, self.events, self.meetings = now, [], []
+        self._joined, self.events, self.meetings, self._scored = now, [], [], []
         staying = [len(part.rounds) for part in self.parts if not part.finished]
         last = min(staying) if staying else max(len(part.rounds) for part in self.parts)
         self.events += _joined_start([part.started for part in self.parts if part.started])
@@ -195,6 +220,28 @@ class JoinedPeers(Track):
     def configs(self) -> list[Config]:
         """The settings of the peers, each once."""
         return list(dict.fromkeys(part.config for part in self.parts))
+
+    @property
+    def scored(self) -> list[list[int]]:
+        """The clients whose scores each evaluation has."""
+        return self._scored
+
+    @property
+    def spoke_at(self) -> float:
+        """When any of them last said something."""
+        return max(part.spoke_at for part in self.parts)
+
+    @property
+    def title(self) -> str:
+        """The name of the only peer that is known, or of the folder."""
+        clients = self._clients()
+        alone = len(clients) == 1 and bool(self.names)
+        return self.name_of(clients[0]) if alone else super().title
+
+    def _clients(self) -> list[int]:
+        """The client of each part; an older plait didn't say."""
+        said = [part.started for part in self.parts]
+        return [k if one is None or one.peer is None else one.peer for k, one in enumerate(said)]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -228,7 +275,9 @@ class JoinedPeers(Track):
         self.events.append(joined)
 
     def _join_evaluations(self, round_: int) -> None:
-        said = [e for part in self.parts for e in part.evaluations if e.round == round_]
+        there = [(client, e) for client, part in zip(self._clients(), self.parts, strict=True)
+                 for e in part.evaluations if e.round == round_]  # fmt: skip
+        said = [event for _, event in there]
         if len(said) < len(self.parts) and round_ == -1:
             return
         if said:
@@ -239,6 +288,7 @@ class JoinedPeers(Track):
                 averaged_confusion=[],
             )
             self.events.append(joined)
+            self._scored.append([client for client, _ in there])
 
 
 def _identity(file: Path) -> tuple[int, int]:

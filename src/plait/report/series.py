@@ -8,13 +8,16 @@ Legend: S runs (seeds) of a label, R rounds, N clients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
 
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import FIGURES, Figure
+from plait.methods import METHODS
 
 Series = np.ndarray[Any, np.dtype[np.float64]]
 Said = Sequence[Sequence[Event]]
@@ -27,17 +30,40 @@ LINE_STYLES = (
     ("#D55E00", "dash"),
     ("#009E73", "dashdot"),
     ("#CC79A7", "dot"),
-    ("#000000", "solid"),
     ("#E69F00", "dash"),
     ("#56B4E9", "dashdot"),
+    ("#000000", "solid"),
     ("#888888", "dot"),
 )
+
+AVERAGED, MAJORITY = "#000000", "#666666"
+"""The colours of the averaged model, and of always giving the same answer."""
 
 FILLS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 """The colours of areas, where black would weigh too much."""
 
+UNKNOWN = "not known (a peer sees itself alone)"
+
 FLOOR = 1e-9
 """Distances below this are rounding: a factor that all clients hold in common."""
+
+
+def styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Label -> colour and dash: a method's own, the same in every picture.
+
+    A label begins with its method's name. Where a method has more than one, all but the first take
+    what is left over, first what is no method's.
+    """
+    own = dict(zip(METHODS, LINE_STYLES, strict=False))
+    found: dict[str, tuple[str, str]] = {}
+    labels = list(labels)
+    for label in labels:
+        style = own.get(re.split(r"[ ,']", label)[0])
+        if style and style not in found.values():
+            found[label] = style
+    free = [one for one in chain(LINE_STYLES[len(own) :], LINE_STYLES) if one not in found.values()]
+    left = cycle(dict.fromkeys(free or LINE_STYLES))
+    return {label: found.get(label) or next(left) for label in labels}
 
 
 def over_rounds(runs: Said, figure: Figure) -> tuple[Series, Series]:
@@ -58,14 +84,18 @@ def remark(groups: Mapping[str, Said], figure: Figure) -> str:
     """Why a label has no line where there is a log scale: it is zero, or nobody knows it."""
     if not figure.log:
         return ""
-    words: dict[str, list[str]] = {"0 throughout": [], "not known (a peer sees itself alone)": []}
+    words: dict[str, list[str]] = {"0 throughout": [], UNKNOWN: []}
     for label, runs in groups.items():
         found = [figure.value(e) for run in runs for e in run if isinstance(e, figure.kinds)]
         if found and np.isnan(found).all():
-            words["not known (a peer sees itself alone)"].append(label)
+            words[UNKNOWN].append(label)
         elif found and max(found) < FLOOR:
             words["0 throughout"].append(label)
-    return "; ".join(f"{what}: {', '.join(labels)}" for what, labels in words.items() if labels)
+    return "; ".join(
+        f"{what}: {', '.join(labels)}" if len(groups) > 1 else what
+        for what, labels in words.items()
+        if labels
+    )
 
 
 def band(values: Series) -> tuple[Series, Series, Series]:

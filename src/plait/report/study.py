@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,7 @@ def _joined(tracks: Sequence[Track], known: dict[Path, Track]) -> list[Track]:
         joined = known.get(place)
         if not isinstance(joined, JoinedPeers) or joined.parts != parts:
             known[place] = JoinedPeers(place, parts)
+        known[place].read()
         found.append(known[place])
     return found
 
@@ -238,8 +240,16 @@ def _loose(tracks: Sequence[Track], known: dict[Path, Track]) -> Iterator[Study]
         mine = _joined([track for track in tracks if track.config.task == task], known)
         groups, remarks = _groups(mine)
         counted = sum(map(len, groups.values()))
-        title = mine[0].path.resolve().name if counted == 1 else f"Runs on {task}"
-        yield Study(title, groups, remarks=remarks)
+        title = mine[0].title if counted == 1 else f"Runs on {task}"
+        alone = tuple(
+            f"Of the {track.config.clients} peers "
+            f"{', '.join(map(track.name_of, track.scored[0]))} alone "
+            f"{'is' if len(track.scored[0]) == 1 else 'are'} here."
+            for tracks in groups.values()
+            for track in tracks
+            if track.sees_itself_alone
+        )
+        yield Study(title, groups, remarks=remarks + alone)
 
 
 def _groups(tracks: Sequence[Track]) -> tuple[dict[str, list[Track]], tuple[str, ...]]:
@@ -288,16 +298,26 @@ def _seeds_once(group: Sequence[Track], remarks: list[str]) -> list[Track]:
 
 
 def _labels(configs: Sequence[Config]) -> list[str]:
-    """The method of each, with the settings in which the configs differ apart from the seed."""
+    """The method of each, with the settings in which it differs from more than half of them."""
     values = [config.to_json() for config in configs]
-    differ = [
-        key for key in values[0]
-        if key not in ("method", "seed") and len({str(one[key]) for one in values}) > 1
-    ]  # fmt: skip
+    usual = {key: _usual([str(one[key]) for one in values]) for key in values[0]}
     return [
-        ", ".join([one["method"], *(f"{_words(key)} {one[key]}" for key in differ)])
+        ", ".join(
+            [one["method"]]
+            + [
+                f"{_words(key)} {value}"
+                for key, value in one.items()
+                if key not in ("method", "seed") and str(value) != usual[key]
+            ]
+        )
         for one in values
     ]
+
+
+def _usual(values: Sequence[str]) -> str | None:
+    """The value that more than half are, if there is one."""
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else None
 
 
 def _words(name: str) -> str:

@@ -10,8 +10,9 @@ const narrow = window.matchMedia("(max-width: 760px)");
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 
 // Okabe and Ito's colours, lifted where they would drown in a dark page, lowered on a light one.
-const ON_DARK = {"#0072B2": "#3FA7E8", "#000000": "#E8EAED", "#009E73": "#1FC496",
-                 "#D55E00": "#F0792A", "#CC79A7": "#DE95BE"};
+const ON_DARK = {"#0072B2": "#3A86E0", "#000000": "#E8EAED", "#009E73": "#1FC496",
+                 "#D55E00": "#F0792A", "#CC79A7": "#DE95BE", "#56B4E9": "#A6E1FF",
+                 "#666666": "#A3AAB3"};
 const ON_LIGHT = {"#E69F00": "#C08400", "#56B4E9": "#2E96D2", "#888888": "#7A7A7A"};
 
 let shown = null;      // the payload on the page
@@ -36,17 +37,17 @@ function recoloured(chart) {
 function layoutOf(chart) {
   const axis = {gridcolor: colour("--grid"), zerolinecolor: colour("--line"),
                 linecolor: colour("--line"), automargin: true};
-  const title = (one) => ({...one, title: {...(one.title || {}), standoff: 8}});
+  const title = (one) => ({...one, title: {...(one.title || {}), standoff: 8, font: {size: 13}}});
   return {
-    showlegend: true,
-    margin: {l: 12, r: 12, t: 26, b: 12},
+    showlegend: chart.data ? chart.data.filter((one) => one.showlegend !== false).length > 1 : false,
+    margin: {l: 12, r: 16, t: 12, b: 12},
     hovermode: "closest",
     ...chart.layout,
     font: {family: "system-ui, sans-serif", size: 13, color: colour("--text")},
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     hoverlabel: {font: {family: "system-ui, sans-serif"}},
-    legend: {orientation: "h", x: 0, y: narrow.matches ? -0.36 : -0.24, yanchor: "top"},
+    legend: {orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom"},
     xaxis: {...axis, ...title(chart.layout.xaxis || {})},
     yaxis: {...axis, ...title(chart.layout.yaxis || {})},
   };
@@ -55,20 +56,66 @@ function layoutOf(chart) {
 const CONFIG = {responsive: true, displaylogo: false, displayModeBar: "hover",
                 modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 
+// A long label or title in lines of about so many letters.
+function wrapped(text, letters) {
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    const line = lines[lines.length - 1];
+    if (line && (line + " " + word).length > letters) lines.push(word);
+    else lines[lines.length - 1] = line ? line + " " + word : word;
+  }
+  return lines.join("<br>");
+}
+
+const cut = (name) => name.length > 16 ? name.slice(0, 15) + "…" : name;
+const linesIn = (text) => text.split("<br>").length;
+
+// Room for what is written beside the lines: labels of an axis, or a legend below the plot.
+function makeRoom(plot, chart, layout) {
+  const letters = narrow.matches ? 24 : 30, names = chart.data[0].x, under = layout.xaxis.title;
+  under.text = wrapped(under.text, narrow.matches ? 30 : 44);
+  if (chart.layout.xaxis.type === "category" && names.some((one) => one.length > 4)) {
+    Object.assign(layout.xaxis, {tickvals: names, ticktext: names.map(cut)});
+  }
+  if (chart.layout.yaxis.type === "category") {
+    const labels = chart.layout.yaxis.categoryarray, texts = labels.map((one) => wrapped(one, letters));
+    Object.assign(layout.yaxis, {tickvals: labels, ticktext: texts});
+    layout.height = 90 + texts.length * Math.max(42, 14 + 18 * Math.max(...texts.map(linesIn)));
+    plot.style.height = `${layout.height}px`;
+  } else if (layout.showlegend) {
+    const entries = chart.data.filter((one) => one.showlegend !== false);
+    entries.forEach((one) => { one.name = wrapped(one.name, 44); });
+    const widths = entries.map((one) => 44 + 7.2 * Math.max(...one.name.split("<br>").map((line) => line.length)));
+    const fits = widths.reduce((sum, one) => sum + one, 0) < plot.clientWidth;
+    const inRow = fits ? entries.length : Math.max(1, Math.floor(plot.clientWidth / Math.max(...widths)));
+    const tallest = Math.max(...entries.map((one) => linesIn(one.name)));
+    plot.style.height = "";
+    plot.style.height = `${plot.clientHeight + (Math.ceil(entries.length / inRow) - 1) * (4 + 17 * tallest)}px`;
+  }
+}
+
 function draw(figure, chart) {
   figure.hidden = !chart;
   if (!chart) return;
-  let plot = figure.querySelector(".plot");
+  let plot = figure.querySelector(".plot"), note = figure.querySelector(".beside");
   if (!plot) {
+    note = document.createElement("p");
     plot = document.createElement("div");
+    note.className = "beside";
     plot.className = "plot";
-    figure.append(plot, numbersOf(plot));
+    figure.append(note, plot, numbersOf(plot));
   }
+  note.textContent = chart.note;
+  note.hidden = !chart.note;
+  plot.hidden = figure.querySelector("details").hidden = !chart.data.length;
+  if (plot.hidden) return;
   plot.chart = chart;
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", chart.alt + ". The numbers are in the table below it.");
-  const coloured = recoloured(chart);
-  Plotly.react(plot, coloured.data, layoutOf(coloured), CONFIG);
+  const coloured = recoloured(chart), layout = layoutOf(coloured);
+  for (const one of coloured.data) if (one.type === "bar") one.marker.line = {width: 1, color: colour("--card")};
+  makeRoom(plot, coloured, layout);
+  Plotly.react(plot, coloured.data, layout, CONFIG);
 }
 
 // The chart's own points as a table, made when it is asked for.
@@ -83,17 +130,18 @@ function numbersOf(plot) {
   details.addEventListener("toggle", () => {
     if (!details.open) return;
     box.setAttribute("aria-label", plot.chart.alt);
-    const traces = plot.chart.data.filter((one) => one.fill !== "toself");
-    const xs = [...new Set(traces.flatMap((one) => one.x))];
-    const sideways = traces.length === 1 && traces[0].error_x;
-    const head = sideways ? ["", traces[0].name, "±"]
-      : [plot.chart.layout.xaxis.title.text, ...traces.map((one) => one.name)];
-    const rows = sideways
-      ? traces[0].y.map((name, i) => [name, traces[0].x[i], traces[0].error_x.array[i]])
-      : xs.map((x) => [x, ...traces.map((one) => one.y[one.x.indexOf(x)])]);
+    const [head, ...rows] = plot.chart.table || pointsOf(plot.chart);
     box.replaceChildren(tableOf(head, rows));
   });
   return details;
+}
+
+// The points of the lines, a row for each place; a level line that goes all along has none.
+function pointsOf(chart) {
+  const traces = chart.data.filter((one) => one.fill !== "toself" && one.name !== "majority class");
+  const xs = [...new Set(traces.flatMap((one) => one.x))];
+  return [[chart.layout.xaxis.title.text, ...traces.map((one) => one.name)],
+          ...xs.map((x) => [x, ...traces.map((one) => one.y[one.x.indexOf(x)])])];
 }
 
 function tableOf(head, rows) {
@@ -101,6 +149,7 @@ function tableOf(head, rows) {
   const add = (parent, tag, text) => {
     const cell = document.createElement(tag);
     cell.textContent = text ?? "";
+    if (cell.textContent.length > 24) cell.className = "long";
     if (tag === "th") cell.scope = parent.parentNode.tagName === "THEAD" ? "col" : "row";
     parent.append(cell);
   };
@@ -117,9 +166,15 @@ function tableOf(head, rows) {
 
 // -- one run: who met whom
 
+// The one that was chosen, or the first that goes on.
 function runNow() {
-  return shown.runs.find((one) => one.key === runName) || shown.runs[0];
+  return shown.runs.find((one) => one.key === runName) || shown.runs.find((one) => !one.finished)
+    || shown.runs[0];
 }
+
+const clientOf = (t, i) => t.names.length ? t.names[i] : `client ${i}`;
+const shortOf = (t, i) => t.names.length ? t.names[i] : String(i);
+const pairOf = (t, i, j) => t.names.length ? `${t.names[i]} and ${t.names[j]}` : `clients ${i} and ${j}`;
 
 const unpacked = new WeakMap();
 function bytesOf(code) {
@@ -197,17 +252,18 @@ function drawTopology() {
 }
 
 function sentence(t, at) {
-  let words = `Round ${t.rounds[at]}: ${t.trains[at].replace("|", " and ")} train${t.trains[at].includes("|") ? "" : "s"}, `
+  const trains = t.trains[at].replace("AB", "A|B").replace("HEAD", "the head").split("|");
+  let words = `Round ${t.rounds[at]}: ${trains.join(", ").replace(/, ([^,]*)$/, " and $1")} train${trains.length > 1 ? "" : "s"}, `
     + `${t.count[at]} ${t.count[at] === 1 ? "pair" : "pairs"} met`;
   const far = t.apart[at];
   if (far.length && Math.max(...far) > 1e-4) {
     words += `; farthest from the mean${t.clients < t.all_clients ? " of those drawn" : ""}: `
-      + `client ${far.indexOf(Math.max(...far))}`;
+      + clientOf(t, far.indexOf(Math.max(...far)));
   }
   const most = farthest(t, at);
   if (most) {
     const one = most.reduce((best, next, i) => (next[1] ?? 0) > (most[best][1] ?? 0) ? i : best, 0);
-    if (most[one][0] !== null) words += `; farthest from each other: clients ${one} and ${most[one][0]}`;
+    if (most[one][0] !== null) words += `; farthest from each other: ${pairOf(t, one, most[one][0])}`;
   }
   return words + ".";
 }
@@ -259,24 +315,28 @@ function drawBetween(t, at) {
   box.hidden = t.most === null;
   if (box.hidden) return;
   const {level, distance} = betweenOf(t, at);
-  const clients = Array.from({length: n}, (_, i) => i);
+  const clients = Array.from({length: n}, (_, i) => i), names = clients.map((i) => shortOf(t, i));
   const row = (what) => clients.map((i) => clients.map((j) => what(i, j)));
   const ticks = [0, 1 / 3, 2 / 3, 1];
   const stops = heat();
   const trace = {
-    type: "heatmap", x: clients, y: clients, z: row(level), zmin: 0, zmax: 1, xgap: n <= 24 ? 2 : 0,
+    type: "heatmap", x: names, y: names, z: row(level), zmin: 0, zmax: 1, xgap: n <= 24 ? 2 : 0,
     ygap: n <= 24 ? 2 : 0, hoverongaps: false,
-    text: row((i, j) => `clients ${i} and ${j}<br>distance about ${rounded(distance(i, j), 2)}`),
+    text: row((i, j) => `${pairOf(t, i, j)}<br>distance about ${rounded(distance(i, j), 2)}`),
     hovertemplate: "%{text}<extra></extra>",
     colorscale: [[0, stops[0]], [.5, stops[1]], [1, stops[2]]],
     colorbar: {thickness: 12, len: .8, outlinewidth: 0, tickvals: ticks, title: {text: "of a pair", side: "top"},
                ticktext: ticks.map((tick) => rounded(t.least * (t.most / t.least) ** tick, 2))},
   };
-  const layout = layoutOf({layout: {xaxis: {title: {text: "client"}}, yaxis: {title: {text: "client"}}}});
+  const title = {title: {text: t.names.length ? "" : "client"}};
+  const layout = layoutOf({layout: {xaxis: title, yaxis: title}});
   Object.assign(layout, {showlegend: false, margin: {l: 8, r: 8, t: 8, b: 8}});
-  const axis = {showgrid: false, zeroline: false, fixedrange: true, constrain: "domain"};
-  Object.assign(layout.xaxis, axis);
-  Object.assign(layout.yaxis, axis, {scaleanchor: "x", autorange: "reversed"});
+  const axis = {showgrid: false, zeroline: false, fixedrange: true, constrain: "domain", type: "category",
+                range: [-.5, n - .5]};
+  // Names stand on one side, which is enough for both.
+  const sides = {tickvals: names, ticktext: names.map(cut)};
+  Object.assign(layout.xaxis, axis, t.names.length ? {showticklabels: false} : {});
+  Object.assign(layout.yaxis, axis, t.names.length ? sides : {}, {scaleanchor: "x", range: [n - .5, -.5]});
   const plot = byId("between-plot");
   plot.setAttribute("role", "img");
   plot.setAttribute("aria-label", `The distance of each pair of clients in round ${t.rounds[at]}, before `
@@ -286,34 +346,45 @@ function drawBetween(t, at) {
 
 function drawGraph(t, at, by, words) {
   const spots = Array.from({length: t.clients}, (_, i) => place(i, t.clients));
-  const all = t[by].flat();
+  const all = t[by].flat().filter((one) => one !== null);
   const few = t.clients <= 24;
   const size = few ? 30 : Math.max(9, 18 - t.clients / 10);
   const shade = t[by][at];
-  const hover = spots.map((_, i) => `client ${i}<br>distance from the mean ${t.apart[at][i] ?? "unknown"}`
+  const hover = spots.map((_, i) => `${clientOf(t, i)}<br>distance from the mean ${t.apart[at][i] ?? "unknown"}`
     + `<br>score ${t.scores[at][i] ?? "unknown"}`);
   const low = by === "apart" ? 0 : Math.min(...all), high = Math.max(...all);
-  const nodes = {
-    type: "scatter", mode: few ? "markers+text" : "markers", hoverinfo: "text", hovertext: hover,
-    x: spots.map((s) => s[0]), y: spots.map((s) => s[1]),
-    text: spots.map((_, i) => String(i)),
-    textfont: {size: 12, color: shade.map((v) => (v - low) / (high - low || 1) > .55 ? "#111" : "#fff")},
-    marker: {
-      size, color: shade, cmin: low, cmax: high > low ? high : low + 1,
-      colorscale: "Cividis", line: {width: 1.5, color: colour("--card")},
+  const nodes = (those, ink, marker) => ({
+    type: "scatter", mode: few && !t.names.length ? "markers+text" : "markers", hoverinfo: "text",
+    hovertext: those.map((i) => hover[i]), x: those.map((i) => spots[i][0]), y: those.map((i) => spots[i][1]),
+    text: those.map(String), textfont: {size: 12, color: those.map(ink)},
+    marker: {size, line: {width: 1.5, color: colour("--soft")}, ...marker},
+  });
+  const clients = spots.map((_, i) => i), isKnown = (i) => (shade[i] ?? null) !== null;
+  const known = clients.filter(isKnown), unknown = clients.filter((i) => !isKnown(i));
+  const inkOf = (i) => (shade[i] - low) / (high - low || 1) > .55 ? "#111" : "#fff";
+  const discs = [
+    nodes(unknown, () => colour("--text"), {color: colour("--card")}),
+    nodes(known, inkOf, {
+      color: known.map((i) => shade[i]), cmin: low, cmax: high > low ? high : low + 1,
+      colorscale: "Cividis", showscale: known.length > 0,
       colorbar: {thickness: 12, tickformat: ".2~g", len: .8, outlinewidth: 0,
                  title: {text: by === "apart" ? "from mean" : "score", side: "top"}},
-    },
-  };
-  const hide = {visible: false, range: [-1.15, 1.15], fixedrange: true};
+    }),
+  ];
+  // Names stand beside their discs, away from the middle.
+  const named = few ? t.names.map((name, i) => ({
+    x: spots[i][0], y: spots[i][1], text: cut(name), showarrow: false,
+    yshift: Math.sign(Math.round(spots[i][1] * 5) || 1) * 26, font: {size: 12},
+  })) : [];
+  const reach = t.names.length ? 1.35 : 1.15, hide = {visible: false, range: [-reach, reach], fixedrange: true};
   const layout = {
-    ...layoutOf({layout: {}}), showlegend: false, margin: {l: 8, r: 8, t: 8, b: 8},
+    ...layoutOf({layout: {}}), margin: {l: 8, r: 8, t: 8, b: 8}, annotations: named,
     xaxis: {...hide, scaleanchor: "y"}, yaxis: hide,
   };
   const graph = byId("graph");
   graph.setAttribute("role", "img");
   graph.setAttribute("aria-label", `Clients on a circle. ${words}`);
-  Plotly.react(graph, [...linesOf(t, at), nodes], layout, {...CONFIG, displayModeBar: false});
+  Plotly.react(graph, [...linesOf(t, at), ...discs], layout, {...CONFIG, displayModeBar: false});
 }
 
 function rounded(value, digits = 3) {
@@ -324,11 +395,13 @@ function roundTable(t, at) {
   const met = Array.from({length: t.clients}, () => []);
   for (const [i, j] of pairsOf(t, at)) { met[i].push(j); met[j].push(i); }
   const most = farthest(t, at);
-  const rows = met.map((those, i) => [i, those.join(", ") || "nobody", rounded(t.apart[at][i]),
+  const rows = met.map((those, i) => [shortOf(t, i), those.map((j) => shortOf(t, j)).join(", ") || "nobody", rounded(t.apart[at][i]),
                                       rounded(t.scores[at][i])]);
-  if (most) rows.forEach((row, i) => row.push(most[i][0], rounded(most[i][1], 2)));
-  return tableOf(["client", "met", "distance from the mean", "score",
-                  ...(most ? ["farthest client", "distance from it"] : [])], rows);
+  if (most) rows.forEach((row, i) => row.push(most[i][0] === null ? "" : shortOf(t, most[i][0]), rounded(most[i][1], 2)));
+  const head = ["client", "met", "distance from the mean", "score",
+                ...(most ? ["farthest client", "distance from it"] : [])];
+  const known = head.map((_, k) => k).filter((k) => rows.some((row) => row[k] !== ""));
+  return tableOf(known.map((k) => head[k]), rows.map((row) => known.map((k) => row[k])));
 }
 
 function moveTo(next) {
@@ -438,8 +511,8 @@ function show(payload) {
     select.replaceChildren(...payload.runs.map((one) => new Option(one.key, one.key)));
     select.dataset.names = names.join("\n");
     if (!payload.runs.some((one) => one.key === runName)) runName = null;
-    select.value = runName ?? (payload.runs[0] || {}).key;
   }
+  select.value = (runNow() || {}).key;
   document.title = `${payload.title} · plait`;
   drawAll();
 }
