@@ -47,7 +47,7 @@ class Deal:
     @property
     def num_labels(self) -> int:
         """C."""
-        return self.task.num_outputs
+        return len(self.task.label_names)
 
     @property
     def available(self) -> Ints:
@@ -76,7 +76,7 @@ def deal(task: Task, config: Config) -> list[Ints]:
         [2, 2]
     """
     row, argument = _find(config.label_skew)
-    if row.needs_classes and not task.objective.has_classes:
+    if row.needs_classes and not task.label_names:
         can = [name for name, other in PARTITIONS.items() if not other.needs_classes]
         raise ValueError(
             f"Label skew {config.label_skew!r} needs classes, and this task is a "

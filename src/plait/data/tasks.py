@@ -85,7 +85,7 @@ Metric = Callable[[Array, Array], float]
 
 
 def accuracy(labels: Array, scores: Array) -> float:
-    """Share of rows, labels and predicted classes both (n,), in which the two are equal."""
+    """Share of labels and answers, classes or tokens, both (n,), in which the two are equal."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(labels, scores))
@@ -119,6 +119,7 @@ METRICS: dict[str, Metric] = {
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
+    "token-accuracy": accuracy,
 }
 
 

@@ -38,7 +38,7 @@ def judge(job: Job, models: Mapping[Factor, Tensor], round_: int) -> Judged:
     alike = all(bool((value == value[:1]).all()) for value in models.values())
     distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
     losses, answers = evaluate(job.backbone, distinct, tokens, job.config, job.task.objective)
-    scores = [job.score(client, tokens.labels) for client in answers.numpy()]
+    scores = [job.score(client, tokens.targets) for client in answers.numpy()]
     copies = num_models if alike else 1
     return Judged(len(rows), scores * copies, losses.mean(dim=1).tolist() * copies)
 

@@ -250,9 +250,9 @@ def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToToke
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
-    if not task.objective.has_classes:
+    if not task.label_names:
         return [[len(share)] for share in shares]
-    size = task.num_outputs
+    size = len(task.label_names)
     return [np.bincount(task.train.labels[share], minlength=size).tolist() for share in shares]
 
 
