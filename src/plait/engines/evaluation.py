@@ -37,7 +37,7 @@ def judge(job: Job, models: Mapping[Factor, Tensor], round_: int) -> Judged:
     num_models = len(models[Factor.A])
     alike = all(bool((value == value[:1]).all()) for value in models.values())
     distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
-    losses, answers = evaluate(job.backbone, distinct, tokens, job.config, job.task.objective)
+    losses, answers = evaluate(job.backbone, distinct, tokens)
     scores = [job.score(client, tokens.targets) for client in answers.numpy()]
     copies = num_models if alike else 1
     return Judged(len(rows), scores * copies, losses.mean(dim=1).tolist() * copies)

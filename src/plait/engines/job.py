@@ -24,7 +24,7 @@ from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
-from plait.model.loading import draws_head, load_model
+from plait.model.loading import draws_head, load_for
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
@@ -248,7 +248,8 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
 
 def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
-    backbone = Backbone(load_model(config, task.num_outputs, task.label_names), config, machine)
+    loaded = load_for(config, task.objective, task.label_names)
+    backbone = Backbone(loaded, config, machine, task.objective)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (
         _tokenized(task, rows, backbone, config, made) for rows in (task.train, held_out)

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.config import Config
-from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tokens import Batch, Tokens
 from plait.factors import VALUE, Factor
 from plait.lora import Dropout, Stack
@@ -44,7 +43,6 @@ def local_phase(
     shares: Sequence[np.ndarray],
     clients: Sequence[int],
     config: Config,
-    objective: Objective = CLASSIFICATION,
     optimizer: Optimizer = ADAMW,
 ) -> np.ndarray:
     """Train the active factors of a stack in place.
@@ -58,7 +56,6 @@ def local_phase(
         shares: Client -> its rows of the split.
         clients: Which clients the stack holds.
         config: Steps, batch size, learning rates.
-        objective: What is learned.
         optimizer: How a factor takes a step.
 
     Returns:
@@ -70,7 +67,7 @@ def local_phase(
     losses = np.empty(texts.shape[:2])
 
     def train_chunk(chunk: list[int]) -> None:
-        losses[chunk] = phase.train(chunk, objective, optimizer)
+        losses[chunk] = phase.train(chunk, optimizer)
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
@@ -100,7 +97,7 @@ class _Phase:
         """The factors that train."""
         return [factor for factor in self.stack.factors if factor in self.factors]
 
-    def train(self, chunk: list[int], objective: Objective, optimizer: Optimizer) -> np.ndarray:
+    def train(self, chunk: list[int], optimizer: Optimizer) -> np.ndarray:
         """All steps of some clients of the stack, in place; their losses (n, K) float64."""
         stack, rows = self.stack, moved(torch.tensor(chunk), self.backbone.device)
         leaves = {
@@ -113,8 +110,8 @@ class _Phase:
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
             ids = [self.clients[k] for k in chunk]
             dropout = lora_dropout(batch, ids, position, self.config)
-            outputs = self.backbone.logits(batch, leaves, dropout)
-            losses = objective.losses(outputs, batch.targets).mean(dim=1)
+            of_places, _ = self.backbone.judge(batch, leaves, dropout)
+            losses = _means(of_places, batch.asked_counts)
             losses.sum().backward()
             of_steps.append(losses.detach())
             self._step(step, leaves, kept, optimizer)
@@ -234,6 +231,13 @@ def lora_dropout(
     return keep
 
 
+def _means(losses: Tensor, counts: np.ndarray) -> Tensor:
+    """(Q,) -> (n,), the mean of each client's, whose numbers are `counts` (n,)."""
+    if len(set(counts.tolist())) == 1:
+        return losses.view(len(counts), -1).mean(dim=1)
+    return torch.cat([own[None].mean(dim=1) for own in losses.split(counts.tolist())])
+
+
 def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
     """Scale each client's gradient (a row of all of `grads`) down to `norm`, in place."""
     if norm is None:
@@ -250,17 +254,13 @@ def evaluate(
     backbone: Backbone,
     factors: Mapping[Factor, Tensor],
     tokens: Tokens,
-    config: Config,
-    objective: Objective = CLASSIFICATION,
 ) -> tuple[Tensor, Tensor]:
     """Every client's model on every text of a split, a few texts of a few clients at a time.
 
     Args:
         backbone: The frozen model.
         factors: Factor -> (n, P).
-        tokens: The split, Q texts.
-        config: Chunk size.
-        objective: What is learned.
+        tokens: The split, which asks at Q places.
 
     Returns:
         (n, Q) float32 losses and (n, Q) answers, both on the CPU, texts in the split's order.
@@ -280,12 +280,13 @@ def evaluate(
         batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
         mine = {factor: value[chunk] for factor, value in factors.items()}
         with torch.no_grad():
-            outputs = backbone.logits(batch, mine).cpu()
-            return objective.losses(outputs, batch.targets.cpu()), objective.answer(outputs)
+            losses, answers = (found.cpu() for found in backbone.judge(batch, mine))
+        return losses.view(len(chunk), -1), answers.view(len(chunk), -1)
 
     parts = on_cores(judge, pieces, backbone.backend.workers())
-    losses, answers = (parts[0][k].new_empty(num_clients, len(order)) for k in (0, 1))
+    num_places = len(tokens.targets)
+    losses, answers = (parts[0][k].new_empty(num_clients, num_places) for k in (0, 1))
     for (texts, chunk), (some_losses, some_answers) in zip(pieces, parts, strict=True):
-        place = torch.tensor(chunk)[:, None], torch.from_numpy(texts)
+        place = torch.tensor(chunk)[:, None], torch.from_numpy(tokens.places(texts))
         losses[place], answers[place] = some_losses, some_answers
     return losses, answers
