@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -20,8 +20,10 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from plait.config import Config
+from plait.data.objectives import LANGUAGE, Objective
 from plait.data.sources import say
-from plait.data.tokens import Tokens
+from plait.data.tasks import Rows
+from plait.data.tokens import Tokens, tokenize
 
 Row = dict[str, Any]
 """What is learned, as conversations.py has it."""
@@ -34,6 +36,23 @@ _ROWS = 500
 
 _DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 """Before a template that writes the date: tomorrow, the same rows are to have the same tokens."""
+
+
+Made = Callable[..., Tokens]
+"""Calls what makes tokens with its arguments: `stored_tokens`, or `operator.call`, at once."""
+
+
+def tokens_of(
+    objective: Objective, rows: Rows, tokenizer: Any, config: Config, made: Made
+) -> Tokens:
+    """The tokens of a split as an objective needs them, cut to `config.max_length`.
+
+    Raises:
+        ValueError: As `render` and `cut`.
+    """
+    if objective is LANGUAGE:
+        return cut(made(render, rows.texts, rows.labels, tokenizer), rows.texts, config)
+    return made(tokenize, rows.texts, rows.labels, tokenizer, config.max_length)
 
 
 def render(texts: Sequence[tuple[str, ...]], labels: np.ndarray, tokenizer: Any) -> Tokens:

@@ -12,12 +12,11 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
-from plait.data.objectives import LANGUAGE
 from plait.data.partition import deal
-from plait.data.rendering import cut, render
+from plait.data.rendering import Made, tokens_of
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
-from plait.data.tokens import Tokens, tokenize
+from plait.data.tokens import Tokens
 from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import Factor, Slot
@@ -28,9 +27,6 @@ from plait.model.loading import draws_head, load_for
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
-
-Made = Callable[..., Tokens]
-"""Calls what makes tokens with its arguments: at once, or if they are not in the store."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +158,15 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
         materials = share(_shared(config), machine)
     else:
         materials = _materials(own, config, machine, operator.call)
-    return assemble(rules, materials, _asked(shares, materials.train), begin)
+    return assemble(rules, materials, asked_shares(shares, materials.train), begin)
 
 
-def _asked(shares: list[np.ndarray], train: Tokens) -> list[np.ndarray]:
-    """The shares without rows of which nothing is learned (`rendering.cut`)."""
+def asked_shares(shares: list[np.ndarray], train: Tokens) -> list[np.ndarray]:
+    """The shares without rows of which nothing is learned (`rendering.cut`).
+
+    Raises:
+        ValueError: A client has no others.
+    """
     asked = np.diff(train.asked_offsets) > 0
     kept = [share[asked[share]] for share in shares]
     if empty := [client for client, share in enumerate(kept) if not len(share)]:
@@ -258,11 +258,7 @@ def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Mate
 
 
 def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made) -> Tokens:
-    given = (rows.texts, rows.labels, backbone.tokenizer)
-    if task.objective is LANGUAGE:
-        tokens = cut(made(render, *given), rows.texts, config)
-    else:
-        tokens = made(tokenize, *given, config.max_length)
+    tokens = tokens_of(task.objective, rows, backbone.tokenizer, config, made)
     backbone.check(tokens)
     return backbone.with_hidden(tokens)
 

@@ -57,9 +57,7 @@ class TextWindows:
             per_octave: At most so many sizes of window up to each power of two.
         """
         device = batch.ids.device
-        places, apart = lay_out(
-            batch.sizes, len(batch.ids) - batch.num_tokens, SLOTS, per_octave
-        )
+        places, apart = lay_out(batch.sizes, len(batch.ids) - batch.num_tokens, SLOTS, per_octave)
         shapes = [one.shape[:2] for one in apart]
         filled = torch.zeros(len(places.index), dtype=torch.bool)
         filled[places.inverse[: batch.num_tokens]] = True

@@ -172,7 +172,9 @@ def _logits(encoder: Encoder, head: Head, probe: Probe) -> Tensor:
     hidden = encoder(batch, probe.A, probe.B, None, head.asked_only)
     prefix = "" if isinstance(head, MeanHead) else "model."
     each = head.read(hidden, batch).split(batch.asked_counts.tolist())
-    parts = [{prefix + name: part[k] for name, part in probe.heads.items()} for k in range(len(each))]
+    parts = [
+        {prefix + name: part[k] for name, part in probe.heads.items()} for k in range(len(each))
+    ]
     return torch.cat([functional_call(head, *one) for one in zip(parts, each, strict=True)])
 
 

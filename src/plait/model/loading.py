@@ -112,23 +112,37 @@ def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ())
     return Loaded(model, tokenizer, tuple(sorted(fresh)))
 
 
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of the model that `config.backbone` names.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    tokenizer = _asked_for(config, AutoTokenizer)
+    _check_tokenizer(config.backbone, tokenizer)
+    return tokenizer
+
+
 def _loaded(config: Config, kind: Any, **settings: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, model, and which weights the checkpoint had and hadn't."""
+    tokenizer = load_tokenizer(config)
+    how = {"dtype": torch.float32, "output_loading_info": True, **settings}
+    model, report = _asked_for(config, kind, **how)
+    return tokenizer, model, report
+
+
+def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
+    """What transformers loads for the backbone."""
     source = _source(config.backbone)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = kind.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **settings
-        )
+        return kind.from_pretrained(source, **settings)
     except Exception as error:  # whatever a library raises for a broken folder
         raise ValueError(
             f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
             "Give a local model folder, a name on the hub, or `minilm`."
         ) from error
-    _check_tokenizer(config.backbone, tokenizer)
-    return tokenizer, model, report
 
 
 def with_labels(model: Any, objective: Objective, label_names: Sequence[str]) -> Any:
