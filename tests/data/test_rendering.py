@@ -80,17 +80,14 @@ def test_eos_ends_a_turn_that_the_template_leaves_open():
     assert shown(tokens, tokenizer) == ["user: hi\nassistant: [ yes<|end|>]"]
 
 
-def test_a_template_that_marks_answers_is_believed():
-    answer = "{% generation %}<think>{{ m.content }}{% endgeneration %}"
-    content = f"{{% if m.role == 'user' %}}{{{{ m.content }}}}{{% else %}}{answer}{{% endif %}}"
-    marked = CHATML.replace("{{ m.content }}", content)
-    tokenizer = chat_tokenizer(marked)
-    row = {"messages": turns("a", "b", "c", "d")}
-    assert shown(rendered(row, tokenizer=tokenizer), tokenizer)[0].count("[<think>") == 2
-    split = {"prompt": row["messages"][:2], "completion": row["messages"][2:]}
-    (text,) = shown(rendered(split, tokenizer=tokenizer), tokenizer)
-    assert text.endswith(f"assistant\n[<think>d{END}]")
-    assert "[<think>b" not in text
+def test_eos_after_another_end_is_learned_too():
+    both = CHATML.replace("<|im_end|>", "<|im_end|><|end|>")
+    tokenizer = chat_tokenizer(both, eos="<|end|>")
+    (text,) = shown(
+        rendered({"messages": turns("a", "b", "c", "d")}, tokenizer=tokenizer), tokenizer
+    )
+    assert f"[b{END}<|end|>]\n{START}user" in text
+    assert text.endswith(f"[d{END}<|end|>]")
 
 
 QWEN3 = (
@@ -112,8 +109,11 @@ def test_a_template_that_thinks_in_the_last_turn_alone_is_understood():
 BACKWARDS = "{% for m in messages[::-1] %}{{ m.content }}{% endfor %}"
 REFUSED = {
     "none": (None, "has no chat template, and rows are conversations: take an instruct"),
-    "backwards": (BACKWARDS, "otherwise when it goes on"),
-    "shouting": (CHATML.replace("m.content", "m.content | upper"), "otherwise when it goes on"),
+    "backwards": (BACKWARDS, "otherwise when it goes on or is answered"),
+    "shouting": (
+        CHATML.replace("m.content", "m.content | upper"),
+        "otherwise when it goes on or is answered",
+    ),
     "raising": ("{{ raise_exception('no tools') }}", r"refuses a row \(no tools\); it begins 'hi'"),
 }
 
@@ -154,7 +154,7 @@ def test_rows_are_cut_from_the_end_and_counted(caplog):
 def test_a_prompt_that_leaves_nothing_is_refused_or_left_out(caplog):
     rows = [{"text": "abcdef"}, {"prompt": "wxyz", "completion": "defgh"}]
     texts = [(json.dumps(row),) for row in rows]
-    with pytest.raises(ValueError, match=r"1 of 2 rows have a prompt of 4 tokens .*wxyz"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows have a prompt of 4 tokens .* begins 'wxyz'"):
         cut(rendered(*rows), texts, Config(max_length=4))
     tokens = cut(rendered(*rows), texts, Config(max_length=4, skip_bad_rows=True))
     assert np.diff(tokens.asked_offsets).tolist() == [3, 0]

@@ -17,7 +17,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from plait.config import Config
 from plait.data.objectives import LANGUAGE, Objective
@@ -112,11 +111,17 @@ def _refuse_unasked(tokens: Tokens, texts: Sequence[tuple[str, ...]], config: Co
         return
     line = (
         f"{len(empty)} of {len(tokens)} rows have a prompt of {config.max_length} tokens or more, "
-        f"which leaves nothing to learn: the first is {texts[empty[0]][0][:80]!r}."
+        f"which leaves nothing to learn: the first begins {_beginning(texts[empty[0]][0])!r}."
     )
     if not config.skip_bad_rows:
         raise ValueError(f"{line} Raise --max-length, or leave them out with --skip-bad-rows.")
     say(f"{line} They are left out.")
+
+
+def _beginning(text: str) -> str:
+    row = json.loads(text)
+    turns = _turns(row)
+    return str(turns[0]["content"] if turns else row.get("prompt", ""))[:60]
 
 
 def _check(tokenizer: Any) -> None:
@@ -184,7 +189,8 @@ class Template:
         self.tokenizer = tokenizer
         self._special = {*special, tokenizer.eos_token_id}
         names = sorted((token.content for token in special.values()), key=len, reverse=True)
-        self._end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, names))})")
+        eos = re.escape(tokenizer.eos_token)  # in Cohere's after the end of the answer
+        self._end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, names))})(?:{eos})?")
 
     def ended(self, ids: list[int], learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A row's tokens with an end token, and which of them ask for their next one."""
@@ -196,8 +202,6 @@ class Template:
         """The text of a conversation, and where the assistant says in it what is learned."""
         turns, first = _turns(row), len(row.get("prompt", ()))
         answers = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
-        if _MARKED.search(self._text):
-            return self._marked(turns, len(answers))
         text = self._render(turns)
         begins = [self._begin(turns[:i], text) for i in answers]
         ends = [*begins[1:], len(text)]
@@ -231,17 +235,6 @@ class Template:
                 f"begins {turns[0]['content'][:60]!r}."
             ) from error
 
-    def _marked(self, turns: Turns, answers: int) -> tuple[str, Spans]:
-        """What the template itself marks as said by the assistant, of the last so many answers."""
-        rendered: Any = render_jinja_template(
-            [turns],
-            chat_template=self._text,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        (text,), (spans,) = rendered
-        return text, spans[-answers:]
-
     def _begin(self, before: Turns, text: str) -> int:
         """Where an answer begins: after what a model is given that is to answer."""
         prompt = self._render(before, opened=True)
@@ -260,10 +253,6 @@ class Template:
     def _unclear(self) -> str:
         return (
             f"The chat template of {self.tokenizer.name_or_path} writes a conversation otherwise "
-            "when it goes on, so what the assistant says in it can't be told. Give rows with one "
-            "answer, or mark answers in the template with {% generation %}."
+            "when it goes on or is answered, so what the assistant says in it can't be told. Give "
+            "rows with one answer, or the tokenizer a template that keeps to what it wrote."
         )
-
-
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""With this some templates mark what the assistant says."""
