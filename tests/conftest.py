@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.processors import BertProcessing
 from transformers import (
     AutoConfig,
@@ -172,3 +173,21 @@ def save_encoder(architecture: str, folder: Path) -> Path:
     if architecture == "mean-pooled":
         (folder / "modules.json").write_text("[]")
     return folder
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = CHATML, eos: str | None = "<|im_end|>"):
+    """Bytes to ids, with ChatML's end of a turn, and EOS, as special tokens."""
+    letters = ByteLevel.alphabet()
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    fast.chat_template = template
+    return fast

@@ -90,9 +90,10 @@ class DataSettings:
     """Longer texts are cut to this number of tokens."""
     clients: int = 10
     """Number of clients, N."""
-    label_skew: str = "paper"
+    label_skew: str | None = None
     """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `key`, or a JSON file with
-    one label mixture for each client."""
+    one label mixture for each client. If not given, `paper` where rows have labels, else `key`
+    with `--key-column`, else `iid`."""
     client_size: int | None = None
     """Rows for each client; as many as there are when not given."""
 

@@ -92,7 +92,8 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 
 def _mixtures(config: Config) -> str | None:
-    return of_file(Path(config.label_skew)) if config.label_skew.endswith(".json") else None
+    skew = config.label_skew or ""
+    return of_file(Path(skew)) if skew.endswith(".json") else None
 
 
 def _edges(config: Config) -> str | None:

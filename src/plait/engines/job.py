@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
+from plait.data.objectives import LANGUAGE
 from plait.data.partition import deal
+from plait.data.rendering import cut, render
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens, tokenize
@@ -26,8 +29,8 @@ from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
 
-ToTokens = Callable[..., Tokens]
-"""`tokenize`, or what takes its arguments and gives the same."""
+Made = Callable[..., Tokens]
+"""Calls what makes tokens with its arguments: at once, or if they are not in the store."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,17 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
         materials = share(_shared(config), machine)
     else:
-        materials = _materials(own, config, machine, tokenize)
-    return assemble(rules, materials, shares, begin)
+        materials = _materials(own, config, machine, operator.call)
+    return assemble(rules, materials, _asked(shares, materials.train), begin)
+
+
+def _asked(shares: list[np.ndarray], train: Tokens) -> list[np.ndarray]:
+    """The shares without rows of which nothing is learned (`rendering.cut`)."""
+    asked = np.diff(train.asked_offsets) > 0
+    kept = [share[asked[share]] for share in shares]
+    if empty := [client for client, share in enumerate(kept) if not len(share)]:
+        raise ValueError(f"Nothing is left to learn of the rows of client {empty[0]}.")
+    return kept
 
 
 def dealt(config: Config, own: Task | None = None) -> tuple[Task, list[np.ndarray]]:
@@ -229,25 +241,36 @@ def _shared_materials(config: Config, machine: Machine) -> Materials:
 def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
     shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
-    held_out = _tokenized(shared.task.validation, shared.backbone, config, stored_tokens)
+    task, backbone = shared.task, shared.backbone
+    held_out = _held_out(_tokenized(task, task.validation, backbone, config, stored_tokens))
     return dataclasses.replace(shared, held_out=held_out)
 
 
-def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens) -> Materials:
+def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
     loaded = load_for(config, task.objective, task.label_names)
     backbone = Backbone(loaded, config, machine, task.objective)
     held_out = task.validation if config.eval_split == "validation" else task.test
     train, evaluated = (
-        _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
+        _tokenized(task, rows, backbone, config, made) for rows in (task.train, held_out)
     )
-    return Materials(task, backbone, train, evaluated)
+    return Materials(task, backbone, train, _held_out(evaluated))
 
 
-def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToTokens) -> Tokens:
-    tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made) -> Tokens:
+    given = (rows.texts, rows.labels, backbone.tokenizer)
+    if task.objective is LANGUAGE:
+        tokens = cut(made(render, *given), rows.texts, config)
+    else:
+        tokens = made(tokenize, *given, config.max_length)
     backbone.check(tokens)
     return backbone.with_hidden(tokens)
+
+
+def _held_out(tokens: Tokens) -> Tokens:
+    """The rows that are asked anything."""
+    asked = np.diff(tokens.asked_offsets) > 0
+    return tokens if asked.all() else tokens.take(np.flatnonzero(asked))
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
