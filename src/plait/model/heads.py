@@ -212,8 +212,8 @@ class _Judge(torch.autograd.Function):
                 x = rows.detach().requires_grad_(ctx.needs_input_grad[0])
                 outputs = head(x).float()
                 loss = objective.loss(outputs, asked)
-            if ctx.needs_input_grad[0]:
-                grads += torch.autograd.grad(loss.sum(), x)
+                if ctx.needs_input_grad[0]:
+                    grads += torch.autograd.grad(loss.sum(), x)
             losses.append(loss.detach())
             answers.append(objective.answer(outputs.detach()))
         if grads:
