@@ -38,6 +38,9 @@ demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in
 AS_PLAIT := GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1 MALLOC_TRIM_THRESHOLD_=-1 \
   MALLOC_TOP_PAD_=67108864 MALLOC_MMAP_THRESHOLD_=33554432
 
+# Most tests compute on one core: as many at a time as there are cores, up to eight.
+PYTEST := $(BIN)/python -m pytest --cov -n auto --maxprocesses 8 --dist worksteal
+
 # GLUE_DIR names a folder in the layout of the GLUE archive: make bench GLUE_DIR=~/data/glue
 bench: $(STAMP) ## The engine beside PEFT, vmap and the hardware's limit; results in runs/bench
 	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/engine.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
@@ -46,7 +49,7 @@ bench-frameworks: $(STAMP) ## Flower and others doing the same work, each in an 
 	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/frameworks/run.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
 
 test: $(STAMP) ## Run the tests, with coverage
-	@$(BIN)/python -m pytest --cov
+	@$(PYTEST)
 
 test-faults: $(STAMP) ## Faults between real peer processes: kills, cut links, bad messages
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m faults
@@ -57,7 +60,7 @@ check: $(STAMP) ## Everything that CI checks: format, lint, imports, types, test
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/lint-imports --no-cache >/dev/null || { $(BIN)/lint-imports --no-cache; exit 1; }
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest --cov
+	@$(PYTEST)
 
 docs: $(STAMP) ## Build the documentation into site/, figures included; warnings are errors
 	@$(BIN)/python docs/figures.py
