@@ -165,7 +165,7 @@ class Backbone:
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
     ) -> Tensor:
-        """The outputs of `judge` before they are judged, (Q, C) float32."""
+        """What `judge` judges, (Q, C) float32; not for language models, which have too much."""
         A, B = factors[Factor.A], factors[Factor.B]
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {name: part.to(self.dtype) for name, part in heads.items()}

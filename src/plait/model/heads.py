@@ -123,7 +123,7 @@ class OwnHead(nn.Module):
     def __init__(self, model: Any, read: str = "asked") -> None:
         super().__init__()
         self.asked_only, self._read = read == "asked", READS[read]
-        self.pooler = getattr(model.base_model, "pooler", None)
+        self.pooler = _pooler(model.base_model)
         self.computed = _Computed()
         base = model.base_model
         self._put_back = partial(setattr, model, model.base_model_prefix, base)
@@ -145,6 +145,14 @@ class OwnHead(nn.Module):
         self.computed.now.output = BaseModelOutputWithPoolingAndCrossAttentions(hidden, pooled)
         ids = hidden.new_zeros(len(hidden), 1).long()
         return self.model(input_ids=ids).logits.flatten(0, -2)  # type: ignore[no-any-return]
+
+
+def _pooler(base: Any) -> Callable[[Tensor], Tensor] | None:
+    """What makes a pooled state of hidden states (R, 1, d), if anything does."""
+    pooler = getattr(base, "pooler", None)
+    if isinstance(pooler, nn.Linear):  # ALBERT's; others pick the first token themselves
+        return lambda hidden: base.pooler_activation(pooler(hidden[:, 0]))
+    return pooler
 
 
 class _Now(threading.local):

@@ -93,7 +93,7 @@ class InterfaceEncoder:
         self._takes = inspect.signature(base.forward).parameters
         if "position_ids" not in self._takes:
             raise ValueError("It isn't told positions.")
-        self.has_types = "token_type_ids" in self._takes
+        self.has_types = getattr(base.config, "type_vocab_size", 0) > 1
         self._now = _Now()
         sites = {site.name for site in layout.sites}
         linear = {
