@@ -180,7 +180,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     config = Config(task="chat", train_file="org/plays:main", dev_file="org/plays:main")
     check_files(config)
     task = load_task(config)
-    assert len(task.train), len(task.test) == (54, 8)
+    assert (len(task.train), len(task.test)) == (54, 8)
     with pytest.raises(ValueError, match=r"There is no file plays/train.jsonl"):
         load_task(Config(task="chat", train_file="plays/train.jsonl"))
     monkeypatch.setitem(sys.modules, "datasets", None)

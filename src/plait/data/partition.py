@@ -76,7 +76,7 @@ def deal(task: Task, config: Config) -> list[Ints]:
         >>> [len(hand) for hand in deal(task, Config(clients=2, label_skew="iid"))]
         [2, 2]
     """
-    skew = config.label_skew or _default(task, config)
+    skew = skew_of(task, config)
     row, argument = _find(skew)
     if row.needs_classes and not task.label_names:
         can = [name for name, other in PARTITIONS.items() if not other.needs_classes]
@@ -100,8 +100,10 @@ def deal(task: Task, config: Config) -> list[Ints]:
     return hands
 
 
-def _default(task: Task, config: Config) -> str:
-    """How rows are dealt if nothing is said."""
+def skew_of(task: Task, config: Config) -> str:
+    """How rows are dealt: as `label_skew` says, or what suits the task if it isn't given."""
+    if config.label_skew is not None:
+        return config.label_skew
     if task.label_names:
         return "paper"
     return "iid" if config.key_column is None else "key"
