@@ -1,8 +1,9 @@
 """The forward pass of any architecture over packed tokens: its own code, our attention and layers.
 
 All texts of all clients lie side by side in one row, without padding, and the model's own code runs
-on it; attention_interface.py keeps the texts apart. Each linear layer is replaced by one that has
-its weight laid out for the machine and adds the branches of the clients whose tokens it sees.
+on it; attention_interface.py keeps the texts apart. The linear layers of its numbered blocks are
+replaced by ones that have their weights laid out for the machine and add the branches of the clients
+whose tokens they see.
 
 Legend: T tokens, n clients, d the model's width.
 """
@@ -99,7 +100,7 @@ class InterfaceEncoder:
         linear = {
             prefix + name: module
             for name, module in base.named_modules()
-            if type(module) in (nn.Linear, Conv1D)
+            if type(module) in (nn.Linear, Conv1D) and any(map(str.isdigit, name.split(".")))
         }
         if missing := sites - linear.keys():
             raise ValueError(f"{min(missing)} is no linear layer.")
