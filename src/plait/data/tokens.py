@@ -55,14 +55,18 @@ class Tokens:
     @cached_property
     def targets(self) -> np.ndarray:
         """(all Q,) what the answers should be, text after text."""
-        return self.labels if self.asked is None else self.ids[1:][self.asked[:-1]].astype(np.int64)
+        if self.asked is None:
+            return self.labels
+        following: np.ndarray = self.ids[1:][self.asked[:-1]].astype(np.int64)
+        return following
 
     @cached_property
     def asked_offsets(self) -> np.ndarray:
         """(texts + 1,) int64; the targets of text i are those from the i-th to the next."""
         if self.asked is None:
             return np.arange(len(self) + 1)
-        return np.concatenate([[0], np.cumsum(self.asked)])[self.offsets]
+        before: np.ndarray = np.concatenate([[0], np.cumsum(self.asked)])[self.offsets]
+        return before
 
     def places(self, texts: np.ndarray) -> np.ndarray:
         """(Q,) int64, where the targets of some texts are among all."""
