@@ -89,7 +89,8 @@ class Tokens:
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(sum of lengths,) int64, the numbers from each start on, range after range."""
-    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    found: np.ndarray = np.arange(lengths.sum())
+    return found + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
 
 
 def tokenize(
