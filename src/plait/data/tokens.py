@@ -89,8 +89,9 @@ class Tokens:
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(sum of lengths,) int64, the numbers from each start on, range after range."""
-    found: np.ndarray = np.arange(lengths.sum())
-    return found + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    within = np.arange(lengths.sum())
+    found: np.ndarray = within + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return found
 
 
 def tokenize(
