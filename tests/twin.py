@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from conftest import tiny_model
 from plait.config import THIS_MACHINE, Config
+from plait.data.objectives import CLASSIFICATION
 from plait.data.tokens import Tokens
 from plait.engines.local_training import batch_rows
 from plait.factors import Factor
@@ -25,10 +26,10 @@ ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean
 PHASES = (Factor.A, Factor.B, Factor.AB)
 
 
-def setup(architecture, config, tokens, machine=THIS_MACHINE):
+def setup(architecture, config, tokens, machine=THIS_MACHINE, objective=CLASSIFICATION):
     """A tiny model, a backbone of it, clients that differ, their rows, and the adapted layers."""
     model = tiny_model(architecture)
-    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, machine)
+    backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, machine, objective)
     stack = initial_stack(backbone.layout, backbone.head_start, config.clients, 0, backbone.device)
     # B away from zero, and clients apart: otherwise A has no gradient and rows can be swapped. With
     # this seed no weight's gradient is so near zero that AdamW makes much of how it was rounded.
@@ -148,4 +149,5 @@ def all_logits(backbone, factors, tokens) -> torch.Tensor:
     """(n, Q, C), each client's model on every text, in one batch."""
     rows = np.tile(np.arange(len(tokens)), (len(factors[Factor.A]), 1))
     with torch.no_grad():
-        return backbone.logits(backbone.batch(tokens, rows), dict(factors)).cpu()
+        logits = backbone.logits(backbone.batch(tokens, rows), dict(factors)).cpu()
+    return logits.unflatten(0, (len(rows), -1))

@@ -57,23 +57,28 @@ class FileSettings:
     glue_dir: str | None = None
     """A folder in the layout of the GLUE archive; without it GLUE comes from the hub."""
     train_file: str | None = None
-    """`--task file`: training rows, CSV, TSV, JSONL or Parquet."""
+    """`--task file` and `chat`: training rows, CSV, TSV, JSONL or Parquet; for `chat` a data set on
+    the hub, too, `owner/name` or `owner/name:subset`."""
     dev_file: str | None = None
-    """`--task file`: the rows on which the result is reported."""
+    """`--task file` and `chat`: the rows on which the result is reported. Without it `chat` takes
+    a tenth of the training rows."""
     text_columns: str = "text"
-    """`--task file`: the text column, or two for pairs: `premise,hypothesis`."""
+    """`--task file`: the text column, or two for pairs: `premise,hypothesis`. `--task chat`: what
+    is learned, if its column has no known name; or what the user says and what is answered,
+    `question,answer`."""
     label_column: str = "label"
-    """`--task file`: the column with the label."""
+    """`--task file`: the column with the label. `--task chat`: the column with the group of a row,
+    such as its category, to be dealt by as by a label; there need not be one."""
     key_column: str | None = None
-    """`--task file`: the column that names the natural client of a row (`--label-skew key`)."""
+    """`--task file` and `chat`: the column that names the natural client of a row."""
     encoding: str | None = None
-    """`--task file`: what text files without a byte order mark are written in, such as `cp1252`;
-    UTF-8 when not given."""
+    """What text files without a byte order mark are written in, such as `cp1252`; UTF-8 when not
+    given."""
     delimiter: str | None = None
-    """`--task file`: the character between the fields of CSV and TSV, or `tab`; found by the
-    header when not given."""
+    """The character between the fields of CSV and TSV, or `tab`; found by the header when not
+    given."""
     skip_bad_rows: bool = False
-    """`--task file`: leave out rows that can't be read, and say which, instead of refusing."""
+    """Leave out rows of files that can't be read, and say which, instead of refusing."""
     plugin: str | None = None
     """A Python file of yours that adds methods, tasks, topologies, partitions or mixes; again, or
     with commas, for more."""
@@ -84,7 +89,8 @@ class DataSettings:
     """The task and how its rows are dealt to clients."""
 
     task: str = "demo"
-    """The data set; `plait tasks` lists them. `file` is your own data."""
+    """The data set; `plait tasks` lists them. `file` is your own data, and `chat` your own for a
+    language model."""
     objective: ObjectiveName = "auto"
     """`--task file`: what labels are, classes as they are written, or scores. `auto` takes numbers
     for scores if some are fractions and there are too many for classes, and says so."""
@@ -92,9 +98,10 @@ class DataSettings:
     """Longer texts are cut to this number of tokens."""
     clients: int = 10
     """Number of clients, N."""
-    label_skew: str = "paper"
+    label_skew: str | None = None
     """How rows are dealt to clients: `paper`, `iid`, `dirichlet:0.5`, `shards:2`, `sizes:100,50`,
-    `key`, or a JSON file with one label mixture for each client."""
+    `key`, or a JSON file with one label mixture for each client. If not given, `paper` where rows
+    have labels, else `key` with `--key-column`, else `iid`."""
     client_size: int | None = None
     """Rows for each client; as many as there are when not given."""
 

@@ -18,9 +18,9 @@ def outputs(places=(3, 4), count=5):
 
 def test_classification_is_cross_entropy_and_the_likeliest_class():
     logits, targets = outputs(), np.random.default_rng(0).integers(0, 5, 12)
-    losses = CLASSIFICATION.losses(logits, torch.from_numpy(targets))
+    losses = CLASSIFICATION.loss(logits.flatten(0, 1), torch.from_numpy(targets))
     answers = CLASSIFICATION.answer(logits)
-    assert losses.shape == answers.shape == (3, 4)
+    assert (losses.shape, answers.shape) == ((12,), (3, 4))
     for place, target in enumerate(targets):
         row = logits.flatten(0, 1)[place].tolist()
         expected = math.log(sum(math.exp(x) for x in row)) - row[target]
@@ -31,8 +31,8 @@ def test_classification_is_cross_entropy_and_the_likeliest_class():
 def test_regression_is_the_squared_error_of_the_only_output():
     scores = outputs(count=1)
     targets = np.random.default_rng(0).normal(size=12).astype(np.float32)
-    losses = REGRESSION.losses(scores, torch.from_numpy(targets))
-    expected = (scores[..., 0].numpy() - targets.reshape(3, 4)) ** 2
+    losses = REGRESSION.loss(scores.flatten(0, 1), torch.from_numpy(targets))
+    expected = (scores[..., 0].flatten().numpy() - targets) ** 2
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-6)
     assert torch.equal(REGRESSION.answer(scores), scores[..., 0])
 
@@ -44,16 +44,6 @@ def test_a_row_has_what_a_run_needs(objective):
     assert objective.num_outputs(("a", "b", "c")) == (3 if objective.has_classes else 1)
     targets = np.zeros(12, dtype=objective.target_type)
     logits = outputs(count=objective.num_outputs(("a", "b"))).requires_grad_()
-    objective.losses(logits, torch.from_numpy(targets)).sum().backward()
+    objective.loss(logits.flatten(0, 1), torch.from_numpy(targets)).sum().backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_a_clients_losses_are_its_own(objective):
-    logits = outputs(count=3 if objective.has_classes else 1)
-    targets = torch.from_numpy(np.ones(12, dtype=objective.target_type))
-    together = objective.losses(logits, targets)
-    for client in range(3):
-        alone = objective.losses(logits[client : client + 1], targets[:4])
-        assert torch.equal(alone[0], together[client])

@@ -75,6 +75,9 @@ def config_of(tmp_path: Path):
         if name == "file":
             rows = [(f"text {i}", "ab"[i % 2]) for i in range(49)]
             return own_config(tmp_path, rows[:40], rows[40:])
+        if name == "chat":
+            rows = [(f"text {i}",) for i in range(40)]
+            return Config(task=name, train_file=write_csv(tmp_path / "train.csv", rows, "text"))
         return Config(task=name)
 
     return make
@@ -89,7 +92,7 @@ def test_every_task_has_three_disjoint_splits(name, config_of):
     splits = (task.train, task.validation, task.test)
     for rows in splits:
         assert len(rows) == len(rows.texts) == len(rows.labels) > 0
-        assert rows.labels.dtype == (np.int64 if task.label_names else np.float32)
+        assert rows.labels.dtype == task.objective.target_type
         assert rows.keys is None or len(rows.keys) == len(rows)
         assert {len(texts) for texts in rows.texts} == {len(task.train.texts[0])}
         assert all(
@@ -486,5 +489,5 @@ def test_metrics_of_constant_scores_are_numbers(name):
     labels, scores = np.array([0, 1, 1, 0]), np.zeros(4, dtype=np.int64)
     if METRICS[name].of_outputs:
         scores = np.zeros((4, 2))
-    wanted = {"accuracy": 0.5, "auroc": 0.5, "macro-f1": 1 / 3}
+    wanted = {"accuracy": 0.5, "token-accuracy": 0.5, "auroc": 0.5, "macro-f1": 1 / 3}
     assert METRICS[name].score(labels, scores) == pytest.approx(wanted.get(name, 0.0))

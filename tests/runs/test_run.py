@@ -35,8 +35,8 @@ NAMES = ("client-0", "client-1", "client-2", "mean")
 def tiny_runs(monkeypatch):
     monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
     monkeypatch.setattr(
-        "plait.runs.run.load_model",
-        lambda _config, num_outputs, _names=(): Loaded(tiny_model("bert", num_outputs), None, ()),
+        "plait.runs.run.load_for",
+        lambda _config, _objective, names: Loaded(tiny_model("bert", len(names)), None, ()),
     )
 
 

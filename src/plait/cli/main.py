@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from plait.cli import data as cli_data
 from plait.cli import doctor as cli_doctor
 from plait.cli import lists as cli_lists
 from plait.cli import peers as cli_peers
@@ -200,6 +201,9 @@ class CommandRow:
 
 COMMANDS: dict[str, CommandRow] = {
     "run": CommandRow(_run, "run one experiment and write its folder", Run),
+    "data": CommandRow(
+        cli_data.data, "show rows as the model sees them, and who gets which", cli_data.DataCommand
+    ),
     "compare": CommandRow(
         _compare, "compare methods on paired seeds: table, curves, verdict", Compare
     ),

@@ -1,11 +1,13 @@
 """What is learned, as a value: how a model's outputs are judged against the targets.
 
-A batch asks the model at Q places, one for each text where texts are classified, and has a target
-for each. An `Objective` makes a loss and an answer of every output; what the metrics of tasks.py
-compare are answers. Which hidden states lead to an output, and how, is the head's business
-(model/heads.py), since it follows from the checkpoint.
+A batch asks the model at Q places, and has a target for each: one place for each text where texts
+are classified, and in a language model each token whose next one is to be learned. An `Objective`
+makes a loss and an answer of every output; what the metrics of tasks.py compare are answers. Which
+hidden states lead to an output, and how, is the head's business (model/heads.py), since it follows
+from the checkpoint.
 
-Legend: Q places asked, C outputs at each.
+Legend: Q places asked, C outputs at each (a language model has one for each token of its
+vocabulary).
 """
 
 from __future__ import annotations
@@ -40,10 +42,6 @@ class Objective:
     has_classes: bool
     problem_type: str
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The losses of each client's texts, (n, b, C) and (n b,) -> (n, b)."""
-        return self.loss(outputs.flatten(0, 1), targets).view(outputs.shape[:2])
-
     def num_outputs(self, label_names: tuple[str, ...]) -> int:
         """C, for a task with these classes."""
         return len(label_names) if self.has_classes else 1
@@ -69,4 +67,15 @@ REGRESSION = Objective(
     problem_type="regression",
 )
 
-OBJECTIVES = {one.name: one for one in (CLASSIFICATION, REGRESSION)}
+LANGUAGE = Objective(
+    name="language",
+    loss=CLASSIFICATION.loss,
+    answer=CLASSIFICATION.answer,
+    metric="token-accuracy",
+    target_type=np.int64,
+    has_classes=False,
+    problem_type="causal_lm",
+)
+"""The next token; what a language model's rows have as labels are groups, to be dealt by."""
+
+OBJECTIVES = {one.name: one for one in (CLASSIFICATION, REGRESSION, LANGUAGE)}

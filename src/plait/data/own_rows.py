@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from plait.config import Config
-from plait.data.partition import Ints, largest_remainder, largest_size
+from plait.data.objectives import LANGUAGE
+from plait.data.partition import Ints, largest_remainder, largest_size, skew_of
 from plait.data.tasks import SPLIT_SEED, Rows, Task
 from plait.rng import stream
 
@@ -28,8 +29,10 @@ def own_rows(task: Task, shares: Sequence[Ints], config: Config) -> list[Ints]:
     """
     if config.test_split == "common":
         return []
+    if task.objective is LANGUAGE:
+        raise ValueError("--test-split client is for classes and scores, not for language models.")
     held_out = task.held_out(config.eval_split)
-    keyed = config.label_skew == "key" and task.train.keys is not None
+    keyed = skew_of(task, config) == "key" and task.train.keys is not None
     choose = _of_its_key if keyed else _in_its_mixture
     found = [choose(task, held_out, share) for share in shares]
     for client, rows in enumerate(found):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
+from plait.data.objectives import LANGUAGE
 from plait.data.tasks import Rows, Task
 from plait.lookup import lookup
 from plait.machine.text_files import read_text
@@ -47,7 +48,7 @@ class Deal:
     @property
     def num_labels(self) -> int:
         """C."""
-        return self.task.num_outputs
+        return len(self.task.label_names)
 
     @property
     def available(self) -> Ints:
@@ -75,12 +76,16 @@ def deal(task: Task, config: Config) -> list[Ints]:
         >>> [len(hand) for hand in deal(task, Config(clients=2, label_skew="iid"))]
         [2, 2]
     """
-    row, argument = _find(config.label_skew)
-    if row.needs_classes and not task.objective.has_classes:
+    skew = skew_of(task, config)
+    row, argument = _find(skew)
+    if row.needs_classes and not task.label_names:
         can = [name for name, other in PARTITIONS.items() if not other.needs_classes]
+        why, more = f"is a {task.objective.name}", ""
+        if task.objective is LANGUAGE:
+            why, more = "has none", ", or name a column of groups with --label-column"
         raise ValueError(
-            f"Label skew {config.label_skew!r} needs classes, and this task is a "
-            f"{task.objective.name}: use {' or '.join(can)}."
+            f"Label skew {skew!r} needs classes or groups, and this task {why}: use "
+            f"{' or '.join(can)}{more}."
         )
     hands = [np.sort(hand) for hand in row.split(Deal(task, config, argument))]
     for client, hand in enumerate(hands):
@@ -93,6 +98,15 @@ def deal(task: Task, config: Config) -> list[Ints]:
     assert len(hands) == config.clients
     assert len(np.unique(dealt)) == len(dealt)
     return hands
+
+
+def skew_of(task: Task, config: Config) -> str:
+    """How rows are dealt: as `label_skew` says, or what suits the task if it isn't given."""
+    if config.label_skew is not None:
+        return config.label_skew
+    if task.label_names:
+        return "paper"
+    return "iid" if config.key_column is None else "key"
 
 
 def _find(skew: str) -> tuple[PartitionRow, str]:

@@ -12,14 +12,27 @@ import importlib
 import importlib.util
 import io
 import logging
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plait.config import Config
-from plait.data.tables import Table, Wanted, is_number, need_columns, open_table
+from plait.config import Config, FileSettings
+from plait.data.conversations import COLUMNS, SHAPES, Shape, learned, shape_of, shapes_named
+from plait.data.tables import (
+    READERS,
+    Row,
+    RowError,
+    Table,
+    Wanted,
+    is_number,
+    need_columns,
+    open_table,
+    value,
+)
 from plait.lookup import lookup
 from plait.machine.text_files import read_text
 
@@ -223,24 +236,29 @@ def _label(code: str, codes: dict[str, int], at: str) -> Label:
 
 
 def _glue_hub(name: str, row: GlueRow) -> tuple[list[Example], list[Example]]:
+    splits = _load_dataset("nyu-mll/glue", name, f"pass --glue-dir, a folder with {row.folder}/")
+    columns = row.hub_columns or row.columns
+    return _hub_split(splits["train"], columns), _hub_split(splits[row.hub_dev], columns)
+
+
+def _load_dataset(name: str, subset: str | None, else_: str) -> Any:
+    """The splits of a data set on the hub; `else_` says what to do without it."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ValueError(
-            f"GLUE from the hub needs the `datasets` package: pip install 'plait[glue]'. "
-            f"Or pass --glue-dir, a folder with {row.folder}/."
+            f"{name} from the hub needs the `datasets` package: pip install 'plait[glue]'. "
+            f"Or {else_}."
         ) from error
     try:
-        splits = datasets.load_dataset("nyu-mll/glue", name)
+        return datasets.load_dataset(name, subset)
     # The hub's clients have an exception of their own for each way of being offline, and these
     # change with their versions.
     except Exception as error:
         raise ValueError(
-            f"Could not load {name} from the hub ({type(error).__name__}: {error}). Check the "
-            f"network, or pass --glue-dir, a folder with {row.folder}/."
+            f"Could not load {subset or name} from the hub ({type(error).__name__}: {error}). "
+            f"Check the network, or {else_}."
         ) from error
-    columns = row.hub_columns or row.columns
-    return _hub_split(splits["train"], columns), _hub_split(splits[row.hub_dev], columns)
 
 
 def _hub_split(split: Any, columns: tuple[str, ...]) -> list[Example]:
@@ -290,20 +308,33 @@ def read_file(
             a column that is not there, or rows that can't be read or miss a value (with lines).
     """
     table = _open(file, text_columns, label_column, key_column, encoding, delimiter)
-    columns = [*text_columns, label_column, *([] if key_column is None else [key_column])]
+
+    def read(cells: Mapping[str, object]) -> Example:
+        texts = tuple(value(cells, column) for column in text_columns)
+        label = value(cells, label_column, may_be_bool=True)
+        return Example(texts, label, key_column and value(cells, key_column))
+
+    examples = _examples(table, read, skip_bad_rows)
+    _refuse_mixed(table, label_column)
+    return examples
+
+
+def _examples(
+    table: Table, read: Callable[[Mapping[str, object]], Example], skip: bool
+) -> list[Example]:
+    """The rows of a table that can be read."""
     examples: list[Example] = []
     faults: dict[str, list[int]] = defaultdict(list)
     for number, cells, fault in table.rows:
-        if fault := fault or _fault(cells, columns, label_column):
-            faults[fault].append(number)
-        else:
-            *texts, label = (str(cells[column]) for column in columns[: len(text_columns) + 1])
-            key = None if key_column is None else str(cells[key_column])
-            examples.append(Example(tuple(texts), label, key))
-    _report(table, faults, skip_bad_rows)
+        try:
+            if fault:
+                raise RowError(fault)
+            examples.append(read(cells))
+        except RowError as wrong:
+            faults[str(wrong)].append(number)
+    _report(table, faults, skip)
     if not examples:
         raise ValueError(f"{table.path} has no rows{' that can be read' if faults else ''}.")
-    _refuse_mixed(table, label_column)
     return examples
 
 
@@ -321,6 +352,75 @@ def _open(
     return open_table(Path(file), wanted)
 
 
+def read_chat(config: Config, setting: str) -> list[Example]:
+    """The rows of `train_file` or `dev_file` that a language model learns from, as JSON.
+
+    Labels are the groups of `label_column`; the dev file needs none, and no keys.
+
+    Raises:
+        ValueError: As `read_file`, or rows of none of the shapes of conversations.py.
+    """
+    table, shapes = _open_chat(config, setting), _shapes(config)
+    shape = shape_of(table, shapes)
+    training = setting == "train_file"
+    group = config.label_column if training and config.label_column in table.columns else None
+    key = config.key_column if training else None
+
+    def read(cells: Mapping[str, object]) -> Example:
+        label = 0 if group is None else value(cells, group, may_be_bool=True)
+        return Example((learned(cells, shape, shapes),), label, key and value(cells, key))
+
+    examples = _examples(table, read, config.skip_bad_rows)
+    say(f"{table.path} has {shape.name}: {shape.learned} is learned.")
+    return examples
+
+
+def _shapes(config: Config) -> Sequence[Shape]:
+    return shapes_named(text_columns(config))
+
+
+def _open_chat(config: Config, setting: str) -> Table:
+    """The table of `train_file` or `dev_file`, with whatever columns can be learned from."""
+    if config.train_file is None:
+        raise ValueError("--task chat needs --train-file, the rows that are learned from.")
+    shapes = _shapes(config)
+    needed = [] if shapes is SHAPES else list(shapes[0].columns)
+    if setting == "train_file":
+        needed += [config.label_column] * (config.label_column != FileSettings.label_column)
+        needed += [] if config.key_column is None else [config.key_column]
+    wanted = Wanted(
+        columns=needed,
+        label="",
+        more=(*COLUMNS, config.label_column),
+        encoding=config.encoding,
+        delimiter=config.delimiter,
+    )
+    file = str(getattr(config, setting))
+    if _is_hub_name(file):
+        return _hub_table(file, wanted, HUB_SPLITS[setting])
+    return open_table(Path(file), wanted)
+
+
+HUB_SPLITS = {"train_file": ("train",), "dev_file": ("test", "validation")}
+"""Which split of a data set on the hub stands for a file: the first that is there."""
+
+
+def _is_hub_name(file: str) -> bool:
+    """Whether this is `owner/name` or `owner/name:subset`, and no file."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", file)
+    return named is not None and not Path(file).exists() and Path(file).suffix not in READERS
+
+
+def _hub_table(file: str, wanted: Wanted, names: Sequence[str]) -> Table:
+    name, _, subset = file.partition(":")
+    splits = _load_dataset(name, subset or None, "give a file that is there")
+    found = next((splits[one] for one in names if one in splits), None)
+    if found is None:
+        raise ValueError(f"{file} has no split {' or '.join(names)}; it has {', '.join(splits)}.")
+    need_columns(Path(file), wanted.columns, found.column_names)
+    return Table(Path(file), found.column_names, [*map(Row, count(1), found)], "row")
+
+
 def _refuse_mixed(table: Table, label: str) -> None:
     """Refuse true and false beside other labels: is true another name for 1, or not?"""
     cells = [(row.number, row.cells.get(label)) for row in table.rows if row.cells]
@@ -330,29 +430,6 @@ def _refuse_mixed(table: Table, label: str) -> None:
             f"{table.path}, {table.unit} {truths[0]}: the {label!r} is true or false, and other "
             "rows have other labels. Write one or the other throughout."
         )
-
-
-def _fault(cells: Mapping[str, object], columns: Sequence[str], label: str) -> str:
-    """What rows like this one have or have not; empty if each column holds one value."""
-    for column in columns:
-        if problem := _problem(cells.get(column), may_be_bool=column == label):
-            return problem.format(repr(column))
-    return ""
-
-
-def _problem(cell: object, *, may_be_bool: bool) -> str:
-    match cell:
-        case None:
-            return "have no {}"
-        case str():
-            halves = not cell.isascii() and any("\ud800" <= letter <= "\udfff" for letter in cell)
-            return "have half a character as {}" if halves else "" if cell.strip() else "have no {}"
-        case list() | dict() | bytes():
-            kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(cell)]
-            return f"have {kind} as {{}}, where one string or number is expected"
-        case bool() if not may_be_bool:
-            return "have true or false as {}, where a string is expected"
-    return ""
 
 
 def _report(table: Table, faults: Mapping[str, Sequence[int]], skip: bool) -> None:
@@ -386,12 +463,10 @@ def read_texts(file: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
         ValueError: As `read_file`.
     """
     table = open_table(Path(file), Wanted(columns=columns, label=columns[0]))
-    faults: dict[str, list[int]] = defaultdict(list)
-    for number, cells, fault in table.rows:
-        if fault := fault or _fault(cells, columns, ""):
-            faults[fault].append(number)
-    _report(table, faults, skip=False)
-    return [tuple(str(row.cells[column]) for column in columns) for row in table.rows]
+    read = _examples(
+        table, lambda cells: Example(tuple(value(cells, column) for column in columns), 0), False
+    )
+    return [example.texts for example in read]
 
 
 def own_file(config: Config, setting: str) -> dict[str, Any]:
@@ -426,5 +501,9 @@ def check_files(config: Config) -> None:
         ValueError: As `read_file`, but for what is wrong with single rows.
     """
     if config.task == "file":
-        for setting in ("train_file", "dev_file"):
+        for setting in HUB_SPLITS:
             _open(**own_file(config, setting))
+    if config.task == "chat":
+        for setting, file in (("train_file", config.train_file), ("dev_file", config.dev_file)):
+            if not _is_hub_name(str(file)) and (setting == "train_file" or file):
+                shape_of(_open_chat(config, setting), _shapes(config))

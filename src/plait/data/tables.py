@@ -39,6 +39,36 @@ def is_number(text: str) -> bool:
     return _NUMBER.fullmatch(text) is not None and abs(float(text)) != float("inf")
 
 
+class RowError(ValueError):
+    """What is wrong with a row, in the words that follow `5 of 70 rows`."""
+
+
+def value(cells: Mapping[str, object], column: str, *, may_be_bool: bool = False) -> str:
+    """The text or the number that a row has in a column, as text.
+
+    Raises:
+        RowError: There is none, or something else.
+    """
+    if problem := _problem(cells.get(column), may_be_bool=may_be_bool):
+        raise RowError(problem.format(repr(column)))
+    return str(cells[column])
+
+
+def _problem(cell: object, *, may_be_bool: bool) -> str:
+    match cell:
+        case None:
+            return "have no {}"
+        case str():
+            halves = not cell.isascii() and any("\ud800" <= letter <= "\udfff" for letter in cell)
+            return "have half a character as {}" if halves else "" if cell.strip() else "have no {}"
+        case list() | dict() | bytes():
+            kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(cell)]
+            return f"have {kind} as {{}}, where one string or number is expected"
+        case bool() if not may_be_bool:
+            return "have true or false as {}, where a string is expected"
+    return ""
+
+
 class Row(NamedTuple):
     """A row of a file: the line or row where it begins, counted from 1, and its cells by column.
 
@@ -66,13 +96,15 @@ class Wanted:
 
     Attributes:
         columns: The columns that must be there.
-        label: The one with the label.
+        label: The one with the label, if there is one.
+        more: Columns that are read where they are there.
         encoding: Of a file without a byte order mark; UTF-8 for None.
         delimiter: Between fields; found by the header for None.
     """
 
     columns: Sequence[str]
     label: str
+    more: Sequence[str] = ()
     encoding: str | None = None
     delimiter: str | None = None
 
@@ -134,7 +166,7 @@ def _separated(path: Path, wanted: Wanted, marks: str, **quoting: Any) -> Table:
     header, *records = _records(lines, first, **dialect)
     columns = header.fields
     need_columns(path, wanted.columns, columns)
-    if any(record.num_lines > 1 for record in records):
+    if wanted.label in columns and any(record.num_lines > 1 for record in records):
         swallows = _detector(records, columns, wanted.label, dialect["delimiter"])
         _, *records = _records(lines, first, swallows, **dialect)
     return Table(path, columns, [_row(record, columns) for record in records])
@@ -144,7 +176,8 @@ def _delimiter(header: str, wanted: Wanted, marks: str, **quoting: Any) -> str:
     """The delimiter that was asked for, or with which the header names most wanted columns."""
     if wanted.delimiter is None:
         found = {
-            mark: set(wanted.columns) & set(next(csv.reader([header], delimiter=mark, **quoting)))
+            mark: {*wanted.columns, *wanted.more}
+            & set(next(csv.reader([header], delimiter=mark, **quoting)))
             for mark in marks
         }
         return max(marks, key=lambda mark: len(found[mark]))
@@ -272,13 +305,14 @@ def _parquet(path: Path, wanted: Wanted) -> Table:
     try:
         file = parquet.ParquetFile(path)
         columns = list(file.schema_arrow.names)
-        data = file.read(columns=[name for name in wanted.columns if name in columns])
+        read = [name for name in columns if name in (*wanted.columns, *wanted.more)]
+        data = file.read(columns=read)
     except (OSError, ValueError) as error:  # pyarrow's are one of these
         raise ValueError(f"Could not read {path}: {error}") from error
     need_columns(path, wanted.columns, columns)
-    cells = [_cells(data[column]) for column in wanted.columns]
+    cells = [_cells(data[column]) for column in read]
     rows = [
-        Row(i, dict(zip(wanted.columns, row, strict=True)))
+        Row(i, dict(zip(read, row, strict=True)))
         for i, row in enumerate(zip(*cells, strict=True), start=1)
     ]
     return Table(path, columns, rows, "row")

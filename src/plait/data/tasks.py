@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.data.objectives import CLASSIFICATION, OBJECTIVES, REGRESSION, Objective
+from plait.data.objectives import CLASSIFICATION, LANGUAGE, OBJECTIVES, REGRESSION, Objective
 from plait.data.sources import (
     GLUE,
     Example,
     glue,
     own_file,
+    read_chat,
     read_file,
     say,
     snippets,
@@ -45,9 +46,9 @@ SPLIT_SEED = 0
 class Rows:
     """Labelled texts.
 
-    `texts` has one string for each row, or two for pairs. `labels` has shape (n,) and the type of
-    the objective's targets: int64 classes, or float32 scores. `keys` names each row's natural
-    client, where the data has one.
+    `texts` has one string for each row, or two for pairs; in language models one, of JSON
+    (conversations.py). `labels` has shape (n,): int64 classes or groups, or float32 scores. `keys`
+    names each row's natural client, where the data has one.
     """
 
     texts: tuple[tuple[str, ...], ...]
@@ -62,7 +63,8 @@ class Rows:
 class Task:
     """Three splits that share no rows, and how to judge scores on them.
 
-    `label_names` names the classes of an objective that has any. `metric` is a key of `METRICS`.
+    `label_names` names the classes, or in language models the groups, if there are any. `metric` is
+    a key of `METRICS`.
     """
 
     name: str
@@ -95,7 +97,7 @@ class Task:
 
 
 def accuracy(labels: Array, scores: Array) -> float:
-    """Share of rows, labels and predicted classes both (n,), in which the two are equal."""
+    """Share of labels and answers, classes or tokens, both (n,), in which the two are equal."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(labels, scores))
@@ -177,6 +179,7 @@ METRICS: dict[str, MetricRow] = {
     "matthews": MetricRow(matthews, span=(-1.0, 1.0)),
     "auroc": MetricRow(auroc, of_outputs=True),
     "pearson": MetricRow(pearson, objective="regression", span=(-1.0, 1.0)),
+    "token-accuracy": MetricRow(accuracy, objective="language"),
 }
 
 
@@ -315,6 +318,21 @@ def _file(config: Config, labels: Sequence[str] | None = None) -> Task:
     return _task("file", (*_carve(train, dev), dev), label_names, objective=objective)
 
 
+def _chat(config: Config) -> Task:
+    """Rows that a language model learns from; their labels are groups, if a column names any."""
+    train = read_chat(config, "train_file")
+    groups = {x.label for x in train if isinstance(x.label, str)}
+    names = _label_names([*groups]) if len(groups) > 1 else ()
+    if not names:
+        train = [x._replace(label=0) for x in train]
+    if config.dev_file is None:
+        train, test = _carve(train, [])
+        say(f"without --dev-file the result is reported on {len(test)} of the training rows.")
+    else:
+        test = read_chat(config, "dev_file")
+    return _task("chat", (*_carve(train, test), test), names, objective=LANGUAGE)
+
+
 def _own_rows(config: Config, setting: str) -> list[Example]:
     return read_file(**own_file(config, setting), skip_bad_rows=config.skip_bad_rows)
 
@@ -436,6 +454,7 @@ TASKS: dict[str, TaskRow] = {
     "sentiment": TaskRow(_sentiment, "Films, products, news and tweets: four natural clients"),
     **{name: TaskRow(partial(_glue, name), row.summary) for name, row in GLUE.items()},
     "file": TaskRow(_file, "Your own rows: --train-file, --dev-file, CSV, TSV, JSONL or Parquet"),
+    "chat": TaskRow(_chat, "Your own conversations or texts for a language model: --train-file"),
 }
 
 

@@ -1,8 +1,8 @@
 """Tokenised splits on disk: tokenised once, then mapped into memory by every run and process.
 
-A split's folder is named by a hash of the texts, the tokenizer and the cut length, so nothing in
-it can be out of date. It holds plain .npy files. Only tasks that a run deals to its clients come
-here; a peer's own rows leave no copy.
+A split's folder is named by a hash of the texts, the tokenizer with its chat template and the cut
+length, so nothing in it can be out of date. It holds plain .npy files. Only tasks that a run deals
+to its clients come here; a peer's own rows leave no copy.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from plait.data.tokens import Tokens, tokenize
+from plait.data.tokens import Tokens
 
-FORMAT = 1
+FORMAT = 2
 """Goes into the hash; another number after a change of what is stored."""
 
-ARRAYS = ("ids", "types", "offsets")
+ARRAYS = ("ids", "types", "offsets", "asked")
 
 FEW = 1000
 """Fewer texts are tokenised in the time that reading them takes, and leave nothing on disk."""
@@ -36,30 +36,41 @@ def cache_dir() -> Path:
 
 
 def stored_tokens(
-    texts: Sequence[tuple[str, ...]], labels: np.ndarray, tokenizer: Any, max_length: int
+    make: Callable[..., Tokens],
+    texts: Sequence[tuple[str, ...]],
+    labels: np.ndarray,
+    tokenizer: Any,
+    *settings: int,
 ) -> Tokens:
-    """As `tokenize`, from the store where it is there, and put there where it isn't.
+    """As `make`, which is `tokenize` or `render`, from the store, and put there where it isn't.
 
     Where the store can't be written, the texts are tokenised all the same.
     """
     if len(texts) < FEW or not tokenizer.is_fast:
-        return tokenize(texts, labels, tokenizer, max_length)
-    folder = cache_dir() / "tokens" / _digest(texts, tokenizer, max_length)
+        return make(texts, labels, tokenizer, *settings)
+    folder = cache_dir() / "tokens" / _digest(make, texts, tokenizer, settings)
     if not folder.exists():
-        tokens = tokenize(texts, labels, tokenizer, max_length)
+        tokens = make(texts, labels, tokenizer, *settings)
         try:
             _write(tokens, folder)
         except OSError:
             return tokens
-    ids, types, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
-    return Tokens(ids, types, offsets, labels)
+    names = [name for name in ARRAYS if (folder / f"{name}.npy").exists()]
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    return Tokens(**arrays, labels=labels)
 
 
-def _digest(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> str:
+def _digest(
+    make: Callable[..., Tokens],
+    texts: Sequence[tuple[str, ...]],
+    tokenizer: Any,
+    settings: Sequence[int],
+) -> str:
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     del spec["truncation"], spec["padding"]  # what the last call left there
-    settings = [FORMAT, max_length, tokenizer.truncation_side, spec]
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    how = [FORMAT, make.__name__, *settings, tokenizer.truncation_side, spec, special]
+    digest = hashlib.sha256(json.dumps([*how, tokenizer.chat_template]).encode())
     digest.update(json.dumps(texts).encode())
     return digest.hexdigest()[:32]
 
@@ -70,7 +81,8 @@ def _write(tokens: Tokens, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         for name in ARRAYS:
-            np.save(partial / f"{name}.npy", getattr(tokens, name))
+            if getattr(tokens, name) is not None:
+                np.save(partial / f"{name}.npy", getattr(tokens, name))
         partial.rename(folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)

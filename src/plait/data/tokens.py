@@ -4,7 +4,7 @@ Texts lie end to end in one flat array. A batch keeps them so: T real tokens, cl
 and no padding.
 
 Legend: T tokens of a batch, R its texts, n its clients, b texts of each (R = n b), Q places asked
-(one in each text), L a length.
+(one in each text, or in language models as many as there are tokens to be learned), L a length.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Tokens:
         ids: (all tokens,) int32, text after text.
         types: (all tokens,) int32, 0 for the first text of a pair and 1 for the second.
         offsets: (texts + 1,) int64; text i is ids[offsets[i]:offsets[i + 1]].
-        labels: (texts,) int64 classes, or float32 scores.
+        labels: (texts,) int64 classes or groups, or float32 scores.
         hidden: (all tokens, d), the input of the first adapted layer, where it was computed
             beforehand.
+        asked: (all tokens,) bool, the tokens whose next one is to be learned, in language models;
+            None where each text is asked once, for its label.
     """
 
     ids: np.ndarray
@@ -39,6 +41,7 @@ class Tokens:
     offsets: np.ndarray
     labels: np.ndarray
     hidden: Tensor | None = None
+    asked: np.ndarray | None = None
 
     def __len__(self) -> int:
         """The number of texts."""
@@ -49,18 +52,46 @@ class Tokens:
         """(texts,) int64, tokens of each text."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(all Q,) what the answers should be, text after text."""
+        if self.asked is None:
+            return self.labels
+        following: np.ndarray = self.ids[1:][self.asked[:-1]].astype(np.int64)
+        return following
+
+    @cached_property
+    def asked_offsets(self) -> np.ndarray:
+        """(texts + 1,) int64; the targets of text i are those from the i-th to the next."""
+        if self.asked is None:
+            return np.arange(len(self) + 1)
+        before: np.ndarray = np.concatenate([[0], np.cumsum(self.asked)])[self.offsets]
+        return before
+
+    def places(self, texts: np.ndarray) -> np.ndarray:
+        """(Q,) int64, where the targets of some texts are among all."""
+        return _ranges(self.asked_offsets[texts], np.diff(self.asked_offsets)[texts])
+
     def take(self, texts: np.ndarray) -> Tokens:
         """Some of the texts, in the order given."""
         lengths = self.lengths[texts]
         ends = np.cumsum(lengths)
-        source = np.arange(lengths.sum()) + np.repeat(self.offsets[texts] - ends + lengths, lengths)
+        source = _ranges(self.offsets[texts], lengths)
         return Tokens(
             ids=self.ids[source],
             types=self.types[source],
             offsets=np.concatenate([[0], ends]),
             labels=self.labels[texts],
             hidden=None if self.hidden is None else self.hidden[torch.from_numpy(source)],
+            asked=None if self.asked is None else self.asked[source],
         )
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(sum of lengths,) int64, the numbers from each start on, range after range."""
+    within = np.arange(lengths.sum())
+    found: np.ndarray = within + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return found
 
 
 def tokenize(
@@ -97,8 +128,10 @@ class Batch:
         positions: (T,) int64, each token's place in its own text.
         starts: (R,) int64, the place of each text's first token.
         lengths: (R,) int64.
-        asked: (Q,) int64, the tokens whose hidden states are read: the first of each text.
+        asked: (Q,) int64, the tokens whose hidden states are read: the first of each text, or those
+            whose next one is to be learned.
         targets: (Q,) int64 or float32, what the answer there should be.
+        asked_counts: (n,) int64 on the host, how many of them are each client's.
         bounds: (n + 1,) int64, client i's tokens are those from bounds[i] to bounds[i + 1].
         sizes: (n, b) int64, the same as `lengths`, and on the host wherever the batch is.
         hidden: (T, d), the input of the first adapted layer, where it is known.
@@ -114,6 +147,7 @@ class Batch:
     lengths: Tensor
     asked: Tensor
     targets: Tensor
+    asked_counts: np.ndarray
     bounds: Tensor
     sizes: np.ndarray
     hidden: Tensor | None
@@ -170,6 +204,8 @@ def pack(tokens: Tokens, rows: np.ndarray, padded: bool = True) -> Batch:
     source = positions + np.repeat(tokens.offsets[flat], lengths)
     positions, source = (np.pad(array, (0, padding)) for array in (positions, source))
     sizes = lengths.reshape(rows.shape)
+    places = tokens.places(flat)
+    asked = starts if tokens.asked is None else np.flatnonzero(tokens.asked[source[:num_tokens]])
     return Batch(
         num_clients=len(rows),
         num_tokens=num_tokens,
@@ -178,9 +214,10 @@ def pack(tokens: Tokens, rows: np.ndarray, padded: bool = True) -> Batch:
         types=torch.from_numpy(tokens.types[source].astype(np.int64)),
         positions=torch.from_numpy(positions),
         starts=torch.from_numpy(starts),
-        asked=torch.from_numpy(starts),
+        asked=torch.from_numpy(asked),
         lengths=torch.from_numpy(lengths),
-        targets=torch.from_numpy(tokens.labels[flat]),
+        targets=torch.from_numpy(tokens.targets[places]),
+        asked_counts=np.diff(tokens.asked_offsets)[rows].sum(axis=1),
         bounds=torch.from_numpy(np.cumsum([0, *sizes.sum(axis=1)])),
         sizes=sizes,
         hidden=None if tokens.hidden is None else tokens.hidden[torch.from_numpy(source)],

@@ -26,7 +26,7 @@ BLOCKS, BLOCK_BYTES = 64, 16 << 10
 MODEL_FILES = (
     "config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "vocab.*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.safetensors",
-    "pytorch_model*.bin",
+    "pytorch_model*.bin", "chat_template*",
 )  # fmt: skip
 """What transformers reads of a model folder."""
 
@@ -92,7 +92,8 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 
 def _mixtures(config: Config) -> str | None:
-    return of_file(Path(config.label_skew)) if config.label_skew.endswith(".json") else None
+    skew = config.label_skew or ""
+    return of_file(Path(skew)) if skew.endswith(".json") else None
 
 
 def _edges(config: Config) -> str | None:

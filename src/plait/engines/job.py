@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,22 +15,20 @@ from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSetti
 from plait.data.objectives import Objective
 from plait.data.own_rows import own_rows
 from plait.data.partition import deal
+from plait.data.rendering import Made, tokens_of
 from plait.data.tasks import METRICS, Rows, Task, load_task
 from plait.data.token_cache import stored_tokens
-from plait.data.tokens import Tokens, tokenize
+from plait.data.tokens import Tokens
 from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
-from plait.model.loading import draws_head, load_model
+from plait.model.loading import draws_head, load_for
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
-
-ToTokens = Callable[..., Tokens]
-"""`tokenize`, or what takes its arguments and gives the same."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,21 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
         materials = share(_shared(config), machine)
     else:
-        materials = _materials(own, config, machine, tokenize)
-    return assemble(rules, materials, shares, begin)
+        materials = _materials(own, config, machine, operator.call)
+    return assemble(rules, materials, asked_shares(shares, materials.train), begin)
+
+
+def asked_shares(shares: list[np.ndarray], train: Tokens) -> list[np.ndarray]:
+    """The shares without rows of which nothing is learned (`rendering.cut`).
+
+    Raises:
+        ValueError: A client has no others.
+    """
+    asked = np.diff(train.asked_offsets) > 0
+    kept = [share[asked[share]] for share in shares]
+    if empty := [client for client, share in enumerate(kept) if not len(share)]:
+        raise ValueError(f"Nothing is left to learn of the rows of client {empty[0]}.")
+    return kept
 
 
 def dealt(config: Config, own: Task | None = None) -> tuple[Task, list[np.ndarray]]:
@@ -243,30 +255,38 @@ def _shared_materials(config: Config, machine: Machine) -> Materials:
 def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
     shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
-    held_out = _tokenized(shared.task.validation, shared.backbone, config, stored_tokens)
+    task, backbone = shared.task, shared.backbone
+    held_out = _held_out(_tokenized(task, task.validation, backbone, config, stored_tokens))
     return dataclasses.replace(shared, held_out=held_out)
 
 
-def _materials(task: Task, config: Config, machine: Machine, to_tokens: ToTokens) -> Materials:
+def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
-    backbone = Backbone(load_model(config, task.num_outputs, task.label_names), config, machine)
+    loaded = load_for(config, task.objective, task.label_names)
+    backbone = Backbone(loaded, config, machine, task.objective)
     held_out = task.held_out(config.eval_split)
     train, evaluated = (
-        _tokenized(rows, backbone, config, to_tokens) for rows in (task.train, held_out)
+        _tokenized(task, rows, backbone, config, made) for rows in (task.train, held_out)
     )
-    return Materials(task, backbone, train, evaluated)
+    return Materials(task, backbone, train, _held_out(evaluated))
 
 
-def _tokenized(rows: Rows, backbone: Backbone, config: Config, to_tokens: ToTokens) -> Tokens:
-    tokens = to_tokens(rows.texts, rows.labels, backbone.tokenizer, config.max_length)
+def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made) -> Tokens:
+    tokens = tokens_of(task.objective, rows, backbone.tokenizer, config, made)
     backbone.check(tokens)
     return backbone.with_hidden(tokens)
 
 
+def _held_out(tokens: Tokens) -> Tokens:
+    """The rows that are asked anything."""
+    asked = np.diff(tokens.asked_offsets) > 0
+    return tokens if asked.all() else tokens.take(np.flatnonzero(asked))
+
+
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
-    if not task.objective.has_classes:
+    if not task.label_names:
         return [[len(share)] for share in shares]
-    size = task.num_outputs
+    size = len(task.label_names)
     return [np.bincount(task.train.labels[share], minlength=size).tolist() for share in shares]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from plait.config import Config
-from plait.data.objectives import CLASSIFICATION, Objective
+from plait.data.objectives import Objective
 from plait.data.tokens import Batch, Tokens
 from plait.factors import VALUE, Factor
 from plait.learning_rates import lr_factor
@@ -45,7 +45,6 @@ def local_phase(
     shares: Sequence[np.ndarray],
     clients: Sequence[int],
     config: Config,
-    objective: Objective = CLASSIFICATION,
     optimizer: Optimizer = ADAMW,
 ) -> np.ndarray:
     """Train the active factors of a stack in place.
@@ -59,7 +58,6 @@ def local_phase(
         shares: Client -> its rows of the split.
         clients: Which clients the stack holds.
         config: Steps, batch size, learning rates and their schedule.
-        objective: What is learned.
         optimizer: How a factor takes a step.
 
     Returns:
@@ -72,7 +70,7 @@ def local_phase(
     losses = np.empty(texts.shape[:2])
 
     def train_chunk(chunk: list[int]) -> None:
-        losses[chunk] = phase.train(chunk, objective, optimizer)
+        losses[chunk] = phase.train(chunk, optimizer)
 
     tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
     most = tokens_at_once(backbone, stack, tokens, config)
@@ -103,7 +101,7 @@ class _Phase:
         """The factors that train."""
         return [factor for factor in self.stack.factors if factor in self.factors]
 
-    def train(self, chunk: list[int], objective: Objective, optimizer: Optimizer) -> np.ndarray:
+    def train(self, chunk: list[int], optimizer: Optimizer) -> np.ndarray:
         """All steps of some clients of the stack, in place; their losses (n, K) float64."""
         stack, rows = self.stack, moved(torch.tensor(chunk), self.backbone.device)
         leaves = {
@@ -116,8 +114,8 @@ class _Phase:
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
             ids = [self.clients[k] for k in chunk]
             dropout = lora_dropout(batch, ids, position, self.config)
-            outputs = self.backbone.logits(batch, leaves, dropout)
-            losses = objective.losses(outputs, batch.targets).mean(dim=1)
+            of_places, _ = self.backbone.judge(batch, leaves, dropout)
+            losses = _means(of_places, batch.asked_counts)
             losses.sum().backward()
             of_steps.append(losses.detach())
             self._step(step, leaves, kept, optimizer)
@@ -237,6 +235,13 @@ def lora_dropout(
     return keep
 
 
+def _means(losses: Tensor, counts: np.ndarray) -> Tensor:
+    """(Q,) -> (n,), the mean of each client's, whose numbers are `counts` (n,)."""
+    if len(set(counts.tolist())) == 1:
+        return losses.view(len(counts), -1).mean(dim=1)
+    return torch.cat([own[None].mean(dim=1) for own in losses.split(counts.tolist())])
+
+
 def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
     """Scale each client's gradient (a row of all of `grads`) down to `norm`, in place."""
     if norm is None:
@@ -253,17 +258,15 @@ def evaluate(
     backbone: Backbone,
     factors: Mapping[Factor, Tensor],
     tokens: Tokens,
-    config: Config,
-    objective: Objective = CLASSIFICATION,
+    objective: Objective | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every client's model on every text of a split, a few texts of a few clients at a time.
 
     Args:
         backbone: The frozen model.
         factors: Factor -> (n, P).
-        tokens: The split, Q texts.
-        config: Chunk size.
-        objective: What is learned.
+        tokens: The split, which asks at Q places.
+        objective: How answers are wanted; the backbone's own for None.
 
     Returns:
         (n, Q) float32 losses and (n, Q) answers, of whatever shape each, both on the CPU, texts in
@@ -284,12 +287,15 @@ def evaluate(
         batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
         mine = {factor: value[chunk] for factor, value in factors.items()}
         with torch.no_grad():
-            outputs = backbone.logits(batch, mine).cpu()
-            return objective.losses(outputs, batch.targets.cpu()), objective.answer(outputs)
+            losses, answers = (
+                found.cpu() for found in backbone.judge(batch, mine, objective=objective)
+            )
+        return losses.view(len(chunk), -1), answers.unflatten(0, (len(chunk), -1))
 
     parts = on_cores(judge, pieces, backbone.backend.workers())
-    losses, answers = (one.new_empty(num_clients, len(order), *one.shape[2:]) for one in parts[0])
+    num_places = len(tokens.targets)
+    losses, answers = (one.new_empty(num_clients, num_places, *one.shape[2:]) for one in parts[0])
     for (texts, chunk), (some_losses, some_answers) in zip(pieces, parts, strict=True):
-        place = torch.tensor(chunk)[:, None], torch.from_numpy(texts)
+        place = torch.tensor(chunk)[:, None], torch.from_numpy(tokens.places(texts))
         losses[place], answers[place] = some_losses, some_answers
     return losses, answers

@@ -42,7 +42,7 @@ def train_round(
     before = {slot: stack.state[slot].clone() for slot in private if slot[1] in active}
     losses: np.ndarray = local_phase(
         job.backbone, stack, active, round_, job.train, job.shares, clients, job.config,
-        job.task.objective, job.method.optimizer,
+        job.method.optimizer,
     ).mean(axis=1)  # fmt: skip
     check_finite(losses, clients, round_, job.config.lr)
     if before:

@@ -1,10 +1,11 @@
 """The one frozen model that all clients share, and where their adapters sit in it.
 
-Any `AutoModelForSequenceClassification` will do. Its encoder runs packed (packed_encoder.py) or
-in rectangles (rectangle_encoder.py) where that gives what the model's own forward pass does
-(own_forward.py); its classifier is the model's own code in all cases.
+Any `AutoModelForSequenceClassification` or `AutoModelForCausalLM` will do. Its encoder runs packed
+(packed_encoder.py, interface_encoder.py) or in rectangles (rectangle_encoder.py) where that gives
+what the model's own forward pass does (own_forward.py); its head is the model's own code in all
+cases.
 
-Legend: R texts of a batch, n clients, C labels, d the model's width.
+Legend: R texts of a batch, n clients, Q places asked, C outputs, d the model's width.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from plait.config import THIS_MACHINE, Config, Head, Machine
+from plait.data.objectives import CLASSIFICATION, LANGUAGE, Objective
 from plait.data.tokens import Batch, Tokens, pack
 from plait.factors import Factor
 from plait.lora import Dropout, Layout, Site, layer_index
 from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process_settings import configure_process
 from plait.model.backend import build_backend
-from plait.model.encoder_choice import Probe, check_dropout, choose
-from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
+from plait.model.encoder_choice import Encoder, Probe, check_dropout, choose
+from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead, judge_in_parts
 from plait.model.loading import Loaded
 from plait.model.own_forward import OwnForward
-from plait.model.packed_encoder import PackedEncoder
-from plait.model.rectangle_encoder import RectangleEncoder
 
 HEAD_NAMES = ("classifier", "score")
 """What PEFT takes for the classifier of a sequence classification model."""
@@ -42,6 +42,9 @@ TARGET_MODULES: dict[str, Sequence[str]] = {
     "albert": ["query", "value"],
 } | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 """Architecture -> names of the linear layers that are adapted by default, as PEFT has them."""
+
+ALL_LINEAR = "all-linear"
+"""What `target_modules` calls all linear layers but the head, as PEFT does."""
 
 
 class Backbone:
@@ -59,23 +62,32 @@ class Backbone:
         backend: How it computes.
         encoder: What computes hidden states, or with `head` None the logits.
         head: What makes logits of hidden states.
+        objective: What is learned.
     """
 
-    encoder: PackedEncoder | RectangleEncoder | OwnForward
+    encoder: Encoder | OwnForward
     head: MeanHead | OwnHead | None
 
-    def __init__(self, loaded: Loaded, config: Config, machine: Machine = THIS_MACHINE) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        config: Config,
+        machine: Machine = THIS_MACHINE,
+        objective: Objective = CLASSIFICATION,
+    ) -> None:
         """Freeze the model and lay out the adapters.
 
         Args:
             loaded: The model, its tokenizer, and what of it the checkpoint didn't have.
             config: Rank, targets, head and precision.
             machine: Where and how to compute, and how much at once.
+            objective: What is learned.
 
         Raises:
             ValueError: No linear layer matches the targets, or the backend isn't there.
         """
         configure_process()
+        self.objective = objective
         self.machine, self.device = machine, resolve_device(machine.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.backend = build_backend(self.device, self.dtype, machine.backend)
@@ -89,7 +101,10 @@ class Backbone:
             if mean_pooled
             else (model.base_model, f"{model.base_model_prefix}.")
         )
-        self.head_names = head_names(model)
+        # A language model's head travels with its base, and stays as it is.
+        self.head_names = () if objective is LANGUAGE else head_names(model)
+        if objective is LANGUAGE and config.head not in (None, "frozen"):
+            raise ValueError(f"head is {config.head}; that of a language model stays frozen.")
         sites = find_sites(model, base.config.model_type, config)
         # A layer that the checkpoint lacks travels whole, which PEFT can't do with an adapted one.
         sites = tuple(site for site in sites if site.name not in loaded.fresh)
@@ -108,11 +123,13 @@ class Backbone:
             scale=config.alpha / config.rank,
             head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
         )
-        probe = Probe.of(self.tokenizer, base.config, self.layout, self.head_start, self.backend)
+        probe = Probe.of(
+            self.tokenizer, base.config, self.layout, self.head_start, self.backend, objective
+        )
         self.encoder, self.head = choose(model, base, prefix, self.layout, self.backend, probe)
         if config.lora_dropout:
             check_dropout(self.encoder, probe)
-        if self.head is not None:
+        if self.head is not None and objective is not LANGUAGE:
             self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
@@ -126,30 +143,54 @@ class Backbone:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""
         return pack(tokens, rows, self.encoder.padded).to(self.device)
 
-    def logits(
-        self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
-    ) -> Tensor:
+    def judge(
+        self,
+        batch: Batch,
+        factors: dict[Factor, Tensor],
+        dropout: Dropout | None = None,
+        objective: Objective | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Each client's own model on its own texts.
 
         Args:
             batch: b texts for each of n clients.
             factors: Factor -> (n, P) rows of these clients.
             dropout: The LoRA branches' dropout; none in evaluation.
+            objective: How answers are wanted; as they are learned for None.
 
         Returns:
-            (n, b, C) float32.
+            (Q,) float32 losses, and (Q,) answers, of whatever shape each.
         """
-        A, B = factors[Factor.A], factors[Factor.B]
+        objective = objective or self.objective
+        if self.objective is LANGUAGE and self.head is not None:
+            features = self._features(batch, factors, dropout)
+            counts = batch.asked_counts.tolist()
+            return judge_in_parts(self.head, features, batch.targets, counts, objective)
+        outputs = self.logits(batch, factors, dropout)
+        return objective.loss(outputs, batch.targets), objective.answer(outputs)
+
+    def logits(
+        self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
+    ) -> Tensor:
+        """What `judge` judges, (Q, C) float32; not for language models, which have too much."""
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {name: part.to(self.dtype) for name, part in heads.items()}
         if isinstance(self.encoder, OwnForward):
+            A, B = factors[Factor.A], factors[Factor.B]
             return self.encoder(batch, A, B, parts, dropout).float()
-        assert self.head is not None
-        hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
-        features = self.head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        features = self._features(batch, factors, dropout).unflatten(0, (batch.num_clients, -1))
         parts = {self._head_prefix + name: part for name, part in parts.items()}
         with self._head_lock:
-            return self._stacked_head(parts, features).float()
+            return self._stacked_head(parts, features).flatten(0, 1).float()
+
+    def _features(
+        self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None
+    ) -> Tensor:
+        """(Q, d), what the head reads."""
+        assert self.head is not None
+        assert not isinstance(self.encoder, OwnForward)
+        A, B = factors[Factor.A], factors[Factor.B]
+        return self.head.read(self.encoder(batch, A, B, dropout, self.head.asked_only), batch)
 
     def in_head(self, name: str) -> bool:
         """Whether a parameter or module belongs to the classifier head."""
@@ -221,7 +262,9 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
         ValueError: The architecture has no default, or nothing matches.
     """
     targets: Sequence[str]
-    if config.target_modules:
+    if config.target_modules == ALL_LINEAR:
+        targets = [name for name, module in model.named_modules() if name]
+    elif config.target_modules:
         targets = [name.strip() for name in config.target_modules.split(",")]
     elif model_type in TARGET_MODULES:
         targets = TARGET_MODULES[model_type]

@@ -57,8 +57,8 @@ class Backend:
 
     # -- frozen layers
 
-    def linear(self, weight: Tensor, bias: Tensor) -> FrozenLinear:
-        """A frozen layer of W (d_out, d_in) and b (d_out,)."""
+    def linear(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
+        """A frozen layer of W (d_out, d_in) and b (d_out,), if there is one."""
         prepack = (
             weight.device.type == "cpu"
             and torch.backends.mkldnn.is_available()
@@ -169,7 +169,7 @@ class KernelBackend(Backend):
             )
         self.kernels = kernels
 
-    def linear(self, weight: Tensor, bias: Tensor) -> FrozenLinear:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
         """By the kernels if they suit W."""
         if self.kernels.suit(weight):
             return KernelLinear(weight, bias, self.kernels)
@@ -215,7 +215,7 @@ class AcceleratorBackend(Backend):
 
     window_sizes = 1  # some more slots cost less than some more calls
 
-    def linear(self, weight: Tensor, bias: Tensor) -> FrozenLinear:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
         """As it is."""
         return FrozenLinear(weight, bias)
 

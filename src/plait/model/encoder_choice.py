@@ -4,13 +4,13 @@ The answer to compare with is `OwnForward`'s on a few short texts, one at a time
 transformers as it is, with LoRA as PEFT adds it. A way that differs from it by more than rounding,
 or that breaks, isn't taken; so nothing is silently different, whatever the architecture.
 
-Legend: n clients, b texts of each, C labels.
+Legend: n clients, Q places asked, C outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from plait.data.objectives import LANGUAGE, Objective
 from plait.data.tokens import Batch, Tokens, pack
 from plait.factors import Factor
 from plait.lora import Layout, initial_stack
 from plait.model.backend import Backend
-from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead
+from plait.model.heads import READS, MeanHead, MeanPooledClassifier, OwnHead
+from plait.model.interface_encoder import InterfaceEncoder
 from plait.model.own_forward import GROUPINGS, OwnForward
 from plait.model.packed_encoder import PACKED_MODEL_TYPES, PackedEncoder
 from plait.model.rectangle_encoder import RectangleEncoder
 
-Encoder = PackedEncoder | RectangleEncoder
+Encoder = PackedEncoder | InterfaceEncoder | RectangleEncoder
 Head = MeanHead | OwnHead
 
 LENGTHS = (9, 4, 9, 6)
@@ -55,13 +57,15 @@ class Probe:
 
     @classmethod
     def of(cls, tokenizer: Any, config: Any, layout: Layout, start: dict[str, Tensor],
-           backend: Backend) -> Probe:  # fmt: skip
+           backend: Backend, objective: Objective) -> Probe:  # fmt: skip
         """The same for every run with a model; `start` is its trained head, by name."""
         rng = np.random.default_rng(0)
         texts = [_text(tokenizer, config, length, rng) for length in LENGTHS * 2]
         ids = np.concatenate(texts).astype(np.int32)
         offsets = np.cumsum([0, *map(len, texts)]).astype(np.int64)
         tokens = Tokens(ids, ids * 0, offsets, np.zeros(len(texts), dtype=np.int64))
+        if objective is LANGUAGE:
+            tokens = replace(tokens, asked=~np.isin(np.arange(len(ids)), offsets[1:] - 1))
         factors = dict(initial_stack(layout, start, 2, 0, torch.device("cpu")).factors)
         generator = torch.Generator().manual_seed(0)
         for factor in [one for one in factors if one is not Factor.A]:
@@ -74,7 +78,7 @@ class Probe:
         return cls(batch.to(backend.device), there[Factor.A], there[Factor.B], heads, backend.dtype)
 
     def agrees(self, found: Callable[[], Tensor], expected: Tensor) -> bool:
-        """Whether logits (n, b, C) are what is expected, but for rounding; if it breaks, no."""
+        """Whether logits (Q, C) are what is expected, but for rounding; if it breaks, no."""
         exact = self.dtype is torch.float32 and expected.device.type == "cpu"
         tolerance = (1e-3 if exact else 0.1) * max(float(expected.abs().max()), 1e-3)
         try:
@@ -105,10 +109,7 @@ def choose(
     own = OwnForward(model, layout)
     expected = _own_answer(own, probe, base.config.model_type)
     own.remove()
-    fast: list[Callable[[], Encoder]] = [lambda: RectangleEncoder(model, base, layout)]
-    if backend.packs and base.config.model_type in PACKED_MODEL_TYPES:
-        fast.insert(0, lambda: PackedEncoder(base, prefix, layout, backend))
-    for build in fast:
+    for build in _encoders(model, base, prefix, layout, backend):
         if (both := _if_right(build, model, probe, expected)) is not None:
             return both
     own = OwnForward(model, layout)
@@ -119,6 +120,19 @@ def choose(
     raise ValueError(
         f"A {base.config.model_type} model isn't supported: it doesn't give the same answer twice."
     )
+
+
+def _encoders(
+    model: Any, base: Any, prefix: str, layout: Layout, backend: Backend
+) -> Iterator[Callable[[], Encoder]]:
+    """The encoders that may be right for a model, the fastest first."""
+    if backend.packs:
+        if base.config.model_type in PACKED_MODEL_TYPES:
+            yield lambda: PackedEncoder(base, prefix, layout, backend)
+        # RoBERTa's family counts positions from the padding id on.
+        for first in (0, 1 + (getattr(base.config, "pad_token_id", None) or 0)):
+            yield partial(InterfaceEncoder, base, prefix, layout, backend, first)
+    yield lambda: RectangleEncoder(model, base, layout)
 
 
 def check_dropout(encoder: Encoder | OwnForward, probe: Probe) -> None:
@@ -142,25 +156,30 @@ def _if_right(
         encoder = build()
     except Exception:  # not a model of the kind that this encoder is made for
         return None
-    head = MeanHead(model) if isinstance(model, MeanPooledClassifier) else OwnHead(model)
-    own_prefix = "" if isinstance(head, MeanHead) else "model."
-    parts = {own_prefix + name: part for name, part in probe.heads.items()}
-
-    def logits() -> Tensor:
-        hidden = encoder(probe.batch, probe.A, probe.B, None, head.asked_only)
-        features = head.read(hidden, probe.batch).unflatten(0, (probe.batch.num_clients, -1))
-        own = [{name: part[k] for name, part in parts.items()} for k in range(len(features))]
-        return torch.stack([functional_call(head, *one) for one in zip(own, features, strict=True)])
-
-    if probe.agrees(logits, expected):
-        return encoder, head
+    mean_pooled = isinstance(model, MeanPooledClassifier)
+    for read in ("mean",) if mean_pooled else READS:
+        head = MeanHead(model) if mean_pooled else OwnHead(model, read)
+        if probe.agrees(partial(_logits, encoder, head, probe), expected):
+            return encoder, head
+        head.remove()
     encoder.remove()
-    head.remove()
     return None
 
 
+def _logits(encoder: Encoder, head: Head, probe: Probe) -> Tensor:
+    """(Q, C), client by client."""
+    batch = probe.batch
+    hidden = encoder(batch, probe.A, probe.B, None, head.asked_only)
+    prefix = "" if isinstance(head, MeanHead) else "model."
+    each = head.read(hidden, batch).split(batch.asked_counts.tolist())
+    parts = [
+        {prefix + name: part[k] for name, part in probe.heads.items()} for k in range(len(each))
+    ]
+    return torch.cat([functional_call(head, *one) for one in zip(parts, each, strict=True)])
+
+
 def _own_answer(own: OwnForward, probe: Probe, kind: str) -> Tensor:
-    """Logits (n, b, C) by the model's own code.
+    """Logits (Q, C) by the model's own code.
 
     Raises:
         ValueError: It breaks, or the adapted layers don't change what it says.

@@ -11,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
+from transformers.pytorch_utils import Conv1D
 
 from plait.model.kernels.compiled import Kernels
+
+
+def weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
+    """Weight (d_out, d_in) and bias of a layer; GPT-2's Conv1D has its weight transposed."""
+    weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+    bias = layer.bias
+    return weight.detach().contiguous(), None if bias is None else bias.detach()
 
 
 def side_by_side(layers: list[nn.Linear]) -> tuple[Tensor, Tensor]:
@@ -26,13 +34,13 @@ class FrozenLinear:
 
     Attributes:
         weight: (d_out, d_in).
-        bias: (d_out,).
+        bias: (d_out,), if there is one.
         batch_invariant: What a token gets, and how fast, doesn't depend on how many there are.
     """
 
     batch_invariant = False
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -51,7 +59,7 @@ class FrozenLinear:
 class OneDnnLinear(FrozenLinear):
     """W prepacked for oneDNN's products, on a CPU."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self.packed, self.packed_t = reorder(weight), reorder(weight.t().contiguous())
@@ -78,7 +86,7 @@ class KernelLinear(FrozenLinear):
 
     batch_invariant = True
 
-    def __init__(self, weight: Tensor, bias: Tensor, kernels: Kernels) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
         super().__init__(weight, bias)
         self.kernels = kernels
         self.packed, self.packed_t = kernels.prepack(weight.t()), kernels.prepack(weight)

@@ -1,18 +1,25 @@
-"""Classifier heads: from an encoder's last hidden state to logits.
+"""Heads: from the last hidden state to logits.
 
-Legend: T tokens of a batch, R its texts, d the model's width, L a padded length, C labels.
+Legend: T tokens of a batch, R its texts, Q places asked, d the model's width, L a padded length, C
+outputs: classes, or the tokens of a vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    SequenceClassifierOutput,
+)
 
+from plait.data.objectives import Objective
 from plait.data.tokens import Batch
 
 
@@ -70,28 +77,60 @@ class MeanHead(nn.Module):
     @staticmethod
     def read(hidden: Tensor, batch: Batch) -> Tensor:
         """(T, d) -> features (Q, d), the mean of each text."""
-        text = torch.repeat_interleave(batch.lengths, output_size=batch.num_tokens)
-        total = hidden.new_zeros(len(batch.lengths), hidden.shape[1])
-        total = total.index_add(0, text, hidden[: batch.num_tokens])
-        return scale_to_width(total)
+        return scale_to_width(_sum(hidden, batch))
 
     def forward(self, features: Tensor) -> Tensor:
         """(R, d) -> (R, C)."""
         return self.classifier(features)  # type: ignore[no-any-return]
 
 
-class OwnHead(nn.Module):
-    """First tokens (R, d) -> logits (R, C) by the model's own code after its encoder.
+def _sum(hidden: Tensor, batch: Batch) -> Tensor:
+    """(T, d) -> (R, d), the sum of each text's tokens."""
+    text = torch.repeat_interleave(batch.lengths, output_size=batch.num_tokens)
+    total = hidden.new_zeros(len(batch.lengths), hidden.shape[1])
+    return total.index_add(0, text, hidden[: batch.num_tokens])
 
-    The model's `forward` runs with its encoder replaced by one that returns what we computed,
-    so pooler, activation and head are the architecture's own, whatever they are.
+
+def _asked(hidden: Tensor, _batch: Batch) -> Tensor:
+    return hidden
+
+
+def _last(hidden: Tensor, batch: Batch) -> Tensor:
+    return hidden[batch.starts + batch.lengths - 1]
+
+
+def _mean(hidden: Tensor, batch: Batch) -> Tensor:
+    return _sum(hidden, batch) / batch.lengths[:, None]
+
+
+READS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "asked": _asked,
+    "last": _last,
+    "mean": _mean,
+}
+"""Where a model's own head reads its text: the first token (or in a language model each that is
+asked), the last one, or the mean of all."""
+
+
+ROWS_AT_ONCE = 256
+"""Places at which all outputs are there at once."""
+
+
+class OwnHead(nn.Module):
+    """Hidden states (Q, d) -> logits (Q, C) by the model's own code after its encoder.
+
+    The model's `forward` runs with its encoder replaced by one that returns what we computed, each
+    hidden state as a text of one token, so pooler, activation and head are the architecture's own,
+    whatever they are.
     """
 
-    asked_only = True
-
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, read: str = "asked") -> None:
         super().__init__()
-        self.pooler = getattr(model.base_model, "pooler", None)
+        self.asked_only, self._read = read == "asked", READS[read]
+        self.pooler = _pooler(model.base_model)
+        # transformers' decoders classify several texts only if there is a token to pad them with.
+        pads = model.can_generate() or model.config.get_text_config().pad_token_id is not None
+        self.at_once = ROWS_AT_ONCE if pads else 1
         self.computed = _Computed()
         base = model.base_model
         self._put_back = partial(setattr, model, model.base_model_prefix, base)
@@ -102,21 +141,103 @@ class OwnHead(nn.Module):
         """Put the model's encoder back."""
         self._put_back()
 
-    @staticmethod
-    def read(hidden: Tensor, _batch: Batch) -> Tensor:
-        """(Q, d), what was asked for, are the features."""
-        return hidden
+    def read(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """(T, d), or (Q, d) where only that was asked for, -> features (Q, d)."""
+        return self._read(hidden, batch)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(R, d) -> (R, C)."""
+        """(Q, d) -> (Q, C)."""
+        return torch.cat([self._outputs(part) for part in features.split(self.at_once)])
+
+    def _outputs(self, features: Tensor) -> Tensor:
         hidden = features[:, None]
         pooled = None if self.pooler is None else self.pooler(hidden)
-        self.computed.output = BaseModelOutputWithPooling(hidden, pooled)
-        return self.model(input_ids=hidden.new_zeros(len(hidden), 1).long()).logits  # type: ignore[no-any-return]
+        self.computed.now.output = BaseModelOutputWithPoolingAndCrossAttentions(hidden, pooled)
+        ids = hidden.new_zeros(len(hidden), 1).long()
+        return self.model(input_ids=ids).logits.flatten(0, -2)  # type: ignore[no-any-return]
+
+
+def _pooler(base: Any) -> Callable[[Tensor], Tensor] | None:
+    """What makes a pooled state of hidden states (R, 1, d), if anything does."""
+    pooler = getattr(base, "pooler", None)
+    if isinstance(pooler, nn.Linear):  # ALBERT's; others pick the first token themselves
+        return lambda hidden: base.pooler_activation(pooler(hidden[:, 0]))
+    return pooler
+
+
+class _Now(threading.local):
+    output: BaseModelOutputWithPoolingAndCrossAttentions
 
 
 class _Computed(nn.Module):
-    output: BaseModelOutputWithPooling
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = _Now()
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> BaseModelOutputWithPooling:
-        return self.output
+    def forward(self, *_args: Any, **_kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        return self.now.output
+
+
+# -- outputs that are too many to be kept
+
+
+def judge_in_parts(
+    head: Callable[[Tensor], Tensor],
+    features: Tensor,
+    targets: Tensor,
+    counts: Sequence[int],
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """Losses, with a gradient for the features, and answers; the head is frozen.
+
+    Loss and gradient are worked out together, some places of a client at a time, so that no more
+    than (ROWS_AT_ONCE, C) outputs exist.
+
+    Args:
+        head: (Q, d) -> (Q, C).
+        features: (Q, d).
+        targets: (Q,).
+        counts: How many places are each client's.
+        objective: What is learned.
+
+    Returns:
+        (Q,) float32 losses, and (Q,) answers.
+    """
+    return _Judge.apply(features, head, targets, counts, objective)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Judge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        head: Callable[[Tensor], Tensor],
+        targets: Tensor,
+        counts: Sequence[int],
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor]:
+        sizes = [
+            min(ROWS_AT_ONCE, count - begin)
+            for count in counts
+            for begin in range(0, count, ROWS_AT_ONCE)
+        ]
+        losses, answers, grads = [], [], []
+        for rows, asked in zip(features.split(sizes), targets.split(sizes), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                x = rows.detach().requires_grad_(ctx.needs_input_grad[0])
+                outputs = head(x).float()
+                loss = objective.loss(outputs, asked)
+                if ctx.needs_input_grad[0]:
+                    grads += torch.autograd.grad(loss.sum(), x)
+            losses.append(loss.detach())
+            answers.append(objective.answer(outputs.detach()))
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        found = torch.cat(losses), torch.cat(answers)
+        ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (of_features,) = ctx.saved_tensors
+        return (of_features * grad[:, None]).to(of_features.dtype), None, None, None, None

@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from plait.config import Config
-from plait.data.objectives import Objective
+from plait.data.objectives import LANGUAGE, Objective
 from plait.data.sources import package_folder, say
 from plait.model.heads import MeanPooledClassifier
 from plait.rng import torch_stream
@@ -30,7 +36,8 @@ class Loaded:
     """A model as PEFT would load an adapter onto it.
 
     Attributes:
-        model: A sequence classification model of transformers, or `MeanPooledClassifier`.
+        model: A sequence classification or causal language model of transformers, or
+            `MeanPooledClassifier`.
         tokenizer: Its tokenizer.
         fresh: Modules that the checkpoint had no weights for, drawn from the run's seed. They go
             into the adapter folder, trained or not: elsewhere they would be drawn differently.
@@ -55,6 +62,36 @@ class Loaded:
         return found.hexdigest()[:16]
 
 
+def load_for(config: Config, objective: Objective, label_names: tuple[str, ...] = ()) -> Loaded:
+    """Load the model that `config.backbone` names, with the head that an objective needs.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    if objective is LANGUAGE:
+        return load_language_model(config)
+    loaded = load_model(config, objective.num_outputs(label_names), label_names)
+    with_labels(loaded.model, objective, label_names)
+    return loaded
+
+
+def load_language_model(config: Config) -> Loaded:
+    """Load the causal language model that `config.backbone` names.
+
+    Raises:
+        ValueError: The folder or the name on the hub can't be loaded, with what to do.
+    """
+    tokenizer, model, report = _loaded(config, AutoModelForCausalLM)
+    _check_whole(config.backbone, report, model)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"The backbone {config.backbone!r} is no language model: its checkpoint has no "
+            f"{min(report['missing_keys'])}. Give a model that writes text, such as an instruct "
+            "model."
+        )
+    return Loaded(model, tokenizer, ())
+
+
 def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ()) -> Loaded:
     """Load the model that `config.backbone` names.
 
@@ -67,41 +104,60 @@ def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ())
     Raises:
         ValueError: The folder or the name on the hub can't be loaded, with what to do.
     """
-    source = _source(config.backbone)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_stream(config.seed, "head").initial_seed())
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            if draws_head(config):
-                own = AutoConfig.from_pretrained(source)
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    source,
-                    num_labels=num_labels,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
-            else:
-                model, report = AutoModel.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True
-                )
-        except Exception as error:  # whatever a library raises for a broken folder
-            raise ValueError(
-                f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
-                "Give a local model folder, a name on the hub, or `minilm`."
-            ) from error
-        _check_tokenizer(config.backbone, tokenizer)
+        if draws_head(config):
+            tokenizer, model, report = _loaded(
+                config,
+                AutoModelForSequenceClassification,
+                num_labels=num_labels,
+                ignore_mismatched_sizes=True,
+            )
+        else:
+            tokenizer, model, report = _loaded(config, AutoModel)
         _check_whole(config.backbone, report, model)
         if not draws_head(config):
             return Loaded(MeanPooledClassifier(model, num_labels), tokenizer, ())
+        own = AutoConfig.from_pretrained(_source(config.backbone))
         if {key for key, *_ in report["mismatched_keys"]}:
             _say_new_head(config.backbone, own)
         elif not report["missing_keys"]:
             match_outputs(config.backbone, model, own, label_names)
     fresh = {name.rpartition(".")[0] for name in report["missing_keys"]}
     return Loaded(model, tokenizer, tuple(sorted(fresh)))
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of the model that `config.backbone` names.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    tokenizer = _asked_for(config, AutoTokenizer)
+    _check_tokenizer(config.backbone, tokenizer)
+    return tokenizer
+
+
+def _loaded(config: Config, kind: Any, **settings: Any) -> tuple[Any, Any, Any]:
+    """Tokenizer, model, and which weights the checkpoint had and hadn't."""
+    tokenizer = load_tokenizer(config)
+    how = {"dtype": torch.float32, "output_loading_info": True, **settings}
+    model, report = _asked_for(config, kind, **how)
+    return tokenizer, model, report
+
+
+def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
+    """What transformers loads for the backbone."""
+    source = _source(config.backbone)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(source, **settings)
+    except Exception as error:  # whatever a library raises for a broken folder
+        raise ValueError(
+            f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
+            "Give a local model folder, a name on the hub, or `minilm`."
+        ) from error
 
 
 def with_labels(model: Any, objective: Objective, label_names: Sequence[str]) -> Any:

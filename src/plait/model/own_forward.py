@@ -5,7 +5,7 @@ token of each text. Some models read elsewhere (ModernBERT the mean, decoders th
 some adapt layers whose inputs aren't texts by tokens (DeBERTa's relative positions). Here a hook
 adds one client's branch to whatever an adapted layer sees, as PEFT does.
 
-Legend: n clients, b texts of each, R_g texts of a group, L_g its longest, C labels.
+Legend: n clients, Q places asked, R_g texts of a group, L_g its longest, C outputs.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class OwnForward:
         heads: dict[str, Tensor],
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """Logits (n, b, C).
+        """Logits (Q, C), client after client.
 
         Args:
             batch: b texts of each of n clients.
@@ -122,7 +122,7 @@ class OwnForward:
                 logits.append(self._client(batch, starts[client], lengths[client], head, dropout))
             finally:
                 self._now.branches = None
-        return torch.stack(logits)
+        return torch.cat(logits)
 
     def _client(
         self,
@@ -132,13 +132,14 @@ class OwnForward:
         head: dict[str, Tensor],
         dropout: Dropout | None,
     ) -> Tensor:
-        """(b, C), one client's texts."""
+        """(C,) for each place asked in one client's texts."""
         device = batch.ids.device
+        asked = torch.zeros(len(batch.ids) + 1, dtype=torch.bool, device=device)
+        asked[batch.asked] = True
         ids = torch.cat([batch.ids, batch.ids.new_tensor([self.pad_id])])
         types = torch.cat([batch.types, batch.types.new_tensor([0])])
-        groups = self.group(lengths)
-        found = []
-        for texts in groups:
+        found, order = [], []
+        for texts in self.group(lengths):
             places, mask = rectangle(starts[texts], lengths[texts], len(batch.ids))
             index = moved(places, device)
             self._now.keep = dropout and _where_it_fits(dropout, index)
@@ -146,9 +147,10 @@ class OwnForward:
             inputs = {"input_ids": ids[index], "attention_mask": moved(mask.long(), device)} | kinds
             taken = {name: value for name, value in inputs.items() if name in self._takes}
             with self._lock:
-                found.append(functional_call(self.model, head, (), taken).logits)
-        order = moved(torch.cat(groups).argsort(), device)
-        return torch.cat(found)[order]
+                logits = functional_call(self.model, head, (), taken).logits
+            order.append(index[asked[index]])
+            found.append(logits if logits.dim() == 2 else logits[asked[index]])  # of texts, tokens
+        return torch.cat(found)[torch.cat(order).argsort()]
 
 
 def _where_it_fits(dropout: Dropout, index: Tensor) -> Dropout:

@@ -21,7 +21,7 @@ from plait.engines.simulate import Simulation
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import best_evaluation, has_stopped, summarize
 from plait.lookup import lookup
-from plait.model.loading import Loaded, load_model, with_labels
+from plait.model.loading import Loaded, load_for
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder, load_events, load_summary
 from plait.runs.trained import Client, Prediction, Text, predict
@@ -254,11 +254,8 @@ class Run(Iterator[Event]):
         return next(event for event in self.events if isinstance(event, Started))
 
     def _loaded(self) -> Loaded:
-        objective = OBJECTIVES[self._started.objective]
-        label_names = self._started.label_names
-        loaded = load_model(self.config, objective.num_outputs(label_names), label_names)
-        with_labels(loaded.model, objective, label_names)
-        return loaded
+        started = self._started
+        return load_for(self.config, OBJECTIVES[started.objective], started.label_names)
 
     def _adapters(self, scratch: Path) -> Path:
         """Where the PEFT folders lie; written into `scratch` if they are nowhere yet."""

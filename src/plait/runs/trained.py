@@ -28,7 +28,7 @@ from plait.data.objectives import OBJECTIVES
 from plait.data.sources import text_columns
 from plait.events import Started, from_line
 from plait.machine.files import write_atomically
-from plait.model.loading import Loaded, draws_head, load_model, resolved, with_labels
+from plait.model.loading import Loaded, draws_head, load_for, resolved
 
 CARD = "plait.json"
 AT_ONCE = 32
@@ -87,10 +87,7 @@ class Card:
     def base(self) -> Loaded:
         """The model without an adapter, its outputs named, and its tokenizer."""
         config = Config(backbone=self.backbone, pooling=self.pooling, seed=self.seed)
-        objective = OBJECTIVES[self.objective]
-        loaded = load_model(config, objective.num_outputs(self.label_names), self.label_names)
-        with_labels(loaded.model, objective, self.label_names)
-        return loaded
+        return load_for(config, OBJECTIVES[self.objective], self.label_names)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def _job(
     read = _Reader(tokenizer, config, _objective(model), int(model.config.num_labels))
     hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
     held_out = read.all(eval_dataset, "eval_dataset")
-    backbone = Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config, machine)
+    loaded = Loaded(copy.deepcopy(model), tokenizer, ())
+    backbone = Backbone(loaded, config, machine, _objective(model))
     train, held_out = map(backbone.with_hidden, (_join(hands), held_out))
     task = _task(model, train, held_out, config.metric)
     ends = np.cumsum([len(hand) for hand in hands])
