@@ -29,7 +29,8 @@ from plait.model.loading import Loaded
 
 def plait_steps(work: Work, stack: Stack | None = None) -> Steps:
     """plait's stacked engine; on a stack of one's own, where that is to be mixed too."""
-    backbone = Backbone(Loaded(copy.deepcopy(work.model), None, ()), work.config, work.machine)
+    loaded = Loaded(copy.deepcopy(work.model), None, ())
+    backbone = Backbone(loaded, work.config, work.machine, work.objective)
     stack = stack or work.stack()
     tokens = backbone.with_hidden(work.tokens)
 
@@ -41,25 +42,34 @@ def plait_steps(work: Work, stack: Stack | None = None) -> Steps:
 
 
 def padded_batch(work: Work, rows: np.ndarray, length: int | None) -> dict[str, torch.Tensor]:
-    """(b, L) ids and mask, padded to the batch's longest or to `length`, and labels."""
+    """(b, L) ids and mask, padded to the batch's longest or to `length`, and labels.
+
+    A language model's labels are (b, L), its tokens, or -100 where none is learned.
+    """
     lengths = work.tokens.lengths[rows]
     width = length or int(lengths.max())
-    ids = np.full((len(rows), width), work.model.config.pad_token_id, dtype=np.int64)
+    ids = np.full((len(rows), width), work.model.config.pad_token_id or 0, dtype=np.int64)
+    learned = np.zeros((len(rows), width), dtype=bool)
     for k, row in enumerate(rows):
         begin = work.tokens.offsets[row]
         ids[k, : lengths[k]] = work.tokens.ids[begin : begin + lengths[k]]
+        if work.tokens.asked is not None:
+            learned[k, 1 : lengths[k]] = work.tokens.asked[begin : begin + lengths[k] - 1]
     mask = np.arange(width) < lengths[:, None]
     return {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        "labels": torch.from_numpy(work.tokens.labels[rows]),
+        "labels": torch.from_numpy(
+            work.tokens.labels[rows] if work.tokens.asked is None else np.where(learned, ids, -100)
+        ),
     }
 
 
 def adapted(work: Work, model: Any) -> Any:
     """PEFT's model, its adapters where every client starts."""
     config = work.config
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=["query", "value"])
+    targets = [site.name for site in work.layout.sites]
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     peft_model = get_peft_model(model, lora).eval()
     parameters = dict(peft_model.named_parameters())
     for name, value in work.start().items():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tasks import load_task
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.local_training import batch_rows
@@ -30,7 +31,7 @@ Steps = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class Work:
-    """The model, the texts, the settings, each client's share, which clients train, and where."""
+    """Model, texts, settings, each client's share, which clients train, where, and what."""
 
     model: Any
     tokens: Tokens
@@ -38,6 +39,7 @@ class Work:
     shares: list[np.ndarray]
     clients: list[int]
     machine: Machine = THIS_MACHINE
+    objective: Objective = CLASSIFICATION
 
     def rows(self, client: int, step: int) -> np.ndarray:
         """(b,) the texts of a client's step."""

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import random_tokens, save_encoder, tiny_model
+from conftest import asked_tokens, random_tokens, save_encoder, tiny_causal_model, tiny_model
 from plait.config import Machine
+from plait.data.objectives import LANGUAGE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
@@ -54,6 +55,22 @@ def test_a_rival_has_the_losses_of_plait(rival, work):
         theirs = np.concatenate([steps(4), steps(3)], axis=1)
     ours = plait_steps(work)
     np.testing.assert_allclose(theirs, np.concatenate([ours(4), ours(3)], axis=1), atol=1e-5)
+
+
+def test_a_language_models_rival_has_the_losses_of_plait(work, monkeypatch):
+    import language
+    from rivals import peft_steps, plait_steps
+    from work import work_of
+
+    model, tokens = tiny_causal_model("llama"), asked_tokens()
+    chat = dataclasses.replace(work_of(model, tokens, work.config, 4), objective=LANGUAGE)
+    np.testing.assert_allclose(peft_steps(chat)(3), plait_steps(chat)(3), atol=1e-5)
+    needed = language.Needed.of(chat, 1)
+    q_k_v_o, inner = 2 * 32 * 32 + 2 * 16 * 32, 3 * 64 * 32
+    frozen, lora = 2 * (q_k_v_o + inner), 2 * 8 * (32 + 32 + 32 + 16)
+    assert needed.flop() == pytest.approx(
+        needed.tokens * (4 * frozen + 6 * lora) + 4 * needed.learned * 99 * 32
+    )
 
 
 def test_the_race_on_an_accelerator(work, monkeypatch):
