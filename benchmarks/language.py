@@ -132,13 +132,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
+    # A language model has more tensors than a process may be handed as open files.
+    torch.multiprocessing.set_sharing_strategy("file_system")
     config = Config(
         task="chat", backbone=args.backbone or "random", train_file=args.train_file,
         text_columns=args.text_columns, clients=args.clients, batch_size=args.batch_size,
         max_length=args.max_length,
     )  # fmt: skip
     model, tokens = _loaded(config) if args.backbone else (random_model(), random_rows(args))
-    work = dataclasses.replace(work_of(model, tokens, config, args.clients), objective=LANGUAGE)
+    work = dataclasses.replace(work_of(model, tokens, config, args.clients), objective="language")
     result = race(work, args.repeats)
     console.print(table(args.backbone or "Qwen2-like, random", result))
     save(args.out / "language.json", {"machine": machine(), "language": result})

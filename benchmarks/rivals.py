@@ -19,6 +19,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional
 from work import Steps, Work, workers
 
+from plait.data.objectives import OBJECTIVES
 from plait.engines.local_training import local_phase
 from plait.factors import Factor
 from plait.lora import Stack
@@ -30,7 +31,7 @@ from plait.model.loading import Loaded
 def plait_steps(work: Work, stack: Stack | None = None) -> Steps:
     """plait's stacked engine; on a stack of one's own, where that is to be mixed too."""
     loaded = Loaded(copy.deepcopy(work.model), None, ())
-    backbone = Backbone(loaded, work.config, work.machine, work.objective)
+    backbone = Backbone(loaded, work.config, work.machine, OBJECTIVES[work.objective])
     stack = stack or work.stack()
     tokens = backbone.with_hidden(work.tokens)
 

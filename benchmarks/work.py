@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from plait.config import THIS_MACHINE, Config, Machine
-from plait.data.objectives import CLASSIFICATION, Objective
 from plait.data.tasks import load_task
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.local_training import batch_rows
@@ -39,7 +38,7 @@ class Work:
     shares: list[np.ndarray]
     clients: list[int]
     machine: Machine = THIS_MACHINE
-    objective: Objective = CLASSIFICATION
+    objective: str = "classification"
 
     def rows(self, client: int, step: int) -> np.ndarray:
         """(b,) the texts of a client's step."""

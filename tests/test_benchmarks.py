@@ -14,7 +14,6 @@ import torch
 
 from conftest import asked_tokens, random_tokens, save_encoder, tiny_causal_model, tiny_model
 from plait.config import Machine
-from plait.data.objectives import LANGUAGE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
@@ -63,7 +62,7 @@ def test_a_language_models_rival_has_the_losses_of_plait(work, monkeypatch):
     from work import work_of
 
     model, tokens = tiny_causal_model("llama"), asked_tokens()
-    chat = dataclasses.replace(work_of(model, tokens, work.config, 4), objective=LANGUAGE)
+    chat = dataclasses.replace(work_of(model, tokens, work.config, 4), objective="language")
     np.testing.assert_allclose(peft_steps(chat)(3), plait_steps(chat)(3), atol=1e-5)
     needed = language.Needed.of(chat, 1)
     q_k_v_o, inner = 2 * 32 * 32 + 2 * 16 * 32, 3 * 64 * 32
