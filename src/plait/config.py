@@ -109,7 +109,8 @@ class ModelSettings:
     """The frozen model, its head and the adapters."""
 
     backbone: str = "minilm"
-    """`minilm` (the embedded one), a model folder, or a name on the Hugging Face hub."""
+    """`minilm` (the embedded encoder), `smollm2` (the embedded language model), a model
+    folder, or a name on the Hugging Face hub."""
     pooling: Pooling = "auto"
     """What the classifier sees: the model's own head, or the normalised mean of the last hidden
     states with a linear layer. `auto` takes `mean` where the checkpoint has no head to freeze."""
@@ -188,6 +189,9 @@ class EvaluationSettings:
     eval_rows: int | None = None
     """Evaluate on so many rows between the first and the last round. If not given, on all of them,
     or where `eval_every` isn't given either on at most 256."""
+    options: str | None = None
+    """`--task chat`: the answers to choose among, `yes,no`, or the column that lists those of each
+    row. The score is then how often the right one is the likeliest, `option-accuracy`."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
 

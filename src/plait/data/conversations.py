@@ -166,15 +166,49 @@ def shape_of(table: Table, shapes: Sequence[Shape]) -> Shape:
     )
 
 
-def learned(cells: Cells, shape: Shape, shapes: Sequence[Shape]) -> str:
-    """What is learned of a row, as JSON.
+def learned(cells: Cells, shape: Shape, shapes: Sequence[Shape], options: str | None = None) -> str:
+    """What is learned of a row, as JSON, with the options that it has by `config.options`.
 
     Raises:
-        RowError: The row isn't of this shape, or something is missing in it.
+        RowError: The row isn't of this shape, something is missing in it, or its answer is not
+            among the options.
     """
     if not shape.fits(cells):
         if other := next((one for one in shapes if one.fits(cells)), None):
             raise RowError(f"have {other.name}, where others have {shape.name}")
         missing = next(column for column in shape.columns if cells.get(column) is None)
         raise RowError(f"have no {missing!r}")
-    return json.dumps(shape.read(cells), ensure_ascii=False)
+    row = shape.read(cells)
+    if options is not None:
+        row["options"] = _options(cells, options, answer_of(row))
+    return json.dumps(row, ensure_ascii=False)
+
+
+def answer_of(row: Mapping[str, Any]) -> str | None:
+    """The answer of what is learned, without space around it; a plain text has none.
+
+    Example:
+        >>> answer_of({"prompt": "1 + 1 =", "completion": " 2"})
+        '2'
+    """
+    said = row.get("completion", row.get("messages"))
+    if isinstance(said, list):
+        return str(said[-1]["content"]).strip() if said[-1]["role"] == "assistant" else None
+    return None if said is None else str(said).strip()
+
+
+def names_a_column(options: str | None) -> bool:
+    """Whether `config.options` is the name of a column, and not the options themselves."""
+    return options is not None and "," not in options
+
+
+def _options(cells: Cells, options: str, answer: str | None) -> list[str]:
+    """A row's options."""
+    there = cells.get(options) if names_a_column(options) else options
+    found = there.split(",") if isinstance(there, str) else there
+    if not isinstance(found, list) or len(found) < 2:
+        raise RowError(f"have no two options or more in {options!r}")
+    named = [str(one).strip() for one in found]
+    if answer not in named:
+        raise RowError(f"have an answer that is not among the options {', '.join(named[:10])}")
+    return named

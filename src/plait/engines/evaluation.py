@@ -38,7 +38,11 @@ def judge(job: Job, models: Mapping[Factor, Tensor], round_: int) -> Judged:
     alike = all(bool((value == value[:1]).all()) for value in models.values())
     distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
     losses, answers = evaluate(job.backbone, distinct, tokens)
-    scores = [job.score(client, tokens.targets) for client in answers.numpy()]
+    found, right = answers.numpy(), tokens.targets
+    if job.choices:
+        some = job.choices.take(rows)
+        found, right = some.chosen(evaluate(job.backbone, distinct, some.tokens)[0]), some.right
+    scores = [job.score(client, right) for client in found]
     copies = num_models if alike else 1
     return Judged(len(rows), scores * copies, losses.mean(dim=1).tolist() * copies)
 

@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
+from plait.data.choices import Choices
+from plait.data.objectives import LANGUAGE
 from plait.data.partition import deal
 from plait.data.rendering import Made, tokens_of
 from plait.data.tasks import METRICS, Rows, Task, load_task
@@ -43,6 +45,7 @@ class Job:
         held_out: The split that is evaluated, tokenised.
         shares: Client -> its rows of the training split.
         started: The first event of the run.
+        choices: The options of the evaluated rows, if their answers are chosen among some.
     """
 
     config: Config
@@ -54,6 +57,7 @@ class Job:
     held_out: Tokens
     shares: list[np.ndarray]
     started: Started
+    choices: Choices | None = None
 
     @cached_property
     def evaluations(self) -> EvalSchedule:
@@ -135,6 +139,7 @@ class Materials:
     backbone: Backbone
     train: Tokens
     held_out: Tokens
+    choices: Choices | None = None
 
 
 def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = None) -> Job:
@@ -219,7 +224,7 @@ def _first_event(
 MATERIAL = (
     names_of(FileSettings)
     | names_of(ModelSettings)
-    | {"task", "objective", "max_length", "eval_split", "seed"}
+    | {"task", "objective", "max_length", "eval_split", "options", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
@@ -242,19 +247,17 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
     shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
     task, backbone = shared.task, shared.backbone
-    held_out = _held_out(_tokenized(task, task.validation, backbone, config, stored_tokens))
-    return dataclasses.replace(shared, held_out=held_out)
+    held_out, choices = _held_out(task, task.validation, backbone, config, stored_tokens)
+    return dataclasses.replace(shared, held_out=held_out, choices=choices)
 
 
 def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
     loaded = load_for(config, task.objective, task.label_names)
     backbone = Backbone(loaded, config, machine, task.objective)
-    held_out = task.validation if config.eval_split == "validation" else task.test
-    train, evaluated = (
-        _tokenized(task, rows, backbone, config, made) for rows in (task.train, held_out)
-    )
-    return Materials(task, backbone, train, _held_out(evaluated))
+    rows = task.validation if config.eval_split == "validation" else task.test
+    train = _tokenized(task, task.train, backbone, config, made)
+    return Materials(task, backbone, train, *_held_out(task, rows, backbone, config, made))
 
 
 def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made) -> Tokens:
@@ -263,10 +266,19 @@ def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made:
     return backbone.with_hidden(tokens)
 
 
-def _held_out(tokens: Tokens) -> Tokens:
-    """The rows that are asked anything."""
-    asked = np.diff(tokens.asked_offsets) > 0
-    return tokens if asked.all() else tokens.take(np.flatnonzero(asked))
+def _held_out(
+    task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made
+) -> tuple[Tokens, Choices | None]:
+    """The rows that are asked anything, and their options."""
+
+    def read(some: Rows) -> Tokens:
+        return _tokenized(task, some, backbone, config, made)
+
+    tokens, choices = read(rows), Choices.of(rows, read) if task.objective is LANGUAGE else None
+    asked = np.flatnonzero(np.diff(tokens.asked_offsets))
+    if len(asked) == len(tokens):
+        return tokens, choices
+    return tokens.take(asked), choices and choices.take(asked)
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:

