@@ -192,6 +192,11 @@ class EvaluationSettings:
     options: str | None = None
     """`--task chat`: the answers to choose among, `yes,no`, or the column that lists those of each
     row. The score is then how often the right one is the likeliest, `option-accuracy`."""
+    generate_rows: int = 0
+    """Language models: so many held-out prompts are answered at the end, by the base and by the
+    averaged model (`samples.jsonl` in the run folder), and compared with their answers."""
+    max_new_tokens: int = 128
+    """An answer ends after so many tokens, if not before."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
 
@@ -218,7 +223,11 @@ class Config(
                      "max_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers")
+        _at_least_one(
+            self, "eval_every", "eval_rows", "client_size", "top_layers", "max_new_tokens"
+        )
+        if self.generate_rows < 0:
+            raise ValueError(f"generate_rows is {self.generate_rows}; it can't be below 0.")
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")

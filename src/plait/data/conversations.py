@@ -97,15 +97,17 @@ _PREAMBLE = (
 
 
 def _alpaca(cells: Cells) -> dict[str, Any]:
+    return {"prompt": _alpaca_prompt(cells), "completion": value(cells, "output")}
+
+
+def _alpaca_prompt(cells: Cells) -> str:
     """Stanford Alpaca's prompt, which FlowerTune and OpenFedLLM have, too."""
     instruction = value(cells, "instruction")
     if cells.get("input") in (None, ""):
-        prompt = f"{_PREAMBLE.format('')}{instruction}\n\n### Response:\n"
-    else:
-        preamble = _PREAMBLE.format(", paired with an input that provides further context")
-        more = value(cells, "input")
-        prompt = f"{preamble}{instruction}\n\n### Input:\n{more}\n\n### Response:\n"
-    return {"prompt": prompt, "completion": value(cells, "output")}
+        return f"{_PREAMBLE.format('')}{instruction}\n\n### Response:\n"
+    preamble = _PREAMBLE.format(", paired with an input that provides further context")
+    more = value(cells, "input")
+    return f"{preamble}{instruction}\n\n### Input:\n{more}\n\n### Response:\n"
 
 
 SHAPES = (
@@ -146,6 +148,27 @@ def shapes_named(columns: Sequence[str]) -> Sequence[Shape]:
         f"text_columns names {len(columns)} columns; give one for texts, or two for what the user "
         "says and what the assistant answers."
     )
+
+
+def asked(cells: Cells, column: str) -> dict[str, Any]:
+    """What a row asks, as the prompt of a row: `messages`, `prompt`, `instruction`, or a text.
+
+    Args:
+        cells: The row.
+        column: What the user says, where none of the others is there.
+
+    Raises:
+        RowError: There is nothing.
+    """
+    if cells.get("messages") is not None:
+        return {"prompt": _turns(cells, "messages", answered=False)}
+    if isinstance(cells.get("prompt"), list):
+        return {"prompt": _turns(cells, "prompt", answered=False)}
+    if cells.get("prompt") is not None:
+        return {"prompt": value(cells, "prompt")}
+    if cells.get("instruction") is not None:
+        return {"prompt": _alpaca_prompt(cells)}
+    return {"prompt": [{"role": "user", "content": value(cells, column)}]}
 
 
 def shape_of(table: Table, shapes: Sequence[Shape]) -> Shape:

@@ -11,6 +11,7 @@ import gzip
 import importlib
 import importlib.util
 import io
+import json
 import logging
 import re
 from collections import defaultdict
@@ -25,6 +26,7 @@ from plait.data.conversations import (
     COLUMNS,
     SHAPES,
     Shape,
+    asked,
     learned,
     names_a_column,
     shape_of,
@@ -480,6 +482,17 @@ def read_texts(file: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
         table, lambda cells: Example(tuple(value(cells, column) for column in columns), 0), False
     )
     return [example.texts for example in read]
+
+
+def read_prompts(file: str, column: str) -> list[dict[str, Any]]:
+    """The prompts of a file for a language model, in its order (`conversations.asked`).
+
+    Raises:
+        ValueError: As `read_file`.
+    """
+    table = open_table(Path(file), Wanted(columns=[], label="", more=(*COLUMNS, column)))
+    rows = _examples(table, lambda cells: Example((json.dumps(asked(cells, column)),), 0), False)
+    return [json.loads(row.texts[0]) for row in rows]
 
 
 def own_file(config: Config, setting: str) -> dict[str, Any]:

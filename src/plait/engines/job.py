@@ -157,7 +157,11 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     begin = time.perf_counter()
     rules = Rules.of(config)
     config = rules.config
-    _, shares = dealt(config, own)  # before a model is loaded for nothing
+    task, shares = dealt(config, own)  # before a model is loaded for nothing
+    if (config.options or config.generate_rows) and task.objective is not LANGUAGE:
+        raise ValueError(
+            "--options and --generate-rows are for language models, as in --task chat."
+        )
     if own is None:
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
         materials = share(_shared(config), machine)

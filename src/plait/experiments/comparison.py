@@ -30,10 +30,10 @@ from plait.runs.loggers import require
 from plait.runs.run_folder import load_events, load_summary
 
 SHOWN = (
-    "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "cross_term",
-    "sent_bytes", "wall_seconds",
+    "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "perplexity_client_mean",
+    "accuracy_base", "perplexity_base", "cross_term", "sent_bytes", "wall_seconds",
 )  # fmt: skip
-"""The figures in the table beside the score."""
+"""The figures in the table beside the score, where the runs have them."""
 
 
 @dataclass(frozen=True)
@@ -233,4 +233,5 @@ def significance(one: Difference, num_seeds: int) -> str:
 
 def table_figures(outcome: Outcome) -> dict[str, float]:
     """Means over seeds of what the table shows beside the score."""
-    return {key: float(np.mean(outcome.values(key))) for key in SHOWN}
+    there = [key for key in SHOWN if key in outcome.summaries[0]]
+    return {key: float(np.mean(outcome.values(key))) for key in there}

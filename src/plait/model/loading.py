@@ -102,7 +102,7 @@ def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ())
         _check_whole(config.backbone, report, model)
         if not draws_head(config):
             return Loaded(MeanPooledClassifier(model, num_labels), tokenizer, ())
-        own = AutoConfig.from_pretrained(_source(config.backbone))
+        own = AutoConfig.from_pretrained(source_of(config.backbone))
         if {key for key, *_ in report["mismatched_keys"]}:
             _say_new_head(config.backbone, own)
         elif not report["missing_keys"]:
@@ -132,7 +132,7 @@ def _loaded(config: Config, kind: Any, **settings: Any) -> tuple[Any, Any, Any]:
 
 def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
     """What transformers loads for the backbone."""
-    source = _source(config.backbone)
+    source = source_of(config.backbone)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -251,7 +251,7 @@ def draws_head(config: Config) -> bool:
     The linear layer of mean pooling starts at zero.
     """
     if config.pooling == "auto":
-        return not is_sentence_encoder(_source(config.backbone))
+        return not is_sentence_encoder(source_of(config.backbone))
     return config.pooling == "model"
 
 
@@ -272,7 +272,7 @@ def is_sentence_encoder(source: str) -> bool:
 
 def backbone_folder(backbone: str) -> Path | None:
     """Where a backbone's files lie; None for one on the hub that isn't here yet."""
-    source = _source(backbone)
+    source = source_of(backbone)
     if Path(source).is_dir():
         return Path(source)
     found = cached_file(
@@ -291,7 +291,7 @@ def resolved(backbone: str) -> str:
     return str(path.resolve()) if backbone not in EMBEDDED and path.is_dir() else backbone
 
 
-def _source(backbone: str) -> str:
+def source_of(backbone: str) -> str:
     """What transformers is asked to load."""
     if backbone in EMBEDDED:
         return str(EMBEDDED[backbone]())

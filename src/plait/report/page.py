@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from plait.events import Started
 from plait.experiments.comparison import Conclusion, Outcome, verdict
 from plait.experiments.significance import Difference
-from plait.figures import FIGURES, taken
+from plait.figures import FIGURES, Figure, taken
 from plait.report import charts
 from plait.report.charts import Chart
 from plait.report.comparison_report import cells, notes
@@ -86,6 +86,8 @@ def payload(study: Study) -> Payload:
     conclusion = study.conclusion()
     outcomes = conclusion.outcomes if conclusion else study.outcomes()
     against = conclusion.differences if conclusion else study.differences()
+    objective = begun.objective if begun else ""
+    columns = {name: one for name, one in COLUMNS.items() if one.is_of(objective)}
     context = {
         "study": study,
         "begun": begun,
@@ -94,12 +96,13 @@ def payload(study: Study) -> Payload:
         "headline": _headline(study, conclusion),
         "table": _results(outcomes, against),
         "notes": notes(conclusion)[1:] if conclusion else [],
-        "columns": [one.head.format(metric=metric) for one in COLUMNS.values()],
-        "runs": [_run_row(label, track) for label, track in study.tracks],
+        "columns": [one.head.format(metric=metric) for one in columns.values()],
+        "runs": [_run_row(label, track, columns) for label, track in study.tracks],
+        "samples": [(label, found) for label, track in study.tracks if (found := track.samples)],
         "settings": settings(*study.configs),
         "commands": study.commands(),
     }
-    pieces = ("head", "results", "runs", "settings")
+    pieces = ("head", "results", "samples", "runs", "settings")
     return {
         "title": study.title,
         "finished": study.finished,
@@ -162,10 +165,10 @@ def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[l
     return lines
 
 
-def _run_row(label: str, track: Track) -> list[str]:
+def _run_row(label: str, track: Track, columns: Mapping[str, Figure]) -> list[str]:
     """The figures of a run as in its `summary.json`; those so far, and known, until it is there."""
     found = track.summary or taken(track.events)
-    shown = [one.shown(found.get(name, math.nan)) for name, one in COLUMNS.items()]
+    shown = [one.shown(found.get(name, math.nan)) for name, one in columns.items()]
     done = f"{len(track.rounds)}/{track.config.rounds}"
     return [label, str(track.config.seed), done, *shown]
 

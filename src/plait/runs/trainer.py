@@ -111,7 +111,12 @@ class Trainer(Run):
         name = getattr(model, "name_or_path", "") or type(model).__name__
         pooling: Pooling = "mean" if isinstance(model, MeanPooledClassifier) else "model"
         config = dataclasses.replace(
-            config, clients=len(train_dataset), task="own", backbone=name, pooling=pooling
+            config,
+            clients=len(train_dataset),
+            task="own",
+            backbone=name,
+            pooling=pooling,
+            generate_rows=0,
         )
         super().__init__(config, out, resume=resume, machine=machine)
         self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, metric, machine)
