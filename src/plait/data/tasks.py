@@ -238,6 +238,16 @@ def _signs(name: str, domains: dict[str, str], *, keyed: bool) -> Task:
     return _task(name, (train, validation, test), ("negative", "positive"))
 
 
+def _snippets(_config: Config) -> Task:
+    """Texts of four domains, of which all is learned; keys are the domains."""
+    texts = [
+        x._replace(texts=(json.dumps({"text": x.texts[0]}, ensure_ascii=False),), label=0)
+        for x in snippets(_DOMAINS)
+    ]
+    test, validation, train = _cut(_unique(texts), 80, 80)
+    return _task("snippets", (train, validation, test), (), objective=LANGUAGE)
+
+
 def _movies(_config: Config) -> Task:
     return _signs("movies", {"movies": _DOMAINS["movies"]}, keyed=False)
 
@@ -403,6 +413,7 @@ TASKS: dict[str, TaskRow] = {
     "trec-chat": TaskRow(_trec_chat, "TREC questions for a language model: the class as a word"),
     "movies": TaskRow(_movies, "Film review snippets, SST-2-like, from an installed package"),
     "sentiment": TaskRow(_sentiment, "Films, products, news and tweets: four natural clients"),
+    "snippets": TaskRow(_snippets, "The same texts for a language model: four natural clients"),
     **{name: TaskRow(partial(_glue, name), row.summary) for name, row in GLUE.items()},
     "file": TaskRow(_file, "Your own rows: --train-file, --dev-file, CSV, TSV, JSONL or Parquet"),
     "chat": TaskRow(_chat, "Your own conversations or texts for a language model: --train-file"),

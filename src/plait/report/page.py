@@ -165,7 +165,7 @@ def _results(outcomes: Sequence[Outcome], found: Sequence[Difference]) -> list[l
     return lines
 
 
-def _run_row(label: str, track: Track, columns: Mapping[str, Figure]) -> list[str]:
+def _run_row(label: str, track: Track, columns: Mapping[str, Figure] = COLUMNS) -> list[str]:
     """The figures of a run as in its `summary.json`; those so far, and known, until it is there."""
     found = track.summary or taken(track.events)
     shown = [one.shown(found.get(name, math.nan)) for name, one in columns.items()]
