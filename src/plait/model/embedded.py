@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,7 +48,7 @@ def _hash(file: Path) -> str:
 def _dequantise(file: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # It is plain now, and transformers refuses to save what it takes for quantised.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
