@@ -244,7 +244,7 @@ def _snippets(_config: Config) -> Task:
         x._replace(texts=(json.dumps({"text": x.texts[0]}, ensure_ascii=False),), label=0)
         for x in snippets(_DOMAINS)
     ]
-    test, validation, train = _cut(_unique(texts), 80, 80)
+    test, validation, train = _cut(_unique(texts), 48, 48)
     return _task("snippets", (train, validation, test), (), objective=LANGUAGE)
 
 
