@@ -15,7 +15,7 @@ from plait.runs.run import Run
 
 TINY = {
     "clients": 2, "rounds": 1, "local_steps": 1, "batch_size": 2, "rank": 4, "alpha": 8.0,
-    "dtype": "float32", "eval_every": 1,
+    "dtype": "float32", "eval_every": 1, "client_size": None,
 }  # fmt: skip
 
 

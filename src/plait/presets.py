@@ -150,6 +150,13 @@ def _flowertune(backbone: str, train_file: str, clients: int) -> Config:
 
 _GENERAL = "vicgalle/alpaca-gpt4"
 
+
+def _openfedllm() -> Config:
+    # It takes 20,000 of the rows.
+    general = _flowertune("meta-llama/Llama-2-7b-hf", _GENERAL, 20)
+    return dataclasses.replace(general, client_size=1000)
+
+
 PRESETS: dict[str, PresetRow] = {
     "demo": PresetRow(
         _demo,
@@ -180,7 +187,7 @@ PRESETS: dict[str, PresetRow] = {
         "FlowerTune's finance: Mistral 7B, FinGPT's sentiment from the hub, 50 clients",
     ),
     "openfedllm": PresetRow(
-        partial(_flowertune, "meta-llama/Llama-2-7b-hf", _GENERAL, 20),
+        _openfedllm,
         "OpenFedLLM's instruction tuning: Llama 2 7B, Alpaca-GPT4 from the hub, 20 clients",
     ),
 }

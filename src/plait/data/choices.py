@@ -48,6 +48,11 @@ class Choices:
         right = np.array([row["options"].index(answer_of(row)) for row in read])
         return cls(tokens_of(Rows(texts, np.zeros(len(texts), np.int64))), offsets, right)
 
+    @property
+    def per_row(self) -> float:
+        """K, on average."""
+        return len(self.tokens) / len(self.right)
+
     def take(self, rows: np.ndarray) -> Choices:
         """Those of some rows, in the order given."""
         texts = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]

@@ -62,7 +62,7 @@ class Job:
     @cached_property
     def evaluations(self) -> EvalSchedule:
         """When clients are evaluated."""
-        return eval_schedule(self.config, len(self.held_out))
+        return _schedule(self.config, self.held_out, self.choices)
 
     def initial_stack(self, num_clients: int | None = None) -> Stack:
         """The common start of all N clients, or of so many."""
@@ -207,7 +207,7 @@ def _first_event(
     config: Config, materials: Materials, shares: list[np.ndarray], begin: float
 ) -> Started:
     task, backbone = materials.task, materials.backbone
-    schedule = eval_schedule(config, len(materials.held_out))
+    schedule = _schedule(config, materials.held_out, materials.choices)
     return Started(
         task=task.name,
         metric=task.metric,
@@ -223,6 +223,10 @@ def _first_event(
         device=str(backbone.device),
         seconds=time.perf_counter() - begin,
     )
+
+
+def _schedule(config: Config, held_out: Tokens, choices: Choices | None) -> EvalSchedule:
+    return eval_schedule(config, len(held_out), 1 + (choices.per_row if choices else 0))
 
 
 MATERIAL = (
