@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.data.objectives import CLASSIFICATION, LANGUAGE
 from plait.data.tasks import Rows, Task
 from plait.data.tokens import Tokens
 from plait.engines.job import Job, Materials, Rules, assemble
@@ -64,14 +67,33 @@ def tiny_model(architecture: str, num_labels: int = 3):
     return AutoModelForSequenceClassification.from_config(config)
 
 
+def tiny_causal_model(architecture: str, **settings: Any):
+    """A small random language model of an architecture, the same in every test."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(architecture, **(sizes | settings))
+    return AutoModelForCausalLM.from_config(config).float()
+
+
 def tiny_job(config: Config, machine: Machine = THIS_MACHINE) -> Job:
-    """A prepared run on a small random BERT and random texts, whatever task the config names."""
+    """A prepared run on a small random BERT and random texts, whatever task the config names.
+
+    Of a chat task, on a small random Llama.
+    """
     rules = Rules.of(config)
-    tokens = random_tokens()
+    chat = config.task == "chat"
+    tokens = asked_tokens() if chat else random_tokens()
     held_out = tokens.take(np.arange(20))
     rows, some = (Rows((("",),) * len(one), one.labels) for one in (tokens, held_out))
-    task = Task("random", rows, some, some, ("a", "b", "c"), "accuracy")
-    backbone = Backbone(Loaded(tiny_model("bert"), None, ()), rules.config, machine)
+    objective = LANGUAGE if chat else CLASSIFICATION
+    names = () if chat else ("a", "b", "c")
+    task = Task("random", rows, some, some, names, objective.metric, objective)
+    model = tiny_causal_model("llama") if chat else tiny_model("bert")
+    backbone = Backbone(Loaded(model, None, ()), rules.config, machine, objective)
     shares = np.array_split(np.arange(len(tokens)), config.clients)
     materials = Materials(task, backbone, tokens, held_out)
     return assemble(rules, materials, shares, time.perf_counter())
@@ -100,6 +122,15 @@ def random_tokens() -> Tokens:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         labels=rng.integers(0, 3, 60),
     )
+
+
+def asked_tokens() -> Tokens:
+    """The same texts for a language model, which learns a bit more than half of their tokens."""
+    tokens = random_tokens()
+    asked = np.random.default_rng(1).random(len(tokens.ids)) < 0.6
+    asked[tokens.offsets[1:] - 2] = True
+    asked[tokens.offsets[1:] - 1] = False
+    return dataclasses.replace(tokens, labels=tokens.labels * 0, asked=asked)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ def handed_bytes(config: Config, workers: int, event: RoundDone) -> int:
     blocks = {
         client: k for k, block in enumerate(bounds(config.clients, workers)) for client in block
     }
-    travels = {"A", "B", *event.shared.split("|")} - {"-"}
+    travels = {"A", "B", *event.shared.replace("AB", "A|B").split("|")} - {"-"}
     sizes = {str(factor.name): layout.size(factor) for factor in layout.factors}
     heard = {(blocks[i], j) for i, j, _ in event.edges if blocks[i] != blocks[j]}
     rows = len(heard) * 4 * sum(sizes[name.rpartition(".")[2]] for name in travels)

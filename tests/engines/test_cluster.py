@@ -149,11 +149,15 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "topology", "workers"),
-    [("adf", "ring", 2), ("rolora", "pairs", 3), ("local", "pairs", 2), ("ffa", "hypercube", 4)],
-)
-def test_blocks_say_what_a_simulation_says(method, topology, workers):
-    settings = SETTINGS | {"clients": 8 if topology == "hypercube" else 5}
+    ("method", "topology", "workers", "task"),
+    [
+        ("adf", "ring", 2, "trec"), ("rolora", "pairs", 3, "trec"), ("local", "pairs", 2, "trec"),
+        ("ffa", "hypercube", 4, "trec"), ("adf", "ring", 2, "chat"),
+    ],
+)  # fmt: skip
+def test_blocks_say_what_a_simulation_says(method, topology, workers, task):
+    settings = SETTINGS | {"clients": 8 if topology == "hypercube" else 5, "task": task}
+    settings |= {"head": None} if task == "chat" else {}
     config = Config(method=method, topology=topology, p=0.5, **settings)
     job = tiny_job(config)
     expected = [e for e in simulate(job, job.initial_stack()) if isinstance(e, RoundDone)]

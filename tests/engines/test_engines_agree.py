@@ -85,6 +85,20 @@ def test_peers_and_a_simulation_agree_bit_for_bit(method, topology):
             assert len(part.pairs_apart) == met
 
 
+@pytest.mark.parametrize("method", ["adf", "dec-lora"])
+@pytest.mark.parametrize("topology", ["ring", "pairs"])
+def test_they_agree_on_a_language_model(method, topology):
+    config = Config(task="chat", method=method, topology=topology, p=0.5, **SETTINGS)
+    stack, expected = simulated(config)
+    peers = peers_of(config)
+    said = together(peers, config.rounds)
+    assert far(stack, peers) == 0
+    *_, last = (event for event in expected if isinstance(event, Evaluated))
+    for client, events in enumerate(said):
+        *_, own = (event for event in events if isinstance(event, Evaluated))
+        assert (own.scores, own.losses) == ([last.scores[client]], [last.losses[client]])
+
+
 @pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])
 def test_they_mix_robustly_bit_for_bit_alike(mix):
     config = Config(topology="ring", mix=mix, **SETTINGS)

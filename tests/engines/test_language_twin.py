@@ -12,11 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import asked_tokens, tiny_causal_model
 from plait.config import Config
 from plait.data.objectives import LANGUAGE
-from plait.data.tokens import Tokens
 from plait.engines.local_training import batch_rows, evaluate, local_phase
 from plait.factors import Factor
 from plait.lora import initial_stack
@@ -25,11 +24,6 @@ from plait.model.heads import judge_in_parts
 from plait.model.interface_encoder import InterfaceEncoder
 from plait.model.loading import Loaded
 
-SIZES = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
 WINDOW = {"sliding_window": 4, "head_dim": 8}  # shorter than the texts
 ARCHITECTURES = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "mistral": WINDOW, "phi3": {}, "olmo2": {},
@@ -40,26 +34,9 @@ CONFIG = Config(
 )
 
 
-def causal_model(architecture):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **(SIZES | ARCHITECTURES[architecture]))
-    return AutoModelForCausalLM.from_config(config).float()
-
-
-def asked_tokens() -> Tokens:
-    """Thirty texts of 4 to 19 tokens; a bit more than half of the tokens are learned."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(4, 20, 30)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = rng.integers(5, 99, offsets[-1]).astype(np.int32)
-    asked = rng.random(len(ids)) < 0.6
-    asked[offsets[1:] - 2] = True
-    asked[offsets[1:] - 1] = False
-    return Tokens(ids, ids * 0, offsets, np.zeros(30, np.int64), asked=asked)
-
-
 def setup(architecture, config=CONFIG):
-    model, tokens = causal_model(architecture), asked_tokens()
+    model = tiny_causal_model(architecture, **ARCHITECTURES[architecture])
+    tokens = asked_tokens()
     backbone = Backbone(Loaded(copy.deepcopy(model), None, ()), config, objective=LANGUAGE)
     stack = initial_stack(backbone.layout, {}, config.clients, 0, backbone.device)
     generator = torch.Generator().manual_seed(4)
@@ -155,7 +132,7 @@ def test_so_it_is_on_other_machines(backend, monkeypatch):
     for client in range(3):
         peft_model, _ = peft_client(model, backbone.layout, stack.factors, client)
         with torch.no_grad():
-            expected, likeliest = judged(peft_model, tokens, range(30))
+            expected, likeliest = judged(peft_model, tokens, range(60))
         torch.testing.assert_close(losses[client], expected.float(), rtol=0, atol=1e-5)
         assert torch.equal(answers[client], likeliest)
 

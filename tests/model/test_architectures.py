@@ -57,8 +57,8 @@ WAYS = {
     "bert": "PackedEncoder", "roberta": "PackedEncoder", "electra": "PackedEncoder",
     "distilbert": "InterfaceEncoder", "modernbert": "InterfaceEncoder",
     "llama": "InterfaceEncoder", "qwen2": "InterfaceEncoder", "gpt2": "InterfaceEncoder",
-    "albert": "InterfaceEncoder", "deberta-v2": "OwnForward", "xlnet": "OwnForward", "t5": "OwnForward",
-    "bart": "OwnForward", "fnet": "OwnForward",
+    "albert": "InterfaceEncoder", "deberta-v2": "OwnForward", "xlnet": "OwnForward",
+    "t5": "OwnForward", "bart": "OwnForward", "fnet": "OwnForward",
 }  # fmt: skip
 """How some architectures are computed, in every run of the tests; the long tail is slow."""
 

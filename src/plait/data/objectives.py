@@ -1,9 +1,10 @@
 """What is learned, as a value: how a model's outputs are judged against the targets.
 
 A batch asks the model at Q places, and has a target for each: one place for each text where texts
-are classified, and in a language model each token whose next one is to be learned. An `Objective` makes a loss and an answer of every output; what the metrics of tasks.py
-compare are answers. Which hidden states lead to an output, and how, is the head's business
-(model/heads.py), since it follows from the checkpoint.
+are classified, and in a language model each token whose next one is to be learned. An `Objective`
+makes a loss and an answer of every output; what the metrics of tasks.py compare are answers. Which
+hidden states lead to an output, and how, is the head's business (model/heads.py), since it follows
+from the checkpoint.
 
 Legend: Q places asked, C outputs at each (a language model has one for each token of its
 vocabulary).

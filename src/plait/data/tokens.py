@@ -55,14 +55,18 @@ class Tokens:
     @cached_property
     def targets(self) -> np.ndarray:
         """(all Q,) what the answers should be, text after text."""
-        return self.labels if self.asked is None else self.ids[1:][self.asked[:-1]].astype(np.int64)
+        if self.asked is None:
+            return self.labels
+        following: np.ndarray = self.ids[1:][self.asked[:-1]].astype(np.int64)
+        return following
 
     @cached_property
     def asked_offsets(self) -> np.ndarray:
         """(texts + 1,) int64; the targets of text i are those from the i-th to the next."""
         if self.asked is None:
             return np.arange(len(self) + 1)
-        return np.concatenate([[0], np.cumsum(self.asked)])[self.offsets]
+        before: np.ndarray = np.concatenate([[0], np.cumsum(self.asked)])[self.offsets]
+        return before
 
     def places(self, texts: np.ndarray) -> np.ndarray:
         """(Q,) int64, where the targets of some texts are among all."""
@@ -85,7 +89,9 @@ class Tokens:
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """(sum of lengths,) int64, the numbers from each start on, range after range."""
-    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    within = np.arange(lengths.sum())
+    found: np.ndarray = within + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return found
 
 
 def tokenize(

@@ -26,7 +26,7 @@ BLOCKS, BLOCK_BYTES = 64, 16 << 10
 MODEL_FILES = (
     "config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "vocab.*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.safetensors",
-    "pytorch_model*.bin",
+    "pytorch_model*.bin", "chat_template*",
 )  # fmt: skip
 """What transformers reads of a model folder."""
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,7 +34,7 @@ from plait.model.attention_windows import lay_out
 ATTENTION = "plait"
 """What a model's config calls it."""
 
-Rule = Callable[[int, int, Tensor, Tensor], Tensor]
+Rule = Callable[..., Any]
 """(text, head, place of a query, place of a key) -> whether the one attends to the other."""
 
 SLOTS = 8
@@ -106,6 +105,10 @@ def attending_within(windows: TextWindows) -> Iterator[None]:
         _NOW.windows = None
 
 
+def _moved(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return _Move.apply(x, index, inverse)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _Move(torch.autograd.Function):
     """x[index], where no token that counts is taken twice: the gradient is grad[inverse]."""
 
@@ -141,35 +144,35 @@ def attend(
             raise ValueError(f"Attention with {name} isn't computed over packed tokens.")
     windows = _NOW.windows
     assert windows is not None
-    rule = attention_mask.rule if isinstance(attention_mask, _Mask) else None
-    if rule is None:
+    if isinstance(attention_mask, _Mask):
+        rule = attention_mask.rule
+    else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rule = causal_mask_function if causal else bidirectional_mask_function
     there, back = windows.index, windows.inverse
-    q, k, v = (
-        windows.split(_Move.apply(x[0].transpose(0, 1), there, back)) for x in (query, key, value)
-    )
+    qkv = (windows.split(_moved(x[0].transpose(0, 1), there, back)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = [
-        _in_windows(*(x.transpose(1, 2) for x in qkv), mask, scale, softcap)
-        .transpose(1, 2)
-        .flatten(0, 1)
-        for *qkv, mask in zip(q, k, v, windows.masks(rule), strict=True)
+        _in_windows(q, k, v, mask, scale, softcap)
+        for q, k, v, mask in zip(*qkv, windows.masks(rule), strict=True)
     ]
-    return _Move.apply(torch.cat(parts), back, there)[None], None
+    return _moved(torch.cat(parts), back, there)[None], None
 
 
 def _in_windows(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """(w, H, S, e), (w, G, S, e) twice -> (w, H, S, e)."""
+    """(w, S, H, e), (w, S, G, e) twice -> (w S, H, e)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if softcap is None:
-        return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
-    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+        context = functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    else:
+        scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
+        context = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+    return context.transpose(1, 2).flatten(0, 1)
 
 
 class _Mask:

@@ -155,10 +155,9 @@ class Backbone:
             (Q,) float32 losses, and (Q,) answers.
         """
         if self.objective is LANGUAGE and self.head is not None:
-            A, B = factors[Factor.A], factors[Factor.B]
-            hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
+            features = self._features(batch, factors, dropout)
             counts = batch.asked_counts.tolist()
-            return judge_in_parts(self.head, hidden, batch.targets, counts, self.objective)
+            return judge_in_parts(self.head, features, batch.targets, counts, self.objective)
         outputs = self.logits(batch, factors, dropout)
         return self.objective.loss(outputs, batch.targets), self.objective.answer(outputs)
 
@@ -166,17 +165,24 @@ class Backbone:
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
     ) -> Tensor:
         """What `judge` judges, (Q, C) float32; not for language models, which have too much."""
-        A, B = factors[Factor.A], factors[Factor.B]
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {name: part.to(self.dtype) for name, part in heads.items()}
         if isinstance(self.encoder, OwnForward):
+            A, B = factors[Factor.A], factors[Factor.B]
             return self.encoder(batch, A, B, parts, dropout).float()
-        assert self.head is not None
-        hidden = self.encoder(batch, A, B, dropout, self.head.asked_only)
-        features = self.head.read(hidden, batch).unflatten(0, (batch.num_clients, -1))
+        features = self._features(batch, factors, dropout).unflatten(0, (batch.num_clients, -1))
         parts = {self._head_prefix + name: part for name, part in parts.items()}
         with self._head_lock:
             return self._stacked_head(parts, features).flatten(0, 1).float()
+
+    def _features(
+        self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None
+    ) -> Tensor:
+        """(Q, d), what the head reads."""
+        assert self.head is not None
+        assert not isinstance(self.encoder, OwnForward)
+        A, B = factors[Factor.A], factors[Factor.B]
+        return self.head.read(self.encoder(batch, A, B, dropout, self.head.asked_only), batch)
 
     def in_head(self, name: str) -> bool:
         """Whether a parameter or module belongs to the classifier head."""

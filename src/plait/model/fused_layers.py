@@ -138,6 +138,7 @@ class FusedLayer:
         for name, linear in linears.items():
             fields[name] = linear.packed.data_ptr()
             fields[name + "_back"] = linear.packed_t.data_ptr()
+            assert linear.bias is not None
             fields[name + "_bias"] = linear.bias.data_ptr()
         for name, norm in norms.items():
             fields[name] = _Norm(norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps)

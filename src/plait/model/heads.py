@@ -112,6 +112,10 @@ READS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
 asked), the last one, or the mean of all."""
 
 
+ROWS_AT_ONCE = 256
+"""Places at which all outputs are there at once."""
+
+
 class OwnHead(nn.Module):
     """Hidden states (Q, d) -> logits (Q, C) by the model's own code after its encoder.
 
@@ -124,6 +128,9 @@ class OwnHead(nn.Module):
         super().__init__()
         self.asked_only, self._read = read == "asked", READS[read]
         self.pooler = _pooler(model.base_model)
+        # transformers' decoders classify several texts only if there is a token to pad them with.
+        pads = model.can_generate() or model.config.get_text_config().pad_token_id is not None
+        self.at_once = ROWS_AT_ONCE if pads else 1
         self.computed = _Computed()
         base = model.base_model
         self._put_back = partial(setattr, model, model.base_model_prefix, base)
@@ -140,6 +147,9 @@ class OwnHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(Q, d) -> (Q, C)."""
+        return torch.cat([self._outputs(part) for part in features.split(self.at_once)])
+
+    def _outputs(self, features: Tensor) -> Tensor:
         hidden = features[:, None]
         pooled = None if self.pooler is None else self.pooler(hidden)
         self.computed.now.output = BaseModelOutputWithPoolingAndCrossAttentions(hidden, pooled)
@@ -169,9 +179,6 @@ class _Computed(nn.Module):
 
 
 # -- outputs that are too many to be kept
-
-ROWS_AT_ONCE = 256
-"""Places at which all outputs of a vocabulary are there at once."""
 
 
 def judge_in_parts(

@@ -1,8 +1,8 @@
 """The forward pass of any architecture over packed tokens: its own code, our attention and layers.
 
 All texts of all clients lie side by side in one row, without padding, and the model's own code runs
-on it; attention_interface.py keeps the texts apart. Each linear layer is replaced by one that has
-its weight laid out for the machine and adds the branches of the clients whose tokens it sees.
+on it; attention_interface.py keeps the texts apart. The linear layers of its numbered blocks are
+replaced by ones that have their weights laid out for the machine and add the branches of clients.
 
 Legend: T tokens, n clients, d the model's width.
 """
@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
             A, B = clients.A[self.name], clients.B[self.name]
             whole = [slice(0, y.shape[1])]
             y = self._backend.branches(y, seen, clients.batch, self.scale, whole, A, B)
-        return y.unflatten(0, x.shape[:-1])
+        return y.view(*x.shape[:-1], -1)
 
 
 class InterfaceEncoder:
@@ -94,12 +94,13 @@ class InterfaceEncoder:
         if "position_ids" not in self._takes:
             raise ValueError("It isn't told positions.")
         self.has_types = getattr(base.config, "type_vocab_size", 0) > 1
+        self._without_cache = {"use_cache": False} if "use_cache" in self._takes else {}
         self._now = _Now()
         sites = {site.name for site in layout.sites}
         linear = {
             prefix + name: module
             for name, module in base.named_modules()
-            if type(module) in (nn.Linear, Conv1D)
+            if type(module) in (nn.Linear, Conv1D) and any(map(str.isdigit, name.split(".")))
         }
         if missing := sites - linear.keys():
             raise ValueError(f"{min(missing)} is no linear layer.")
@@ -131,12 +132,10 @@ class InterfaceEncoder:
         }
         if self.has_types:
             inputs["token_type_ids"] = batch.types[None]
-        if "use_cache" in self._takes:
-            inputs["use_cache"] = False
         self._now.clients = _Clients(batch, *views, dropout)
         try:
             with attending_within(TextWindows(batch, self.backend.window_sizes)):
-                hidden = self.base(**inputs).last_hidden_state[0]
+                hidden: Tensor = self.base(**inputs, **self._without_cache).last_hidden_state[0]
         finally:
             self._now.clients = None
         return hidden[batch.asked] if asked_only else hidden

@@ -46,7 +46,7 @@ class Loaded:
     fresh: tuple[str, ...]
 
 
-def load_for(config: Config, objective: Objective, label_names: Sequence[str] = ()) -> Loaded:
+def load_for(config: Config, objective: Objective, label_names: tuple[str, ...] = ()) -> Loaded:
     """Load the model that `config.backbone` names, with the head that an objective needs.
 
     Raises:
