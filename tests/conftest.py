@@ -223,3 +223,18 @@ def chat_tokenizer(template: str | None = CHATML, eos: str | None = "<|im_end|>"
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
     fast.chat_template = template
     return fast
+
+
+def save_language_model(folder: Path) -> Path:
+    """A tiny Llama that reads bytes and ChatML."""
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer()
+    sizes = {"num_key_value_heads": 2, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 0}
+    config = AutoConfig.for_model(
+        "llama", **(TINY | sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # it prefers some tokens to others
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

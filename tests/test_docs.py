@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import save_encoder
+from conftest import save_encoder, save_language_model
 from plait.cli.arguments import defaults, parse
 from plait.cli.completion import options_of
 from plait.cli.main import COMMANDS, main
 from plait.config import Config
 from plait.data.tasks import TASKS, Rows, Task, TaskRow, load_task
+from plait.model.embedded import EMBEDDED
 from plait.presets import PRESETS
 from test_examples import TABLES
 
@@ -136,7 +137,9 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
-    return save_encoder("mean-pooled", tmp_path_factory.mktemp("models") / "tiny")
+    models = tmp_path_factory.mktemp("models")
+    save_language_model(models / "language")
+    return save_encoder("mean-pooled", models / "tiny")
 
 
 def few_reviews(config: Config) -> Task:
@@ -153,7 +156,10 @@ def some(rows: Rows, count: int) -> Rows:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
-    tiny = {"backbone": str(tiny_folder), "rounds": 2, "local_steps": 1, "eval_rows": 8}
+    writes = page.stem == "language-models"
+    monkeypatch.setitem(EMBEDDED, "smollm2", lambda: tiny_folder.with_name("language"))
+    tiny = {"rounds": 2, "local_steps": 1, "eval_rows": 8}
+    tiny["backbone"] = "smollm2" if writes else str(tiny_folder)
     for name, row in PRESETS.items():
         small = row.build().to_json() | tiny
         build = lambda small=small: Config.from_json(small)  # noqa: E731
@@ -162,7 +168,7 @@ def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
     for name in ("demo", "trec"):
         monkeypatch.setitem(TASKS, name, small_task)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in tiny.items()]
-    flags += ["--batch-size=2", "--max-length=16", "--device=cpu"]
+    flags += ["--batch-size=2", f"--max-length={200 if writes else 16}", "--device=cpu"]
     # In this process, which has read all that others would read first.
     here = "--jobs=1"
     compared = [*flags, "--seeds=0", "--clients=2", here]

@@ -70,6 +70,17 @@ def test_what_nothing_was_said_of_is_left_out():
     assert taken(SAID[:2])["accuracy_client_min"] == pytest.approx(0.4)
 
 
+def test_a_language_model_has_perplexity_and_a_base():
+    said = [dataclasses.replace(SAID[0], objective="language"), *SAID[1:]]
+    found = taken(said)
+    more = {"perplexity_client_mean", "accuracy_base", "perplexity_base"}
+    assert set(found) - set(taken(SAID)) == more
+    assert found["perplexity_client_mean"] == pytest.approx(math.exp(found["loss_client_mean"]))
+    assert found["accuracy_base"] == SAID[1].averaged_score
+    late = taken([said[0], *said[2:]])  # of a peer that joined later
+    assert math.isnan(late["accuracy_base"])
+
+
 def test_the_names_of_the_summary_and_of_loggers_stay():
     assert list(summarize(CONFIG, SAID)) == KEYS
     assert {name for event in SAID for name in numbers(event)[1]} == LOGGED

@@ -111,7 +111,8 @@ class ModelSettings:
     """The frozen model, its head and the adapters."""
 
     backbone: str = "minilm"
-    """`minilm` (the embedded one), a model folder, or a name on the Hugging Face hub."""
+    """`minilm` (the embedded encoder), `smollm2` (the embedded language model), a model
+    folder, or a name on the Hugging Face hub."""
     pooling: Pooling = "auto"
     """What the classifier sees: the model's own head, or the normalised mean of the last hidden
     states with a linear layer. `auto` takes `mean` where the checkpoint has no head to freeze."""
@@ -197,6 +198,14 @@ class EvaluationSettings:
     eval_rows: int | None = None
     """Evaluate on so many rows between the first and the last round. If not given, on all of them,
     or where `eval_every` isn't given either on at most 256."""
+    options: str | None = None
+    """`--task chat`: the answers to choose among, `yes,no`, or the column that lists those of each
+    row. The score is then how often the right one is the likeliest, `option-accuracy`."""
+    generate_rows: int = 0
+    """Language models: so many held-out prompts are answered at the end, by the base and by the
+    averaged model (`samples.jsonl` in the run folder), and compared with their answers."""
+    max_new_tokens: int = 128
+    """An answer ends after so many tokens, if not before."""
     eval_split: Split = "test"
     """The rows that are reported. `validation` is for choosing settings."""
     test_split: TestSplit = "common"
@@ -234,7 +243,12 @@ class Config(
                      "max_length"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        _at_least_one(self, "eval_every", "eval_rows", "client_size", "top_layers", "stop_after")
+        _at_least_one(
+            self, "eval_every", "eval_rows", "client_size", "top_layers", "stop_after",
+            "max_new_tokens",
+        )  # fmt: skip
+        if self.generate_rows < 0:
+            raise ValueError(f"generate_rows is {self.generate_rows}; it can't be below 0.")
         _check_stopping(self)
         for name in ("lr", "head_lr", "alpha"):
             if not getattr(self, name) > 0:

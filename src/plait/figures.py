@@ -46,6 +46,7 @@ class Figure:
         unit: Its axis in a chart of its own.
         log: Whether it spans orders of magnitude.
         sometimes: Whether only some runs have it, and others NaN, which their summaries leave out.
+        only: The objective that it is of; empty for all.
     """
 
     title: str
@@ -59,6 +60,11 @@ class Figure:
     unit: str = ""
     log: bool = False
     sometimes: bool = False
+    only: str = ""
+
+    def is_of(self, objective: str) -> bool:
+        """Whether runs with this objective have it."""
+        return self.only in ("", objective)
 
     def shown(self, value: float) -> str:
         """A number of it as a cell of a table; nothing for NaN."""
@@ -70,6 +76,16 @@ def seconds(event: Event) -> float:
     if isinstance(event, RoundDone):
         return event.train_seconds + event.mix_seconds
     return 0.0 if isinstance(event, Incident) else event.seconds
+
+
+def _before(value: Value) -> Value:
+    """A figure before the first round; NaN where that was not evaluated."""
+    return lambda event: value(event) if event.round < 0 else math.nan
+
+
+def _perplexity(losses: Sequence[float]) -> float:
+    """Of held-out losses, which are means over tokens of a client's model each."""
+    return float(np.exp(np.mean(losses)))
 
 
 def _over_layers(value: Callable[[LayerState], float]) -> Value:
@@ -155,6 +171,7 @@ _squared_cross_terms = _over_layers(lambda layer: layer.cross_term**2)
 _setting = partial(Figure, kinds=(Started,), take="first")
 _evaluated = partial(Figure, kinds=(Evaluated,), take="last", logged="eval/{}")
 _sometimes = partial(Figure, kinds=(Evaluated,), take="last", sometimes=True)
+_base = partial(Figure, kinds=(Evaluated,), take="first", only="language")
 _distance = partial(Figure, take="last", logged="round/{}", form=".2g", log=True)
 _time = partial(Figure, take="sum", logged="time/{}")
 
@@ -191,6 +208,17 @@ FIGURES: dict[str, Figure] = {
     ),
     "macro_f1_averaged_model": _sometimes(
         "Macro F1 of the averaged model", lambda e: macro_f1(e.averaged_confusion)
+    ),
+    "perplexity_client_mean": _evaluated(
+        "Perplexity, e to the clients' mean loss", lambda e: _perplexity(e.losses),
+        head="perplexity", form=".4g", logged="", only="language",
+    ),
+    "accuracy_base": _base(
+        "The base without adapter", _before(lambda e: e.averaged_score), head="base"
+    ),
+    "perplexity_base": _base(
+        "Perplexity of the base", _before(lambda e: _perplexity([e.averaged_loss])),
+        head="base perplexity", form=".4g",
     ),
     "train_loss_client_mean": Figure(
         "Training loss", lambda e: float(np.mean(e.train_losses)), logged="train/loss_client_mean"
@@ -238,10 +266,11 @@ def taken(events: Sequence[Event]) -> dict[str, float]:
     there: dict[type[Event], list[Event]] = {
         kind: [event for event in events if isinstance(event, kind)] for kind in KINDS.values()
     }
+    objective = next((event.objective for event in events if isinstance(event, Started)), "")
     found = {
         name: TAKES[one.take](one.value, [there[kind] for kind in one.kinds])
         for name, one in FIGURES.items()
-        if one.take and all(there[kind] for kind in one.kinds)
+        if one.take and one.is_of(objective) and all(there[kind] for kind in one.kinds)
     }
     return {k: x for k, x in found.items() if not (FIGURES[k].sometimes and math.isnan(x))}
 

@@ -99,12 +99,13 @@ def test_every_task_has_three_disjoint_splits(name, config_of):
             isinstance(text, str) and text == text.strip() for row in rows.texts for text in row
         )
         if task.label_names:
-            assert 0 <= rows.labels.min() <= rows.labels.max() < task.num_outputs
+            assert 0 <= rows.labels.min() <= rows.labels.max() < len(task.label_names)
     texts = [set(rows.texts) for rows in splits]
     assert not texts[0] & texts[1]
     assert not texts[1] & texts[2]
     assert not texts[0] & texts[2]
-    assert task.num_outputs == max(1, len(task.label_names))
+    classes = len(task.label_names) if task.objective.has_classes else 1
+    assert task.num_outputs == classes
     assert set(task.train.labels) == set(range(task.num_outputs)) or task.num_outputs == 1
     assert METRICS[task.metric].score(task.test.labels, task.test.labels) == pytest.approx(1.0)
 

@@ -113,3 +113,10 @@ def test_a_run_follows_it():
     found = [e for e in simulate(job, job.initial_stack()) if isinstance(e, Evaluated)]
     assert [event.round for event in found] == [-1, 1, 3, 5]
     assert (job.started.eval_every, job.started.eval_rows) == (2, 20)
+
+
+def test_options_are_texts_to_be_read_as_well():
+    config = Config(local_steps=5, rounds=50)
+    plain, with_six = (eval_schedule(config, 300, texts) for texts in (1, 7))
+    assert plain.every is not None
+    assert with_six.every is None or with_six.every > plain.every

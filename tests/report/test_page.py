@@ -118,6 +118,25 @@ def test_kinds_of_events_from_elsewhere_are_passed_over(tmp_path):
     assert len(track.rounds) == CONFIG.rounds
 
 
+def test_what_a_language_model_writes_stands_side_by_side(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (study,) = read(folder)
+    made = payload(study)
+    assert not made["pieces"]["samples"].strip()
+    assert "perplexity" not in made["pieces"]["runs"]
+    events = (folder / "events.jsonl").read_text()
+    as_language = events.replace('"objective": "classification"', '"objective": "language"')
+    (folder / "events.jsonl").write_text(as_language)
+    (folder / "summary.json").unlink()
+    sample = {"prompt": "1 < 2?", "before": "old", "after": "new", "reference": "yes"}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    (study,) = read(folder)
+    pieces = payload(study)["pieces"]
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", pieces["samples"])
+    assert cells[4:] == ["1 &lt; 2?", "old", "new", "yes"]
+    assert '<th scope="col">base perplexity</th>' in pieces["runs"]
+
+
 def test_a_run_that_goes_on_shows_what_is_known_of_it(tmp_path):
     go_on = begin_run(tmp_path / "run")
     track = Track.open(tmp_path / "run")
@@ -130,7 +149,7 @@ def test_a_run_that_goes_on_shows_what_is_known_of_it(tmp_path):
     track.read()
     so_far = _run_row("", track)
     unknown = {name for name, cell in zip(COLUMNS, so_far[3:], strict=True) if not cell}
-    assert unknown == {"accuracy_own_mean"}
+    assert unknown == {name for name, one in COLUMNS.items() if one.only or one.sometimes}
     assert track.summary is None
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summarize(CONFIG, track.events)))
     assert track.finished

@@ -103,9 +103,9 @@ def check_kernels() -> Finding:
 
 def check_model() -> Finding:
     """The embedded model is where `--backbone minilm` looks for it."""
-    from plait.model.loading import EMBEDDED_MODEL
+    from plait.model.embedded import MINILM
 
-    return _embedded("model", EMBEDDED_MODEL, "model/config.json", "--backbone minilm")
+    return _embedded("model", MINILM, "model/config.json", "--backbone minilm")
 
 
 def check_texts() -> Finding:

@@ -14,15 +14,15 @@ import tyro
 from rich.console import Console
 
 from plait.cli.arguments import Names, parse
-from plait.data.sources import read_texts
+from plait.data.sources import read_prompts, read_texts
 
 if TYPE_CHECKING:
-    from plait.runs.trained import Client, Prediction
+    from plait.runs.trained import Client, Prediction, Trained
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what a trained model makes of texts: labels and probabilities, or scores."""
+    """Say what a trained model makes of texts: labels and probabilities, scores, or an answer."""
 
     path: tyro.conf.Positional[Path]
     """A run folder, or a folder that `plait export` wrote."""
@@ -32,6 +32,8 @@ class Predict:
     """A file of texts: CSV, TSV, JSONL or Parquet, with the text columns of the training."""
     client: str = "mean"
     """The client's number, or `mean` for the averaged model; of a run."""
+    max_new_tokens: int = 128
+    """A language model's answer ends after so many tokens, if not before."""
     out: Path | None = None
     """The CSV file to write; the same is printed if not given."""
 
@@ -68,11 +70,40 @@ def predict(args: list[str]) -> None:
         raise ValueError("Give texts: --text 'Who was it?', or --file rows.csv.")
     if given.file is not None and not given.file.is_file():
         raise ValueError(f"There is no file {given.file}.")
-    from plait.machine.files import write_atomically
     from plait.runs.trained import find
-    from plait.runs.trained import predict as ask
 
     found = find(given.path, client)
+    lines = (_answers if found.card.objective == "language" else _labels)(found, given)
+    if given.out is None:
+        sys.stdout.write(lines)
+    else:
+        from plait.machine.files import write_atomically
+
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(given.out, lines)
+        print(f"{given.out}: {len([*csv.reader(io.StringIO(lines))]) - 1} rows")
+
+
+def _answers(found: Trained, given: Predict) -> str:
+    """What a language model answers, as CSV; to one text without its prompt."""
+    from plait.runs.answers import answer
+    from plait.runs.samples import shown
+
+    file = given.file
+    prompts = read_prompts(str(file), found.card.text_columns[0]) if file else given.text
+    answers = answer(*found.load(), prompts, given.max_new_tokens)
+    if len(given.text) == 1 and given.out is None:
+        return f"{answers[0]}\n"
+    lines = io.StringIO(newline="")
+    rows = zip((x if isinstance(x, str) else shown(x) for x in prompts), answers, strict=True)
+    csv.writer(lines, lineterminator="\n").writerows([("prompt", "answer"), *rows])
+    return lines.getvalue()
+
+
+def _labels(found: Trained, given: Predict) -> str:
+    """What a classifier says, as CSV."""
+    from plait.runs.trained import predict as ask
+
     card = found.card
     columns = card.text_columns if given.file else ("text",)
     texts = read_texts(str(given.file), columns) if given.file else [(x,) for x in given.text]
@@ -82,14 +113,7 @@ def predict(args: list[str]) -> None:
             f"{' and '.join(card.text_columns)}."
         )
     model, tokenizer = found.load()
-    answers = ask(model, tokenizer, texts, card.label_names, card.max_length)
-    lines = _csv(columns, texts, answers)
-    if given.out is None:
-        sys.stdout.write(lines)
-    else:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(given.out, lines)
-        print(f"{given.out}: {len(texts)} rows")
+    return _csv(columns, texts, ask(model, tokenizer, texts, card.label_names, card.max_length))
 
 
 def _csv(
@@ -123,7 +147,7 @@ def merge(args: list[str]) -> None:
     from plait.runs.trained import merge as write
 
     write(given.path, client, given.out)
-    _say(f"{given.out}: a model for AutoModelForSequenceClassification and transformers.pipeline")
+    _say(f"{given.out}: a model for the Auto classes of transformers and its pipeline")
 
 
 def _client(given: str) -> Client:

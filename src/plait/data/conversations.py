@@ -97,15 +97,17 @@ _PREAMBLE = (
 
 
 def _alpaca(cells: Cells) -> dict[str, Any]:
+    return {"prompt": _alpaca_prompt(cells), "completion": value(cells, "output")}
+
+
+def _alpaca_prompt(cells: Cells) -> str:
     """Stanford Alpaca's prompt, which FlowerTune and OpenFedLLM have, too."""
     instruction = value(cells, "instruction")
     if cells.get("input") in (None, ""):
-        prompt = f"{_PREAMBLE.format('')}{instruction}\n\n### Response:\n"
-    else:
-        preamble = _PREAMBLE.format(", paired with an input that provides further context")
-        more = value(cells, "input")
-        prompt = f"{preamble}{instruction}\n\n### Input:\n{more}\n\n### Response:\n"
-    return {"prompt": prompt, "completion": value(cells, "output")}
+        return f"{_PREAMBLE.format('')}{instruction}\n\n### Response:\n"
+    preamble = _PREAMBLE.format(", paired with an input that provides further context")
+    more = value(cells, "input")
+    return f"{preamble}{instruction}\n\n### Input:\n{more}\n\n### Response:\n"
 
 
 SHAPES = (
@@ -148,6 +150,27 @@ def shapes_named(columns: Sequence[str]) -> Sequence[Shape]:
     )
 
 
+def asked(cells: Cells, column: str) -> dict[str, Any]:
+    """What a row asks, as the prompt of a row: `messages`, `prompt`, `instruction`, or a text.
+
+    Args:
+        cells: The row.
+        column: What the user says, where none of the others is there.
+
+    Raises:
+        RowError: There is nothing.
+    """
+    if cells.get("messages") is not None:
+        return {"prompt": _turns(cells, "messages", answered=False)}
+    if isinstance(cells.get("prompt"), list):
+        return {"prompt": _turns(cells, "prompt", answered=False)}
+    if cells.get("prompt") is not None:
+        return {"prompt": value(cells, "prompt")}
+    if cells.get("instruction") is not None:
+        return {"prompt": _alpaca_prompt(cells)}
+    return {"prompt": [{"role": "user", "content": value(cells, column)}]}
+
+
 def shape_of(table: Table, shapes: Sequence[Shape]) -> Shape:
     """The shape that most rows of a file have.
 
@@ -166,15 +189,49 @@ def shape_of(table: Table, shapes: Sequence[Shape]) -> Shape:
     )
 
 
-def learned(cells: Cells, shape: Shape, shapes: Sequence[Shape]) -> str:
-    """What is learned of a row, as JSON.
+def learned(cells: Cells, shape: Shape, shapes: Sequence[Shape], options: str | None = None) -> str:
+    """What is learned of a row, as JSON, with the options that it has by `config.options`.
 
     Raises:
-        RowError: The row isn't of this shape, or something is missing in it.
+        RowError: The row isn't of this shape, something is missing in it, or its answer is not
+            among the options.
     """
     if not shape.fits(cells):
         if other := next((one for one in shapes if one.fits(cells)), None):
             raise RowError(f"have {other.name}, where others have {shape.name}")
         missing = next(column for column in shape.columns if cells.get(column) is None)
         raise RowError(f"have no {missing!r}")
-    return json.dumps(shape.read(cells), ensure_ascii=False)
+    row = shape.read(cells)
+    if options is not None:
+        row["options"] = _options(cells, options, answer_of(row))
+    return json.dumps(row, ensure_ascii=False)
+
+
+def answer_of(row: Mapping[str, Any]) -> str | None:
+    """The answer of what is learned, without space around it; a plain text has none.
+
+    Example:
+        >>> answer_of({"prompt": "1 + 1 =", "completion": " 2"})
+        '2'
+    """
+    said = row.get("completion", row.get("messages"))
+    if isinstance(said, list):
+        return str(said[-1]["content"]).strip() if said[-1]["role"] == "assistant" else None
+    return None if said is None else str(said).strip()
+
+
+def names_a_column(options: str | None) -> bool:
+    """Whether `config.options` is the name of a column, and not the options themselves."""
+    return options is not None and "," not in options
+
+
+def _options(cells: Cells, options: str, answer: str | None) -> list[str]:
+    """A row's options."""
+    there = cells.get(options) if names_a_column(options) else options
+    found = there.split(",") if isinstance(there, str) else there
+    if not isinstance(found, list) or len(found) < 2:
+        raise RowError(f"have no two options or more in {options!r}")
+    named = [str(one).strip() for one in found]
+    if answer not in named:
+        raise RowError(f"have an answer that is not among the options {', '.join(named[:10])}")
+    return named

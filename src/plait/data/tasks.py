@@ -7,6 +7,7 @@ two runs with different seeds are judged on the same rows. sources.py reads; thi
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -180,6 +181,7 @@ METRICS: dict[str, MetricRow] = {
     "auroc": MetricRow(auroc, of_outputs=True),
     "pearson": MetricRow(pearson, objective="regression", span=(-1.0, 1.0)),
     "token-accuracy": MetricRow(accuracy, objective="language"),
+    "option-accuracy": MetricRow(accuracy, objective="language"),
 }
 
 
@@ -278,6 +280,31 @@ def _trec(_config: Config) -> Task:
     return _task("trec", (train, validation, test), names)
 
 
+_TREC_WORDS = {
+    "ABBR": "abbreviation", "DESC": "description", "ENTY": "entity",
+    "HUM": "human", "LOC": "location", "NUM": "number",
+}  # fmt: skip
+
+
+def _trec_chat(_config: Config) -> Task:
+    """TREC's rows with the name of the class as the answer; groups are the classes."""
+    words = list(_TREC_WORDS.values())
+    asked = f"What does this question ask for: {', '.join(words)}? Answer with one word.\n\n"
+
+    def example(one: Example) -> Example:
+        row = {
+            "prompt": [{"role": "user", "content": asked + one.texts[0]}],
+            "completion": [{"role": "assistant", "content": _TREC_WORDS[str(one.label)]}],
+            "options": words,
+        }
+        return one._replace(texts=(json.dumps(row),))
+
+    test, validation, train = _cut(_unique(trec_questions()), 500, 500)
+    # Six options are six texts to read, so these are the first fifth of TREC's held-out rows.
+    splits = [[example(one) for one in some] for some in (train, validation[:100], test[:100])]
+    return _task("trec-chat", splits, tuple(_TREC_WORDS), "option-accuracy", LANGUAGE)
+
+
 def _signs(name: str, domains: dict[str, str], *, keyed: bool) -> Task:
     """Is the human score above zero? Rows that people scored exactly 0 are left out."""
     signed = [
@@ -287,6 +314,16 @@ def _signs(name: str, domains: dict[str, str], *, keyed: bool) -> Task:
     ]
     test, validation, train = _cut(_unique(signed), 1000, 500)
     return _task(name, (train, validation, test), ("negative", "positive"))
+
+
+def _snippets(_config: Config) -> Task:
+    """Texts of four domains, of which all is learned; keys are the domains."""
+    texts = [
+        x._replace(texts=(json.dumps({"text": x.texts[0]}, ensure_ascii=False),), label=0)
+        for x in snippets(_DOMAINS)
+    ]
+    test, validation, train = _cut(_unique(texts), 48, 48)
+    return _task("snippets", (train, validation, test), (), objective=LANGUAGE)
 
 
 def _movies(_config: Config) -> Task:
@@ -330,7 +367,8 @@ def _chat(config: Config) -> Task:
         say(f"without --dev-file the result is reported on {len(test)} of the training rows.")
     else:
         test = read_chat(config, "dev_file")
-    return _task("chat", (*_carve(train, test), test), names, objective=LANGUAGE)
+    metric = "option-accuracy" if config.options else None
+    return _task("chat", (*_carve(train, test), test), names, metric, LANGUAGE)
 
 
 def _own_rows(config: Config, setting: str) -> list[Example]:
@@ -450,8 +488,10 @@ class TaskRow:
 TASKS: dict[str, TaskRow] = {
     "demo": TaskRow(_trec, "The same as trec"),
     "trec": TaskRow(_trec, "TREC questions, six classes, from an installed package"),
+    "trec-chat": TaskRow(_trec_chat, "TREC questions for a language model: the class as a word"),
     "movies": TaskRow(_movies, "Film review snippets, SST-2-like, from an installed package"),
     "sentiment": TaskRow(_sentiment, "Films, products, news and tweets: four natural clients"),
+    "snippets": TaskRow(_snippets, "The same texts for a language model: four natural clients"),
     **{name: TaskRow(partial(_glue, name), row.summary) for name, row in GLUE.items()},
     "file": TaskRow(_file, "Your own rows: --train-file, --dev-file, CSV, TSV, JSONL or Parquet"),
     "chat": TaskRow(_chat, "Your own conversations or texts for a language model: --train-file"),

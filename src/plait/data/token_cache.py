@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from plait.data.tokens import Tokens
+from plait.machine.files import make_folder
 
 FORMAT = 2
 """Goes into the hash; another number after a change of what is stored."""
@@ -52,7 +51,7 @@ def stored_tokens(
     if not folder.exists():
         tokens = make(texts, labels, tokenizer, *settings)
         try:
-            _write(tokens, folder)
+            make_folder(folder, lambda partial: _write(tokens, partial))
         except OSError:
             return tokens
     names = [name for name in ARRAYS if (folder / f"{name}.npy").exists()]
@@ -76,15 +75,6 @@ def _digest(
 
 
 def _write(tokens: Tokens, folder: Path) -> None:
-    """All files or none: written beside their place, then renamed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        for name in ARRAYS:
-            if getattr(tokens, name) is not None:
-                np.save(partial / f"{name}.npy", getattr(tokens, name))
-        partial.rename(folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not folder.exists():  # else another process was first
-            raise
+    for name in ARRAYS:
+        if getattr(tokens, name) is not None:
+            np.save(folder / f"{name}.npy", getattr(tokens, name))

@@ -44,12 +44,13 @@ class EvalSchedule:
         return None if round_ + 1 == self.rounds else self.rows
 
 
-def eval_schedule(config: Config, num_rows: int) -> EvalSchedule:
+def eval_schedule(config: Config, num_rows: int, texts_of_row: float = 1) -> EvalSchedule:
     """What a config asks for, or what takes at most `SHARE` of the run where it asks for nothing.
 
     Args:
         config: Its `eval_every` and `eval_rows`, and what training costs.
         num_rows: Rows of the evaluated split.
+        texts_of_row: How many texts are read to judge one: more where it has options.
 
     Example:
         >>> eval_schedule(Config(local_steps=5, rounds=50), num_rows=872)
@@ -58,8 +59,8 @@ def eval_schedule(config: Config, num_rows: int) -> EvalSchedule:
     if config.eval_every is not None:
         return EvalSchedule(config.rounds, config.eval_every, config.eval_rows)
     trained = 2 * config.rounds * config.clients * config.local_steps * config.batch_size
-    models = config.clients + 1
-    left = trained * SHARE / (1 - SHARE) - (1 + models) * num_rows
+    models = texts_of_row * (config.clients + 1)
+    left = trained * SHARE / (1 - SHARE) - (texts_of_row + models) * num_rows
 
     def fits(every: int, rows: int) -> bool:
         return models * rows * ((config.rounds - 1) // every) <= left

@@ -43,8 +43,11 @@ def judge(
     alike = all(bool((value == value[:1]).all()) for value in models.values())
     distinct = {factor: value[:1] if alike else value for factor, value in models.items()}
     losses, found = evaluate(job.backbone, distinct, tokens, job.judged)
-    answers, copies = found.numpy(), num_models if alike else 1
-    scores = [job.score(one, tokens.targets) for one in answers] * copies
+    answers, right, copies = found.numpy(), tokens.targets, num_models if alike else 1
+    if job.choices:
+        some = job.choices.take(rows)
+        answers, right = some.chosen(evaluate(job.backbone, distinct, some.tokens)[0]), some.right
+    scores = [job.score(one, right) for one in answers] * copies
     means = losses.mean(dim=1).tolist() * copies
     whose = np.zeros(num_models, int) if alike else np.arange(num_models)
     last = round_ + 1 == job.evaluations.rounds or job.config.stop_after is not None

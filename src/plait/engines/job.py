@@ -12,7 +12,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
-from plait.data.objectives import Objective
+from plait.data.choices import Choices
+from plait.data.objectives import LANGUAGE, Objective
 from plait.data.own_rows import own_rows
 from plait.data.partition import deal
 from plait.data.rendering import Made, tokens_of
@@ -46,6 +47,7 @@ class Job:
         shares: Client -> its rows of the training split.
         own_rows: Client -> its own rows of the evaluated split; none with `test_split` common.
         started: The first event of the run.
+        choices: The options of the evaluated rows, if their answers are chosen among some.
     """
 
     config: Config
@@ -58,11 +60,12 @@ class Job:
     shares: list[np.ndarray]
     own_rows: list[np.ndarray]
     started: Started
+    choices: Choices | None = None
 
     @cached_property
     def evaluations(self) -> EvalSchedule:
         """When clients are evaluated."""
-        return eval_schedule(self.config, len(self.held_out))
+        return _schedule(self.config, self.held_out, self.choices)
 
     def initial_stack(self, num_clients: int | None = None) -> Stack:
         """The common start of all N clients, or of so many."""
@@ -146,6 +149,7 @@ class Materials:
     backbone: Backbone
     train: Tokens
     held_out: Tokens
+    choices: Choices | None = None
 
 
 def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = None) -> Job:
@@ -164,6 +168,10 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     rules = Rules.of(config)
     config = rules.config
     task, shares = dealt(config, own)  # before a model is loaded for nothing
+    if (config.options or config.generate_rows) and task.objective is not LANGUAGE:
+        raise ValueError(
+            "--options and --generate-rows are for language models, as in --task chat."
+        )
     task.held_out(config.eval_split)
     own_rows(task, shares, config)
     if own is None:
@@ -212,7 +220,7 @@ def _first_event(
     config: Config, materials: Materials, shares: list[np.ndarray], begin: float
 ) -> Started:
     task, backbone = materials.task, materials.backbone
-    schedule = eval_schedule(config, len(materials.held_out))
+    schedule = _schedule(config, materials.held_out, materials.choices)
     return Started(
         task=task.name,
         metric=task.metric,
@@ -230,10 +238,14 @@ def _first_event(
     )
 
 
+def _schedule(config: Config, held_out: Tokens, choices: Choices | None) -> EvalSchedule:
+    return eval_schedule(config, len(held_out), 1 + (choices.per_row if choices else 0))
+
+
 MATERIAL = (
     names_of(FileSettings)
     | names_of(ModelSettings)
-    | {"task", "objective", "max_length", "eval_split", "test_split", "metric", "seed"}
+    | {"task", "objective", "max_length", "eval_split", "test_split", "metric", "options", "seed"}
 )
 """The settings that data and model depend on: runs that agree on them share both. The seed is one
 of them where a head is drawn from it."""
@@ -256,19 +268,17 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
     shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
     task, backbone = shared.task, shared.backbone
-    held_out = _held_out(_tokenized(task, task.validation, backbone, config, stored_tokens))
-    return dataclasses.replace(shared, held_out=held_out)
+    held_out, choices = _held_out(task, task.validation, backbone, config, stored_tokens)
+    return dataclasses.replace(shared, held_out=held_out, choices=choices)
 
 
 def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
     loaded = load_for(config, task.objective, task.label_names)
     backbone = Backbone(loaded, config, machine, task.objective)
-    held_out = task.held_out(config.eval_split)
-    train, evaluated = (
-        _tokenized(task, rows, backbone, config, made) for rows in (task.train, held_out)
-    )
-    return Materials(task, backbone, train, _held_out(evaluated))
+    rows = task.held_out(config.eval_split)
+    train = _tokenized(task, task.train, backbone, config, made)
+    return Materials(task, backbone, train, *_held_out(task, rows, backbone, config, made))
 
 
 def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made) -> Tokens:
@@ -277,10 +287,19 @@ def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made:
     return backbone.with_hidden(tokens)
 
 
-def _held_out(tokens: Tokens) -> Tokens:
-    """The rows that are asked anything."""
-    asked = np.diff(tokens.asked_offsets) > 0
-    return tokens if asked.all() else tokens.take(np.flatnonzero(asked))
+def _held_out(
+    task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made
+) -> tuple[Tokens, Choices | None]:
+    """The rows that are asked anything, and their options."""
+
+    def read(some: Rows) -> Tokens:
+        return _tokenized(task, some, backbone, config, made)
+
+    tokens, choices = read(rows), Choices.of(rows, read) if task.objective is LANGUAGE else None
+    asked = np.flatnonzero(np.diff(tokens.asked_offsets))
+    if len(asked) == len(tokens):
+        return tokens, choices
+    return tokens.take(asked), choices and choices.take(asked)
 
 
 def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:

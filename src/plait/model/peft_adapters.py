@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from plait.config import Config
+from plait.data.objectives import LANGUAGE
 from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.files import save_tensors
@@ -54,6 +55,7 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
         views = layout.views(Factor.HEAD, row[Factor.HEAD][None])
         tensors |= {name: value[0] for name, value in views.items()}
     peft_config = LoraConfig(
+        task_type="CAUSAL_LM" if backbone.objective is LANGUAGE else None,
         base_model_name_or_path=config.backbone,
         inference_mode=True,
         r=config.rank,

@@ -95,10 +95,11 @@ def payload(study: Study) -> Payload:
         "table": _results(outcomes, against),
         "notes": notes(conclusion)[1:] if conclusion else [],
         "runs": _runs(study, metric),
+        "samples": [(label, found) for label, track in study.tracks if (found := track.samples)],
         "settings": settings(*study.configs),
         "commands": study.commands(),
     }
-    pieces = ("head", "results", "runs", "settings")
+    pieces = ("head", "results", "samples", "runs", "settings")
     return {
         "title": study.title,
         "finished": study.finished,

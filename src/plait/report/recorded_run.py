@@ -21,7 +21,7 @@ import numpy as np
 from plait.config import Config
 from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, together
 from plait.metrics import MOST_PAIRED
-from plait.runs.run_folder import load_fingerprints, load_summary
+from plait.runs.run_folder import Sample, load_fingerprints, load_samples, load_summary
 
 MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
@@ -66,6 +66,11 @@ class Track:
     _file_id: int = 0
     _config_file: tuple[int, int] | None = None
     _fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What its language model writes; empty where nobody asked for it."""
+        return load_samples(self.path)
 
     @classmethod
     def open(cls, path: Path) -> Track:

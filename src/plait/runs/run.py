@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 
 from plait.config import THIS_MACHINE, Config, Machine
-from plait.data.objectives import OBJECTIVES
+from plait.data.objectives import LANGUAGE, OBJECTIVES
 from plait.engines.fingerprints import fingerprints
 from plait.engines.job import prepare
 from plait.engines.rounds import Engine, all_rounds
@@ -22,8 +22,10 @@ from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import best_evaluation, has_stopped, summarize
 from plait.lookup import lookup
 from plait.model.loading import Loaded, load_for
+from plait.runs.answers import answer
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder, load_events, load_summary
+from plait.runs.samples import write_samples
 from plait.runs.trained import Client, Prediction, Text, predict
 
 
@@ -128,7 +130,8 @@ class Run(Iterator[Event]):
             yield from self._rounds(engine, done)
             if folder:
                 engine.save_adapters(folder.path / "adapters", self._rounds_done)
-                folder.finish(summarize(config, self.events))
+                samples = write_samples(folder.path, config)
+                folder.finish(summarize(config, self.events) | samples)
 
     def _rounds(self, engine: Engine, done: list[Event]) -> Iterator[Event]:
         """The rounds that are left; recorded, and saved now and then, where there is a folder."""
@@ -198,11 +201,14 @@ class Run(Iterator[Event]):
                 )
             return PeftModel.from_pretrained(self.base(), str(adapters / name)).eval()
 
-    def predict(self, texts: Sequence[Text], client: Client = "mean") -> list[Prediction]:
-        """What a client's model, or the averaged one, says of texts.
+    def predict(
+        self, texts: Sequence[Text], client: Client = "mean"
+    ) -> list[Prediction] | list[str]:
+        """What a client's model, or the averaged one, says of texts; a language model answers.
 
         Args:
-            texts: A string each, or a tuple of two where the task has pairs.
+            texts: A string each, or a tuple of two where the task has pairs. To a language model
+                it is what a user says.
             client: Whose model; the averaged one for `mean`.
 
         Raises:
@@ -216,6 +222,8 @@ class Run(Iterator[Event]):
         if tokenizer is None:
             raise ValueError("This run has no tokenizer; give plait.Trainer the model's.")
         names = self._started.label_names
+        if self._started.objective == LANGUAGE.name:
+            return answer(model, tokenizer, [*map(str, texts)], self.config.max_new_tokens)
         return predict(model, tokenizer, texts, names, self.config.max_length)
 
     def save(self, out: Path | str) -> None:

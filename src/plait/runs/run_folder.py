@@ -7,6 +7,7 @@
     events.jsonl       what the run said, a line for each event
     summary.json       its figures, written last: a folder with a summary holds a finished run
     checkpoint.safetensors   the state of every client after the last saved round
+    samples.jsonl      what a language model writes, if that was asked for (samples.py)
     adapters/          a PEFT folder for each client and for the averaged model
     best/              the same after the best round, of a run that may stop early
 
@@ -33,6 +34,10 @@ from plait.machine.files import write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
+SAMPLES = "samples.jsonl"
+
+Sample = dict[str, str]
+"""`prompt`, `before` (the base), `after` (the averaged model) and `reference`."""
 
 
 def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
@@ -63,6 +68,13 @@ def load_summary(path: Path) -> dict[str, Any]:
         )
     figures: dict[str, Any] = json.loads((path / "summary.json").read_text())
     return figures
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """What its language model writes; empty where nobody asked for it."""
+    file = path / SAMPLES
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def load_fingerprints(path: Path) -> dict[str, str]:

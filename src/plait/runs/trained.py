@@ -28,7 +28,7 @@ from plait.data.objectives import OBJECTIVES
 from plait.data.sources import text_columns
 from plait.events import Started, from_line
 from plait.machine.files import write_atomically
-from plait.model.loading import Loaded, draws_head, load_for, resolved
+from plait.model.loading import Loaded, draws_head, load_for, resolved, source_of
 
 CARD = "plait.json"
 AT_ONCE = 32
@@ -42,7 +42,8 @@ class Card:
     """What plait.json says of an adapter.
 
     Attributes:
-        backbone: The model that it belongs on: a folder, a name on the hub, or `minilm`.
+        backbone: The model that it belongs on: a folder, a name on the hub, or one
+            of `EMBEDDED`.
         pooling: `model` for the model's own head, `mean` for `MeanPooledClassifier`.
         objective: A key of `OBJECTIVES`.
         label_names: The classes, in the order of the outputs.
@@ -276,12 +277,13 @@ def export(run: Path, client: int | None, out: Path) -> None:
     tokenizer.save_pretrained(str(out))
     found.card.write(out / CARD)
     file = out / "adapter_config.json"
-    settings = json.loads(file.read_text()) | {"base_model_name_or_path": found.card.backbone}
+    source = source_of(found.card.backbone)
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": source}
     write_atomically(file, json.dumps(settings, indent=2) + "\n")
 
 
 def merge(path: Path, client: Client, out: Path) -> None:
-    """Write one plain model, which `AutoModelForSequenceClassification` and `pipeline` load.
+    """Write one plain model, which transformers' Auto classes and `pipeline` load.
 
     Args:
         path: A run folder, or one that `export` wrote.

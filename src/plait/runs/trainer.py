@@ -112,7 +112,7 @@ class Trainer(Run):
         pooling: Pooling = "mean" if isinstance(model, MeanPooledClassifier) else "model"
         config = dataclasses.replace(
             config, clients=len(train_dataset), task="own", backbone=name, pooling=pooling,
-            metric=metric or config.metric,
+            metric=metric or config.metric, generate_rows=0,
         )  # fmt: skip
         super().__init__(config, out, resume=resume, machine=machine)
         self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, machine)
