@@ -144,7 +144,9 @@ def _flowertune(backbone: str, train_file: str, clients: int) -> Config:
         rank=32,
         alpha=64.0,
         dtype="auto",
-        lr=5e-5,  # to 1e-6 by a cosine over rounds: --lr-schedule cosine --lr-end 1e-6
+        lr=5e-5,
+        lr_schedule="cosine",
+        lr_end=1e-6,
         eval_rows=256,
     )
 
