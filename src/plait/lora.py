@@ -161,3 +161,19 @@ def initial_stack(
     for kind in kinds:
         state |= {(kind, factor): torch.zeros_like(value) for factor, value in factors.items()}
     return Stack(state, dict.fromkeys(factors, 0))
+
+
+def branch(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The LoRA branch of n clients: scale (x A^T) B^T.
+
+    Args:
+        x: (n, L, d_in).
+        A: (n, r, d_in), any float type; computed in x's.
+        B: (n, d_out, r).
+        scale: alpha / r.
+
+    Returns:
+        (n, L, d_out).
+    """
+    low = torch.bmm(x, A.to(x.dtype).mT) * scale
+    return torch.bmm(low, B.to(x.dtype).mT)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import random_tokens, tokens_of
 from plait.data.tokens import pack
-from plait.model.own_forward import similar_lengths
+from plait.model.rectangle_encoder import similar_lengths
 
 
 @settings(deadline=None)

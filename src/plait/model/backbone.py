@@ -1,8 +1,9 @@
 """The one frozen model that all clients share, and where their adapters sit in it.
 
 Any `AutoModelForSequenceClassification` or `AutoModelForCausalLM` will do. Its encoder runs packed
-(packed_encoder.py, interface_encoder.py) where that gives what the model's own forward pass does,
-which computes all others (own_forward.py); its head is the model's own code in all cases.
+(packed_encoder.py, interface_encoder.py) or in rectangles (rectangle_encoder.py) where that gives
+what the model's own forward pass does (own_forward.py); its head is the model's own code in all
+cases.
 
 Legend: R texts of a batch, n clients, Q places asked, C outputs, d the model's width.
 """

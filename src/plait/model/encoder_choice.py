@@ -28,8 +28,9 @@ from plait.model.heads import READS, MeanHead, MeanPooledClassifier, OwnHead
 from plait.model.interface_encoder import InterfaceEncoder
 from plait.model.own_forward import GROUPINGS, OwnForward
 from plait.model.packed_encoder import PACKED_MODEL_TYPES, PackedEncoder
+from plait.model.rectangle_encoder import RectangleEncoder
 
-Encoder = PackedEncoder | InterfaceEncoder
+Encoder = PackedEncoder | InterfaceEncoder | RectangleEncoder
 Head = MeanHead | OwnHead
 
 LENGTHS = (9, 4, 9, 6)
@@ -125,13 +126,13 @@ def _encoders(
     model: Any, base: Any, prefix: str, layout: Layout, backend: Backend
 ) -> Iterator[Callable[[], Encoder]]:
     """The encoders that may be right for a model, the fastest first."""
-    if not backend.packs:
-        return
-    if base.config.model_type in PACKED_MODEL_TYPES:
-        yield partial(PackedEncoder, base, prefix, layout, backend)
-    # RoBERTa's family counts positions from the padding id on.
-    for first in (0, 1 + (getattr(base.config, "pad_token_id", None) or 0)):
-        yield partial(InterfaceEncoder, base, prefix, layout, backend, first)
+    if backend.packs:
+        if base.config.model_type in PACKED_MODEL_TYPES:
+            yield lambda: PackedEncoder(base, prefix, layout, backend)
+        # RoBERTa's family counts positions from the padding id on.
+        for first in (0, 1 + (getattr(base.config, "pad_token_id", None) or 0)):
+            yield partial(InterfaceEncoder, base, prefix, layout, backend, first)
+    yield lambda: RectangleEncoder(model, base, layout)
 
 
 def check_dropout(encoder: Encoder | OwnForward, probe: Probe) -> None:

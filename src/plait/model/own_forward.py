@@ -1,9 +1,9 @@
 """The forward pass of any model whatever: all of its own code, its head too, client after client.
 
-The other encoders compute all texts of all clients side by side. Some architectures can't be: they
-have attention of their own, or adapt layers whose inputs aren't tokens of texts (DeBERTa's relative
-positions). Here texts are padded in groups, and a hook adds one client's branch to whatever an
-adapted layer sees, as PEFT does. Slower than the others, and what they are compared with.
+The other encoders compute hidden states for all clients together, and the head reads the first
+token of each text. Some models read elsewhere (ModernBERT the mean, decoders the last token), and
+some adapt layers whose inputs aren't texts by tokens (DeBERTa's relative positions). Here a hook
+adds one client's branch to whatever an adapted layer sees, as PEFT does.
 
 Legend: n clients, Q places asked, R_g texts of a group, L_g its longest, C outputs.
 """
@@ -25,29 +25,10 @@ from plait.data.tokens import Batch
 from plait.factors import Factor
 from plait.lora import Dropout, Layout
 from plait.machine.devices import moved
+from plait.model.rectangle_encoder import rectangle, similar_lengths
 
 Grouping = Callable[[Tensor], list[Tensor]]
 """Lengths of texts -> the texts that go through the model together."""
-
-
-def similar_lengths(lengths: Tensor, waste: float = 0.1, least: int = 16) -> list[Tensor]:
-    """Texts in groups, by length: a group closes when padding would exceed a share `waste` of it.
-
-    Groups have at least `least` texts, since a rectangle of few texts costs more in calls than
-    it saves in padding.
-    """
-    groups: list[list[int]] = []
-    room = used = 0
-    for text in lengths.argsort(descending=True, stable=True).tolist():
-        size = int(lengths[text])
-        longest = int(lengths[groups[-1][0]]) if groups else 0
-        full = bool(groups) and len(groups[-1]) >= least
-        if not groups or (full and used + size < (1 - waste) * (room + longest)):
-            groups.append([])
-            room, used, longest = 0, 0, size
-        groups[-1].append(text)
-        room, used = room + longest, used + size
-    return [torch.tensor(group) for group in groups]
 
 
 def equal_lengths(lengths: Tensor) -> list[Tensor]:
@@ -159,7 +140,7 @@ class OwnForward:
         types = torch.cat([batch.types, batch.types.new_tensor([0])])
         found, order = [], []
         for texts in self.group(lengths):
-            places, mask = _rectangle(starts[texts], lengths[texts], len(batch.ids))
+            places, mask = rectangle(starts[texts], lengths[texts], len(batch.ids))
             index = moved(places, device)
             self._now.keep = dropout and _where_it_fits(dropout, index)
             kinds = {"token_type_ids": types[index]} if self.has_types else {}
@@ -170,13 +151,6 @@ class OwnForward:
             order.append(index[asked[index]])
             found.append(logits if logits.dim() == 2 else logits[asked[index]])  # of texts, tokens
         return torch.cat(found)[torch.cat(order).argsort()]
-
-
-def _rectangle(starts: Tensor, lengths: Tensor, none: int) -> tuple[Tensor, Tensor]:
-    """(R_g, L_g) places of the texts' tokens, `none` where none is, and where one is."""
-    columns = torch.arange(int(lengths.max()))
-    mask = columns < lengths[:, None]
-    return torch.where(mask, starts[:, None] + columns, none), mask
 
 
 def _where_it_fits(dropout: Dropout, index: Tensor) -> Dropout:

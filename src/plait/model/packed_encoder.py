@@ -3,7 +3,7 @@
 Every frozen layer multiplies the real tokens of all clients at once, with weights laid out for
 the machine beforehand; only the LoRA branches know whose token is whose. BERT, RoBERTa and their
 kin share one module layout, which is all that is used here; other architectures go through
-interface_encoder.py.
+rectangle_encoder.py, to which this file is compared.
 
 Legend: T tokens of a batch, R its texts, n its clients, d the model's width, H heads.
 """
