@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input
+# Python compiles what it imports; all of it beforehand would take minutes.
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile --quiet --quiet --disable-pip-version-check --no-input
 DEMO_DIR := runs/demo
 GLUE_DIR ?=
 

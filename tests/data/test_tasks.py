@@ -490,5 +490,11 @@ def test_metrics_of_constant_scores_are_numbers(name):
     labels, scores = np.array([0, 1, 1, 0]), np.zeros(4, dtype=np.int64)
     if METRICS[name].of_outputs:
         scores = np.zeros((4, 2))
-    wanted = {"accuracy": 0.5, "token-accuracy": 0.5, "auroc": 0.5, "macro-f1": 1 / 3}
+    wanted = {
+        "accuracy": 0.5,
+        "token-accuracy": 0.5,
+        "option-accuracy": 0.5,
+        "auroc": 0.5,
+        "macro-f1": 1 / 3,
+    }
     assert METRICS[name].score(labels, scores) == pytest.approx(wanted.get(name, 0.0))
