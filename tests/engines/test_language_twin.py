@@ -20,7 +20,7 @@ from plait.engines.local_training import batch_rows, evaluate, local_phase
 from plait.factors import Factor
 from plait.lora import initial_stack
 from plait.model.backbone import Backbone
-from plait.model.heads import judge_in_parts
+from plait.model.heads import judge_in_parts, losses_in_parts
 from plait.model.interface_encoder import InterfaceEncoder
 from plait.model.loading import Loaded
 
@@ -158,9 +158,12 @@ def test_outputs_of_a_vocabulary_are_judged_in_parts(monkeypatch):
         return functional.linear(x, weight)
 
     features, targets = torch.randn(14, 5, requires_grad=True), torch.arange(14) % 7
-    losses, answers = judge_in_parts(head, features, targets, [3, 11], LANGUAGE)
+    losses = losses_in_parts(head, features, targets, [3, 11], LANGUAGE)
     (losses * torch.arange(14)).sum().backward()
     assert sizes == [3, 4, 4, 3], "a client's places are apart from another's"
+    judged, answers = judge_in_parts(head, features, targets, [3, 11], LANGUAGE)
+    assert sizes == [3, 4, 4, 3] * 2
+    assert torch.equal(judged, losses)
     found, features.grad = features.grad, None
     outputs = functional.linear(features, weight)
     expected = functional.cross_entropy(outputs, targets, reduction="none")

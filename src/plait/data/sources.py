@@ -526,10 +526,10 @@ def check_files(config: Config) -> None:
     Raises:
         ValueError: As `read_file`, but for what is wrong with single rows.
     """
-    if config.task == "file":
-        for setting in HUB_SPLITS:
+    for setting in ("train_file", "dev_file"):
+        if config.task == "file":
             _open(**own_file(config, setting))
-    if config.task == "chat":
-        for setting, file in (("train_file", config.train_file), ("dev_file", config.dev_file)):
-            if not _is_hub_name(str(file)) and (setting == "train_file" or file):
-                shape_of(_open_chat(config, setting), _shapes(config))
+        file = getattr(config, setting)
+        needed = setting == "train_file" or bool(file)
+        if config.task == "chat" and needed and not _is_hub_name(str(file)):
+            shape_of(_open_chat(config, setting), _shapes(config))

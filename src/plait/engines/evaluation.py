@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from plait.data.tasks import Task
-from plait.data.tokens import Tokens
 from plait.engines.job import Job
 from plait.engines.local_training import evaluate
 from plait.events import Evaluated
@@ -102,8 +101,8 @@ def evaluation(job: Job, stack: Stack, clients: Sequence[int], round_: int) -> E
     return judge(job, models, clients, round_)
 
 
-def some_rows(tokens: Tokens, count: int | None) -> np.ndarray:
+def some_rows(split: Sized, count: int | None, purpose: str = "eval_rows") -> np.ndarray:
     """`count` rows of a split, the same ones in every run, in ascending order; all for None."""
-    if count is None or count >= len(tokens):
-        return np.arange(len(tokens))
-    return np.sort(stream(0, "eval_rows").choice(len(tokens), count, replace=False))
+    if count is None or count >= len(split):
+        return np.arange(len(split))
+    return np.sort(stream(0, purpose).choice(len(split), count, replace=False))

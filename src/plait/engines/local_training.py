@@ -114,8 +114,7 @@ class _Phase:
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
             ids = [self.clients[k] for k in chunk]
             dropout = lora_dropout(batch, ids, position, self.config)
-            of_places, _ = self.backbone.judge(batch, leaves, dropout)
-            losses = _means(of_places, batch.asked_counts)
+            losses = _means(self.backbone.losses(batch, leaves, dropout), batch.asked_counts)
             losses.sum().backward()
             of_steps.append(losses.detach())
             self._step(step, leaves, kept, optimizer)
@@ -286,10 +285,7 @@ def evaluate(
         texts, chunk = piece
         batch = backbone.batch(tokens, np.tile(texts, (len(chunk), 1)))
         mine = {factor: value[chunk] for factor, value in factors.items()}
-        with torch.no_grad():
-            losses, answers = (
-                found.cpu() for found in backbone.judge(batch, mine, objective=objective)
-            )
+        losses, answers = (found.cpu() for found in backbone.judge(batch, mine, objective))
         return losses.view(len(chunk), -1), answers.unflatten(0, (len(chunk), -1))
 
     parts = on_cores(judge, pieces, backbone.backend.workers())

@@ -30,7 +30,13 @@ from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process_settings import configure_process
 from plait.model.backend import build_backend
 from plait.model.encoder_choice import Encoder, Probe, check_dropout, choose
-from plait.model.heads import MeanHead, MeanPooledClassifier, OwnHead, judge_in_parts
+from plait.model.heads import (
+    MeanHead,
+    MeanPooledClassifier,
+    OwnHead,
+    judge_in_parts,
+    losses_in_parts,
+)
 from plait.model.loading import Loaded
 from plait.model.own_forward import OwnForward
 
@@ -143,19 +149,31 @@ class Backbone:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""
         return pack(tokens, rows, self.encoder.padded).to(self.device)
 
-    def judge(
-        self,
-        batch: Batch,
-        factors: dict[Factor, Tensor],
-        dropout: Dropout | None = None,
-        objective: Objective | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Each client's own model on its own texts.
+    def losses(
+        self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
+    ) -> Tensor:
+        """The losses (Q,) of each client's own model on its own texts, in float32.
 
         Args:
             batch: b texts for each of n clients.
             factors: Factor -> (n, P) rows of these clients.
-            dropout: The LoRA branches' dropout; none in evaluation.
+            dropout: The LoRA branches' dropout.
+        """
+        if self.objective is LANGUAGE and self.head is not None:
+            features = self._features(batch, factors, dropout)
+            counts = batch.asked_counts.tolist()
+            return losses_in_parts(self.head, features, batch.targets, counts, self.objective)
+        return self.objective.loss(self.logits(batch, factors, dropout), batch.targets)
+
+    @torch.no_grad()
+    def judge(
+        self, batch: Batch, factors: dict[Factor, Tensor], objective: Objective | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The losses, and what each client's own model answers; without gradients.
+
+        Args:
+            batch: b texts for each of n clients.
+            factors: Factor -> (n, P) rows of these clients.
             objective: How answers are wanted; as they are learned for None.
 
         Returns:
@@ -163,16 +181,16 @@ class Backbone:
         """
         objective = objective or self.objective
         if self.objective is LANGUAGE and self.head is not None:
-            features = self._features(batch, factors, dropout)
+            features = self._features(batch, factors, None)
             counts = batch.asked_counts.tolist()
             return judge_in_parts(self.head, features, batch.targets, counts, objective)
-        outputs = self.logits(batch, factors, dropout)
+        outputs = self.logits(batch, factors)
         return objective.loss(outputs, batch.targets), objective.answer(outputs)
 
     def logits(
         self, batch: Batch, factors: dict[Factor, Tensor], dropout: Dropout | None = None
     ) -> Tensor:
-        """What `judge` judges, (Q, C) float32; not for language models, which have too much."""
+        """What is judged, (Q, C) float32; not for language models, which have too much."""
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {name: part.to(self.dtype) for name, part in heads.items()}
         if isinstance(self.encoder, OwnForward):

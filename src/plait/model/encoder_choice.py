@@ -129,9 +129,7 @@ def _encoders(
     if backend.packs:
         if base.config.model_type in PACKED_MODEL_TYPES:
             yield lambda: PackedEncoder(base, prefix, layout, backend)
-        # RoBERTa's family counts positions from the padding id on.
-        for first in (0, 1 + (getattr(base.config, "pad_token_id", None) or 0)):
-            yield partial(InterfaceEncoder, base, prefix, layout, backend, first)
+        yield lambda: InterfaceEncoder(base, prefix, layout, backend)
     yield lambda: RectangleEncoder(model, base, layout)
 
 

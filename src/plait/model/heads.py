@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -112,10 +112,6 @@ READS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
 asked), the last one, or the mean of all."""
 
 
-ROWS_AT_ONCE = 256
-"""Places at which all outputs are there at once."""
-
-
 class OwnHead(nn.Module):
     """Hidden states (Q, d) -> logits (Q, C) by the model's own code after its encoder.
 
@@ -130,7 +126,7 @@ class OwnHead(nn.Module):
         self.pooler = _pooler(model.base_model)
         # transformers' decoders classify several texts only if there is a token to pad them with.
         pads = model.can_generate() or model.config.get_text_config().pad_token_id is not None
-        self.at_once = ROWS_AT_ONCE if pads else 1
+        self._one_by_one = not pads
         self.computed = _Computed()
         base = model.base_model
         self._put_back = partial(setattr, model, model.base_model_prefix, base)
@@ -147,7 +143,9 @@ class OwnHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(Q, d) -> (Q, C)."""
-        return torch.cat([self._outputs(part) for part in features.split(self.at_once)])
+        if self._one_by_one:
+            return torch.cat([self._outputs(row) for row in features.split(1)])
+        return self._outputs(features)
 
     def _outputs(self, features: Tensor) -> Tensor:
         hidden = features[:, None]
@@ -181,6 +179,22 @@ class _Computed(nn.Module):
 # -- outputs that are too many to be kept
 
 
+ROWS_AT_ONCE = 256
+"""Places at which all outputs are there at once."""
+
+
+def _parts(
+    features: Tensor, targets: Tensor, counts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and targets, some places of one client at a time, whose numbers are `counts`."""
+    sizes = [
+        min(ROWS_AT_ONCE, count - begin)
+        for count in counts
+        for begin in range(0, count, ROWS_AT_ONCE)
+    ]
+    return zip(features.split(sizes), targets.split(sizes), strict=True)
+
+
 def judge_in_parts(
     head: Callable[[Tensor], Tensor],
     features: Tensor,
@@ -188,10 +202,7 @@ def judge_in_parts(
     counts: Sequence[int],
     objective: Objective,
 ) -> tuple[Tensor, Tensor]:
-    """Losses, with a gradient for the features, and answers; the head is frozen.
-
-    Loss and gradient are worked out together, some places of a client at a time, so that no more
-    than (ROWS_AT_ONCE, C) outputs exist.
+    """Losses and answers, of which no more than (ROWS_AT_ONCE, C) outputs exist at once.
 
     Args:
         head: (Q, d) -> (Q, C).
@@ -201,12 +212,31 @@ def judge_in_parts(
         objective: What is learned.
 
     Returns:
-        (Q,) float32 losses, and (Q,) answers.
+        (Q,) float32 losses, and (Q,) answers, both without a gradient.
     """
-    return _Judge.apply(features, head, targets, counts, objective)  # type: ignore[no-any-return, no-untyped-call]
+    losses, answers = [], []
+    for rows, asked in _parts(features.detach(), targets, counts):
+        outputs = head(rows).float()
+        losses.append(objective.loss(outputs, asked))
+        answers.append(objective.answer(outputs))
+    return torch.cat(losses), torch.cat(answers)
 
 
-class _Judge(torch.autograd.Function):
+def losses_in_parts(
+    head: Callable[[Tensor], Tensor],
+    features: Tensor,
+    targets: Tensor,
+    counts: Sequence[int],
+    objective: Objective,
+) -> Tensor:
+    """The losses of `judge_in_parts`, with a gradient for the features; the head is frozen.
+
+    Loss and gradient are worked out together, so that outputs needn't be kept.
+    """
+    return _Losses.apply(features, head, targets, counts, objective)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -215,29 +245,19 @@ class _Judge(torch.autograd.Function):
         targets: Tensor,
         counts: Sequence[int],
         objective: Objective,
-    ) -> tuple[Tensor, Tensor]:
-        sizes = [
-            min(ROWS_AT_ONCE, count - begin)
-            for count in counts
-            for begin in range(0, count, ROWS_AT_ONCE)
-        ]
-        losses, answers, grads = [], [], []
-        for rows, asked in zip(features.split(sizes), targets.split(sizes), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                x = rows.detach().requires_grad_(ctx.needs_input_grad[0])
-                outputs = head(x).float()
-                loss = objective.loss(outputs, asked)
-                if ctx.needs_input_grad[0]:
-                    grads += torch.autograd.grad(loss.sum(), x)
+    ) -> Tensor:
+        losses: list[Tensor] = []
+        grads: list[Tensor] = []
+        for rows, asked in _parts(features, targets, counts):
+            with torch.enable_grad():
+                x = rows.detach().requires_grad_()
+                loss = objective.loss(head(x).float(), asked)
+                grads += torch.autograd.grad(loss.sum(), x)
             losses.append(loss.detach())
-            answers.append(objective.answer(outputs.detach()))
-        if grads:
-            ctx.save_for_backward(torch.cat(grads))
-        found = torch.cat(losses), torch.cat(answers)
-        ctx.mark_non_differentiable(found[1])
-        return found
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (of_features,) = ctx.saved_tensors
         return (of_features * grad[:, None]).to(of_features.dtype), None, None, None, None

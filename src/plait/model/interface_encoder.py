@@ -23,6 +23,7 @@ from plait.lora import Dropout, Layout
 from plait.model.attention_interface import ATTENTION, TextWindows, attending_within
 from plait.model.backend import Backend
 from plait.model.frozen_linear import weight_and_bias
+from plait.model.packed_encoder import first_position
 
 
 @dataclass
@@ -73,9 +74,7 @@ class InterfaceEncoder:
 
     below = None  # as PackedEncoder has it
 
-    def __init__(
-        self, base: Any, prefix: str, layout: Layout, backend: Backend, first_position: int = 0
-    ) -> None:
+    def __init__(self, base: Any, prefix: str, layout: Layout, backend: Backend) -> None:
         """Put our layers and attention into `base`.
 
         Args:
@@ -83,13 +82,12 @@ class InterfaceEncoder:
             prefix: The path to it.
             layout: Where adapters lie in a row.
             backend: How to compute.
-            first_position: The number of a text's first position.
 
         Raises:
             ValueError: It isn't told positions, or LoRA sits on layers of another kind.
         """
         self.base, self.layout, self.backend = base, layout, backend
-        self.first_position = first_position
+        self.first_position = first_position(base)
         self._takes = inspect.signature(base.forward).parameters
         if "position_ids" not in self._takes:
             raise ValueError("It isn't told positions.")

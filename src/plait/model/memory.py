@@ -59,7 +59,7 @@ def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
 
         batch = backbone.batch(tokens, np.full((1, num_texts), longest))
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            backbone.judge(batch, leaves)
+            backbone.losses(batch, leaves)
         return sum(sizes.values())
 
     # The difference leaves out what doesn't grow with the tokens, such as weights.

@@ -26,6 +26,13 @@ from plait.model.fused_layers import FusedLayer, FusedLayers, Pieces
 PACKED_MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
+def first_position(base: Any) -> int:
+    """The number of a text's first position: RoBERTa's family counts from the padding id on."""
+    positions = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    padding: int | None = getattr(positions, "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
 class _Layer:
     """One encoder layer's frozen weights, and the names of the places where LoRA may sit.
 
@@ -99,9 +106,7 @@ class PackedEncoder:
         self.fused_below = self._fused(self.layers[: self.first_adapted])
         self.fused = self._fused(self.layers[self.first_adapted :])
         self.below: Callable[[Batch], Tensor] | None = self._below if self.first_adapted else None
-        # RoBERTa's family counts positions from the padding id on.
-        roberta = base.config.model_type in ("roberta", "xlm-roberta", "camembert")
-        self.first_position = base.config.pad_token_id + 1 if roberta else 0
+        self.first_position = first_position(base)
 
     def remove(self) -> None:
         """Nothing to take away: the model is as it was."""

@@ -18,10 +18,10 @@ from plait.config import Config
 from plait.data.conversations import answer_of
 from plait.data.rendering import Row, prompt_of
 from plait.data.sources import say
+from plait.engines.evaluation import some_rows
 from plait.engines.job import dealt
 from plait.machine.extras import installed
 from plait.machine.files import write_atomically
-from plait.rng import stream
 from plait.runs.answers import answer
 from plait.runs.run_folder import SAMPLES, Sample
 from plait.runs.trained import find
@@ -58,9 +58,8 @@ def _held_out(config: Config) -> tuple[list[Row], list[str]]:
     if not config.generate_rows:
         return [], []
     task, _ = dealt(config)
-    texts = (task.validation if config.eval_split == "validation" else task.test).texts
-    size = min(config.generate_rows, len(texts))
-    chosen = np.sort(stream(0, "generate_rows").choice(len(texts), size, replace=False))
+    texts = task.held_out(config.eval_split).texts
+    chosen = some_rows(texts, config.generate_rows, "generate_rows")
     rows = [json.loads(texts[i][0]) for i in chosen]
     found = [(prompt_of(row), right) for row in rows if (right := answer_of(row)) is not None]
     if not found:
