@@ -27,7 +27,8 @@ from plait.model.loading import Loaded
 WINDOW = {"sliding_window": 4, "head_dim": 8}  # shorter than the texts
 ARCHITECTURES = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "mistral": WINDOW, "phi3": {}, "olmo2": {},
-    "gemma2": WINDOW, "gemma3_text": WINDOW, "gpt_neox": {}, "gpt2": {},
+    "gemma2": WINDOW | {"attn_logit_softcapping": 0.05}, "gemma3_text": WINDOW,
+    "gpt_neox": {}, "gpt2": {},
 }  # fmt: skip
 CONFIG = Config(
     rank=4, clients=3, local_steps=5, batch_size=4, lr=1e-3, target_modules="all-linear"
