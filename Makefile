@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-# Python compiles what it imports; all of it beforehand would take minutes.
+# Python compiles what it imports, and keeps that; all of it beforehand would take minutes.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile --quiet --quiet --disable-pip-version-check --no-input
 DEMO_DIR := runs/demo
 GLUE_DIR ?=

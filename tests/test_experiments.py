@@ -13,7 +13,7 @@ from plait.cli.main import main
 from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
-from plait.experiments import sweep as sweep_module
+from plait.experiments import grid_file
 from plait.experiments.results import load
 from plait.experiments.sweep import Sweep, load_sweep
 
@@ -75,7 +75,7 @@ def test_the_smallest_twin_runs(tmp_path, monkeypatch):
         smaller = tiny if isinstance(settings, Config) else {}
         return dataclasses.replace(settings, **(values | smaller))
 
-    monkeypatch.setattr(sweep_module, "changed", changed)
+    monkeypatch.setattr(grid_file, "changed", changed)
     smallest = min(PUBLISHED, key=lambda f: len(load_sweep(f, tmp_path, small=True).expected))
     out = tmp_path / "out"
     assert main(["sweep", str(smallest), "--small", "--jobs", "1", "--out", str(out)]) == 0
