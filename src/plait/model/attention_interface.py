@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from transformers.masking_utils import (
 
 from plait.data.tokens import Batch
 from plait.machine.devices import moved
-from plait.model.attention_windows import lay_out
+from plait.model.attention_windows import Places, lay_out
+from plait.model.fused_parts import interval_attention
+from plait.model.kernels.compiled import Kernels
 
 ATTENTION = "plait"
 """What a model's config calls it."""
@@ -46,46 +49,87 @@ class TextWindows:
 
     No window has texts of two clients, so that a client's numbers don't depend on who else is
     there.
+
+    Attributes:
+        batch: The packed texts.
+        kernels: What computes attention to intervals, if anything does.
     """
 
-    def __init__(self, batch: Batch, per_octave: int) -> None:
-        """Work out all places, once for all layers.
+    def __init__(self, batch: Batch, per_octave: int, kernels: Kernels | None = None) -> None:
+        """All places are worked out once for all layers, when they are asked for.
 
         Args:
             batch: The packed texts.
             per_octave: At most so many sizes of window up to each power of two.
+            kernels: What computes attention to intervals.
         """
-        device = batch.ids.device
-        places, apart = lay_out(batch.sizes, len(batch.ids) - batch.num_tokens, SLOTS, per_octave)
-        shapes = [one.shape[:2] for one in apart]
-        filled = torch.zeros(len(places.index), dtype=torch.bool)
-        filled[places.inverse[: batch.num_tokens]] = True
-        self.index, self.inverse = (moved(one, device) for one in (places.index, places.inverse))
-        self._sizes = [w * S for w, S in shapes]
-        self._shapes = shapes
-        self._together = [moved(~one, device) for one in apart]
-        self._empty = self.split(moved(~filled, device))
-        self._slots = self.split(self.index)
+        self.batch, self.kernels, self._per_octave = batch, kernels, per_octave
         self._masks: dict[Rule, list[Tensor]] = {}
+        self._intervals: dict[Rule, tuple[Tensor, Tensor] | None] = {}
+
+    @cached_property
+    def _layout(self) -> tuple[Places, list[Tensor]]:
+        padding = len(self.batch.ids) - self.batch.num_tokens
+        return lay_out(self.batch.sizes, padding, SLOTS, self._per_octave)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(slots,) the token in each slot."""
+        return moved(self._layout[0].index, self.batch.ids.device)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(T,) the slot of each token."""
+        return moved(self._layout[0].inverse, self.batch.ids.device)
 
     def split(self, slots: Tensor) -> list[Tensor]:
         """(slots, ...) -> for each size of window (w, S, ...)."""
-        parts = slots.split(self._sizes)
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        shapes = [one.shape[:2] for one in self._layout[1]]
+        parts = slots.split([w * S for w, S in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def masks(self, rule: Rule) -> list[Tensor]:
         """For each size of window (w, 1, S, S) bool, whether a slot attends to another."""
         if rule not in self._masks:
+            device = self.batch.ids.device
+            filled = torch.zeros(len(self.index), dtype=torch.bool)
+            filled[self._layout[0].inverse[: self.batch.num_tokens]] = True
             self._masks[rule] = [
                 # Empty slots attend to each other, which keeps their unused softmax finite.
-                (together & (rule(0, 0, slots[:, :, None], slots[:, None, :]) | empty[:, :, None]))[
-                    :, None
-                ]
-                for together, slots, empty in zip(
-                    self._together, self._slots, self._empty, strict=True
+                (
+                    moved(~apart, device)
+                    & (rule(0, 0, slots[:, :, None], slots[:, None, :]) | empty[:, :, None])
+                )[:, None]
+                for apart, slots, empty in zip(
+                    self._layout[1],
+                    self.split(self.index),
+                    self.split(moved(~filled, device)),
+                    strict=True,
                 )
             ]
         return self._masks[rule]
+
+    def intervals(self, rule: Rule) -> tuple[Tensor, Tensor] | None:
+        """(T,) int32 twice, the first token that each attends to and the first after the last one.
+
+        Both are counted from the text's first token. None if some attend to others than those
+        between two.
+        """
+        if rule not in self._intervals:
+            self._intervals[rule] = self._find_intervals(rule)
+        return self._intervals[rule]
+
+    def _find_intervals(self, rule: Rule) -> tuple[Tensor, Tensor] | None:
+        found = torch.zeros(2, len(self.batch.ids), dtype=torch.int32)
+        for start, length in zip(self.batch.starts.tolist(), self.batch.sizes.flat, strict=True):
+            places = torch.arange(start, start + length)
+            seen = torch.as_tensor(rule(0, 0, places[:, None], places[None])).expand(length, length)
+            first = seen.int().argmax(dim=1)
+            last = length - seen.flip(1).int().argmax(dim=1)
+            if not (seen.sum(dim=1) == last - first).all():
+                return None
+            found[:, start : start + length] = torch.stack([first, last])
+        return found[0], found[1]
 
 
 class _Now(threading.local):
@@ -149,9 +193,12 @@ def attend(
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rule = causal_mask_function if causal else bidirectional_mask_function
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if windows.kernels and softcap is None and (seen := windows.intervals(rule)) is not None:
+        own = interval_attention(query, key, value, seen, windows.batch, scale, windows.kernels)
+        return own, None
     there, back = windows.index, windows.inverse
     qkv = (windows.split(_moved(x[0].transpose(0, 1), there, back)) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = [
         _in_windows(q, k, v, mask, scale, softcap)
         for q, k, v, mask in zip(*qkv, windows.masks(rule), strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.func import functional_call, vmap
 from plait.data.tokens import Batch
 from plait.lookup import lookup
 from plait.machine.devices import bfloat16_units
+from plait.model.attention_interface import TextWindows
 from plait.model.attention_windows import Windows, attention_in_windows
 from plait.model.frozen_linear import (
     FrozenLinear,
@@ -28,6 +30,7 @@ from plait.model.frozen_linear import (
 )
 from plait.model.fused_attention import fused_attention
 from plait.model.fused_layers import FusedLayer
+from plait.model.fused_parts import Gated, fuse
 from plait.model.gelu import gelu_in_place
 from plait.model.kernels import compiled
 from plait.model.lora_branches import batched_branches, grouped_branches
@@ -85,9 +88,21 @@ class Backend:
         windows = Windows(batch, num_heads, self.dtype, self.window_sizes)
         return lambda qkv: attention_in_windows(qkv, windows)
 
+    def text_windows(self, batch: Batch) -> TextWindows:
+        """What attention within a batch's texts needs, whatever the architecture."""
+        return TextWindows(batch, self.window_sizes)
+
     def gelu(self, x: Tensor) -> Tensor:
         """GELU of an array that nobody else looks at, which may be written over."""
         return gelu_in_place(x)
+
+    def gated(self) -> nn.Module | None:
+        """silu(gate) up of (..., 2 f), if there is something better than the operators."""
+        return None
+
+    def fuse(self, _base: Any) -> Callable[[], None]:
+        """Put quicker parts into a model of transformers; what is returned undoes it."""
+        return lambda: None
 
     # -- what is each client's own
 
@@ -189,6 +204,18 @@ class KernelBackend(Backend):
     def attention(self, batch: Batch, num_heads: int) -> Attention:
         """Text by text."""
         return lambda qkv: fused_attention(qkv, batch, num_heads, self.kernels)
+
+    def text_windows(self, batch: Batch) -> TextWindows:
+        """Text by text, where what a token attends to is an interval."""
+        return TextWindows(batch, self.window_sizes, self.kernels)
+
+    def gated(self) -> nn.Module | None:
+        """In one pass each way."""
+        return Gated(self.kernels)
+
+    def fuse(self, base: Any) -> Callable[[], None]:
+        """RMSNorms and rotary positions."""
+        return fuse(base, self.kernels)
 
     def gelu(self, x: Tensor) -> Tensor:
         """In bfloat16 PyTorch's own is as fast."""

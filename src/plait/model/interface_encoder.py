@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from plait.data.tokens import Batch
 from plait.factors import Factor
 from plait.lora import Dropout, Layout
-from plait.model.attention_interface import ATTENTION, TextWindows, attending_within
+from plait.model.attention_interface import ATTENTION, attending_within
 from plait.model.backend import Backend
-from plait.model.frozen_linear import weight_and_bias
+from plait.model.frozen_linear import FrozenLinear, weight_and_bias
+from plait.model.fused_parts import LANES, alike
 from plait.model.packed_encoder import first_position
 
 
@@ -41,14 +47,28 @@ class _Now(threading.local):
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer, and the branches of the clients where LoRA sits on it."""
+    """Frozen linear layers of one input, side by side, and the clients' branches on them."""
 
-    def __init__(self, layer: Any, name: str, scale: float | None, now: _Now, backend: Backend):
-        """Lay out the weight of `layer`; `scale` is None where there are no branches."""
+    def __init__(
+        self, layers: dict[str, Any], adapted: set[str], scale: float, now: _Now, backend: Backend
+    ) -> None:
+        """Lay out the weights of `layers`, by name; LoRA sits on those that are `adapted`."""
         super().__init__()
-        self.frozen = backend.linear(*weight_and_bias(layer))
-        self.weight, self.bias = layer.weight, layer.bias  # some code looks at them
-        self.name, self.scale, self._now, self._backend = name, scale, now, backend
+        both = [weight_and_bias(layer) for layer in layers.values()]
+        self.widths = [len(weight) for weight, _ in both]
+        biases = [weight.new_zeros(len(weight)) if b is None else b for weight, b in both]
+        bias = None if all(b is None for _, b in both) else torch.cat(biases)
+        self.frozen = backend.linear(torch.cat([weight for weight, _ in both]), bias)
+        if len(layers) == 1:
+            (layer,) = layers.values()
+            self.weight, self.bias = layer.weight, layer.bias  # some code looks at them
+        ends = list(accumulate(self.widths))
+        self.columns = {
+            name: slice(end - width, end)
+            for name, end, width in zip(layers, ends, self.widths, strict=True)
+            if name in adapted
+        }
+        self.scale, self._now, self._backend = scale, now, backend
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out).
@@ -59,14 +79,88 @@ class AdaptedLinear(nn.Module):
         flat = x.flatten(0, -2)
         y = self.frozen(flat)
         clients = self._now.clients
-        if self.scale is not None and clients is not None:
+        if self.columns and clients is not None:
             if x.shape[:-1] != (1, len(clients.batch.ids)):
-                raise ValueError(f"{self.name} sees other things than the tokens of the texts.")
-            seen = flat * clients.dropout(self.name, flat) if clients.dropout else flat
-            A, B = clients.A[self.name], clients.B[self.name]
-            whole = [slice(0, y.shape[1])]
-            y = self._backend.branches(y, seen, clients.batch, self.scale, whole, A, B)
+                raise ValueError(f"{[*self.columns]} see other things than the texts' tokens.")
+            if clients.dropout is None:
+                y = self._branches(y, flat, clients, [*self.columns])
+            else:
+                for name in self.columns:
+                    y = self._branches(y, flat * clients.dropout(name, flat), clients, [name])
         return y.view(*x.shape[:-1], -1)
+
+    def _branches(self, y: Tensor, x: Tensor, clients: _Clients, names: list[str]) -> Tensor:
+        factors = (factor for name in names for factor in (clients.A[name], clients.B[name]))
+        columns = [self.columns[name] for name in names]
+        return self._backend.branches(y, x, clients.batch, self.scale, columns, *factors)
+
+
+class SharedLinear:
+    """Several layers that are given the same input one after another: computed at once."""
+
+    def __init__(self, linear: AdaptedLinear) -> None:
+        self.linear = linear
+        self._kept = _Kept()
+
+    def parts(self) -> list[nn.Module]:
+        """What stands in the place of each of the layers."""
+        return [_Part(self, i) for i in range(len(self.linear.widths))]
+
+    def part(self, x: Tensor, i: int) -> Tensor:
+        """What layer i makes of x."""
+        kept = self._kept
+        if kept.x is not x or kept.parts[i] is None:
+            kept.x, kept.parts = x, [*_Apart.apply(self.linear(x), self.linear.widths)]  # type: ignore[no-untyped-call]
+        found, kept.parts[i] = kept.parts[i], None
+        if not any(part is not None for part in kept.parts):
+            kept.x = None
+        assert found is not None
+        return found
+
+
+class _Kept(threading.local):
+    x: Tensor | None = None
+    parts: list[Tensor | None]
+
+
+class _Part(nn.Module):
+    def __init__(self, shared: SharedLinear, i: int) -> None:
+        super().__init__()
+        self.shared, self.i = shared, i
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared.part(x, self.i)
+
+
+class _Apart(torch.autograd.Function):
+    """Views of some columns each; the gradient is put together once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+        ctx.widths = widths
+        return tuple(y.split(widths, dim=-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.cat(grads, dim=-1), None
+
+
+class GatedMlp(nn.Module):
+    """down(silu(gate(x)) up(x)), gate and up computed at once."""
+
+    def __init__(self, gate_up: nn.Module, gated: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.gate_up, self.gated, self.down = gate_up, gated, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.down(self.gated(self.gate_up(x)))  # type: ignore[no-any-return]
+
+
+SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+"""Names of layers that stand in one module and are given the same input one after another."""
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""Names of the layers of a gated MLP."""
 
 
 class InterfaceEncoder:
@@ -102,22 +196,60 @@ class InterfaceEncoder:
         }
         if missing := sites - linear.keys():
             raise ValueError(f"{min(missing)} is no linear layer.")
-        self._replaced = []
-        self._attention = base.config._attn_implementation
+        self._undo = ExitStack()
+        self._undo.callback(base.set_attn_implementation, base.config._attn_implementation)
         base.set_attn_implementation(ATTENTION)
-        for name, module in linear.items():
-            parent = base.get_submodule(name.removeprefix(prefix).rpartition(".")[0])
-            scale = layout.scale if name in sites else None
-            ours = AdaptedLinear(module, name, scale, self._now, backend)
-            setattr(parent, name.rpartition(".")[2], ours)
-            self._replaced.append((parent, name.rpartition(".")[2], module, ours))
-        self.padded = backend.pads(ours.frozen for *_, ours in self._replaced)
+        self._frozen: list[FrozenLinear] = []
+        self._adapt = partial(self._adapted, sites)
+        for names in _groups(linear):
+            self._replace(prefix, {name: linear[name] for name in names})
+        self._undo.callback(backend.fuse(base))
+        self.padded = backend.pads(self._frozen)
+
+    def _adapted(self, sites: set[str], layers: dict[str, Any]) -> AdaptedLinear:
+        ours = AdaptedLinear(layers, sites, self.layout.scale, self._now, self.backend)
+        self._frozen.append(ours.frozen)
+        return ours
+
+    def _replace(self, prefix: str, layers: dict[str, Any]) -> None:
+        """Put ours in the place of layers of one module."""
+        path, _, _ = next(iter(layers)).removeprefix(prefix).rpartition(".")
+        parent = self.base.get_submodule(path)
+        children = [name.rpartition(".")[2] for name in layers]
+        if tuple(children) == GATED:
+            mlp = self._gated(parent, layers)
+            if mlp is not None:
+                above, _, name = path.rpartition(".")
+                self._put(self.base.get_submodule(above), name, mlp)
+                return
+        ours: list[nn.Module]
+        if tuple(children) in SIDE_BY_SIDE:
+            ours = SharedLinear(self._adapt(layers)).parts()
+        else:
+            ours = [self._adapt({name: layer}) for name, layer in layers.items()]
+        for child, one in zip(children, ours, strict=True):
+            self._put(parent, child, one)
+
+    def _put(self, parent: Any, name: str, module: nn.Module) -> None:
+        self._undo.callback(setattr, parent, name, getattr(parent, name))
+        setattr(parent, name, module)
+
+    def _gated(self, mlp: Any, layers: dict[str, Any]) -> GatedMlp | None:
+        """Ours, if there is one, and it does the same."""
+        gated = self.backend.gated()
+        (gate, up, down) = layers.items()
+        if gated is None or len(gate[1].weight) % LANES:
+            return None
+        before = len(self._frozen)
+        ours = GatedMlp(self._adapt(dict([gate, up])), gated, self._adapt(dict([down])))
+        if alike(ours, mlp, gate[1].in_features, gate[1].weight.dtype):
+            return ours
+        del self._frozen[before:]
+        return None
 
     def remove(self) -> None:
         """Put the model's own layers and attention back."""
-        for parent, name, module, _ in self._replaced:
-            setattr(parent, name, module)
-        self.base.set_attn_implementation(self._attention)
+        self._undo.close()
 
     def __call__(
         self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, asked_only: bool
@@ -132,8 +264,22 @@ class InterfaceEncoder:
             inputs["token_type_ids"] = batch.types[None]
         self._now.clients = _Clients(batch, *views, dropout)
         try:
-            with attending_within(TextWindows(batch, self.backend.window_sizes)):
+            with attending_within(self.backend.text_windows(batch)):
                 hidden: Tensor = self.base(**inputs, **self._without_cache).last_hidden_state[0]
         finally:
             self._now.clients = None
         return hidden[batch.asked] if asked_only else hidden
+
+
+def _groups(linear: Iterable[str]) -> list[tuple[str, ...]]:
+    """Names of layers, those together that are computed together."""
+    there = set(linear)
+    found: list[tuple[str, ...]] = []
+    for name in linear:
+        parent, _, child = name.rpartition(".")
+        together = next((one for one in (*SIDE_BY_SIDE, GATED) if child in one), (child,))
+        names = tuple(f"{parent}.{one}" for one in together)
+        names = names if there.issuperset(names) else (name,)
+        if names not in found:
+            found.append(names)
+    return found

@@ -36,9 +36,24 @@ CPUS = {"AVX512": ("-march=x86-64-v4",), "AVX2": ("-march=x86-64-v3",)}
 TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 """The types that there are kernels for."""
 
-POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+POINTER, LONG, INT, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
 SIGNATURES = {
     "attention": [POINTER] * 5 + [LONG] * 4 + [INT],
+    "interval_attention": [POINTER]
+    + [POINTER, LONG, LONG] * 3
+    + [POINTER] * 4
+    + [LONG] * 5
+    + [DOUBLE, INT],
+    "interval_attention_gradient": [POINTER] * 3
+    + [POINTER, LONG, LONG] * 4
+    + [POINTER] * 4
+    + [LONG] * 5
+    + [DOUBLE, INT],
+    "rms_norm": [POINTER] * 3 + [LONG] * 2 + [DOUBLE, INT],
+    "rms_norm_gradient": [POINTER] * 4 + [LONG] * 2 + [DOUBLE, INT],
+    "rotary": [POINTER] * 2 + [LONG] * 2 + [POINTER] * 2 + [LONG] * 3 + [INT] * 2,
+    "gated": [POINTER] * 2 + [LONG] * 2 + [INT],
+    "gated_gradient": [POINTER] * 3 + [LONG] * 2 + [INT],
     "gelu": [POINTER] * 2 + [LONG, INT],
     "prepack": [POINTER] * 2 + [LONG] * 4,
     "linear": [POINTER] * 4 + [LONG] * 3 + [INT],
@@ -162,7 +177,9 @@ class Kernels:
         return out
 
     def call(
-        self, name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array[Any] | int | None
+        self,
+        name: str,
+        *arguments: Tensor | ctypes.Structure | ctypes.Array[Any] | float | None,
     ) -> None:
         """One of the functions of kernels.c by its name."""
         given = (

@@ -297,6 +297,231 @@ void attention(number *out, const number *qkv, const number *gradient, const int
     }
 }
 
+/* The sum of a register's numbers, in each of them. */
+INLINE vec total(vec x) {
+    for (int times = 1; times < LANES; times *= 2)
+        x = INTERLEAVED(x, x, LOW) + INTERLEAVED(x, x, HIGH);
+    return x;
+}
+
+/* Queries that are computed at once: their weights stay in cache, and keys that none of them sees are
+ * left out. */
+#define QUERIES (3 * LANES)
+
+/* Where a head's numbers of a token are: `row` from a token to the next, `head` from a head to the next. */
+struct heads {
+    number *at;
+    long row, head;
+};
+
+INLINE number *head_of(struct heads x, long token, long head) { return x.at + token * x.row + head * x.head; }
+
+/* Room for one text's keys and values and their gradients, and for a block of queries. */
+struct causal_room {
+    float *k, *v, *grad_k, *grad_v, *q, *g, *across, *result, *weights, *changes;
+};
+
+static struct causal_room causal_room(long longest, long d) {
+    long L = longest * whole(d), block = QUERIES * whole(d), square = longest * QUERIES;
+    float *at = aligned_alloc(4 * LANES, 4 * (4 * L + 4 * block + 2 * square)), *blocks = at + 4 * L;
+    return (struct causal_room){at, at + L, at + 2 * L, at + 3 * L, blocks, blocks + block, blocks + 2 * block,
+                                blocks + 3 * block, blocks + 4 * block, blocks + 4 * block + square};
+}
+
+/* Some queries of a text: those from `begin`, `count` of them. Query i sees the keys from first[i] to
+ * before last[i], and all of them the keys from `from` to before `to`. */
+struct block {
+    long begin, count, from, to;
+    int32_t first[QUERIES], last[QUERIES];
+};
+
+static struct block block(const int32_t *first, const int32_t *last, long begin, long L) {
+    struct block b = {begin, smaller(QUERIES, L - begin), L, 0};
+    for (long i = 0; i < b.count; i++) {
+        b.first[i] = first[begin + i], b.last[i] = last[begin + i];
+        b.from = smaller(b.from, b.first[i]), b.to = larger(b.to, b.last[i]);
+    }
+    for (long i = b.count; i < QUERIES; i++) b.first[i] = b.from, b.last[i] = b.to;
+    return b;
+}
+
+/* What each key of a block counts for each of its queries, (keys, QUERIES). */
+static void weigh(float *weights, const float *k, const float *across, const struct block *b, long D) {
+    product(b->to - b->from, QUERIES, D, (struct matrix){(float *)k + b->from * D, D, 1}, across, QUERIES,
+            weights, QUERIES, 0, 0);
+    for (long c = 0; c < QUERIES; c += LANES) {
+        ints first = *(const ints *)(b->first + c), last = *(const ints *)(b->last + c);
+        vec most = (vec){} - 3e38f, sum = {};
+        for (long t = b->from; t < b->to; t++) {
+            ints seen = (first <= (int32_t)t) & (last > (int32_t)t);
+            vec own = *(vec *)(weights + (t - b->from) * QUERIES + c);
+            most = choose(seen, maximum(most, own), most);
+        }
+        for (long t = b->from; t < b->to; t++) {
+            ints seen = (first <= (int32_t)t) & (last > (int32_t)t);
+            vec *at = (vec *)(weights + (t - b->from) * QUERIES + c);
+            *at = choose(seen, exponential(*at - most), (vec){});
+            sum += *at;
+        }
+        sum = 1 / sum;
+        for (long t = b->from; t < b->to; t++) *(vec *)(weights + (t - b->from) * QUERIES + c) *= sum;
+    }
+}
+
+/* (count, d) numbers of a head from token `begin` on, to (QUERIES, D) and transposed to (D, QUERIES). */
+static void take_block(float *to, float *across, struct heads from, long begin, long head, const struct block *b,
+                       long d, float scale) {
+    long D = whole(d);
+    gather(to, head_of(from, begin + b->begin, head), from.row, b->count, d, D, scale, from.row);
+    memset(to + b->count * D, 0, 4 * (QUERIES - b->count) * D);
+    transpose(across, to, QUERIES, D, QUERIES);
+}
+
+/* softmax(scale q k^T) v within each text, over an interval of keys for each query: q (T, H, d), k and v
+ * (T, G, d), H a multiple of G, to out (T, H, d). */
+void interval_attention(number *out, number *q, long row_q, long head_q, number *k, long row_k, long head_k,
+                        number *v, long row_v, long head_v, const int32_t *first, const int32_t *last,
+                        const int64_t *starts, const int64_t *lengths, long texts, long longest, long H, long G,
+                        long d, double scale, int threads) {
+    struct heads Q = {q, row_q, head_q}, K = {k, row_k, head_k}, V = {v, row_v, head_v}, to = {out, H * d, d};
+    PARALLEL {
+        long D = whole(d);
+        struct causal_room own = causal_room(longest, d);
+        SHARED for (long job = 0; job < texts * G; job++) {
+            long start = starts[job / G], L = lengths[job / G], group = job % G;
+            gather(own.k, head_of(K, start, group), K.row, L, d, D, 1, K.row);
+            gather(own.v, head_of(V, start, group), V.row, L, d, D, 1, V.row);
+            for (long head = group * (H / G); head < (group + 1) * (H / G); head++)
+                for (long begin = 0; begin < L; begin += QUERIES) {
+                    struct block b = block(first + start, last + start, begin, L);
+                    take_block(own.q, own.across, Q, start, head, &b, d, scale);
+                    weigh(own.weights, own.k, own.across, &b, D);
+                    product(b.count, D, b.to - b.from, (struct matrix){own.weights, 1, QUERIES},
+                            own.v + b.from * D, D, own.result, D, 0, 0);
+                    scatter(head_of(to, start + begin, head), own.result, to.row, b.count, d, D, 1, d, 0);
+                }
+        }
+        free(own.k);
+    }
+}
+
+/* The gradients of q, k and v, in the shapes of those and contiguous, given that of the result. */
+void interval_attention_gradient(number *grad_q, number *grad_k, number *grad_v, number *gradient, long row_g,
+                                 long head_g, number *q, long row_q, long head_q, number *k, long row_k,
+                                 long head_k, number *v, long row_v, long head_v, const int32_t *first,
+                                 const int32_t *last, const int64_t *starts, const int64_t *lengths, long texts,
+                                 long longest, long H, long G, long d, double scale, int threads) {
+    struct heads Q = {q, row_q, head_q}, K = {k, row_k, head_k}, V = {v, row_v, head_v};
+    struct heads g = {gradient, row_g, head_g}, to_q = {grad_q, H * d, d};
+    struct heads to_k = {grad_k, G * d, d}, to_v = {grad_v, G * d, d};
+    PARALLEL {
+        long D = whole(d);
+        struct causal_room own = causal_room(longest, d);
+        SHARED for (long job = 0; job < texts * G; job++) {
+            long start = starts[job / G], L = lengths[job / G], group = job % G;
+            gather(own.k, head_of(K, start, group), K.row, L, d, D, 1, K.row);
+            gather(own.v, head_of(V, start, group), V.row, L, d, D, 1, V.row);
+            memset(own.grad_k, 0, 4 * L * D), memset(own.grad_v, 0, 4 * L * D);
+            for (long head = group * (H / G); head < (group + 1) * (H / G); head++)
+                for (long begin = 0; begin < L; begin += QUERIES) {
+                    struct block b = block(first + start, last + start, begin, L);
+                    long keys = b.to - b.from, at = b.from * D;
+                    take_block(own.q, own.across, Q, start, head, &b, d, scale);
+                    weigh(own.weights, own.k, own.across, &b, D);
+                    take_block(own.g, own.across, g, start, head, &b, d, 1);
+                    product(keys, D, QUERIES, (struct matrix){own.weights, QUERIES, 1}, own.g, D,
+                            own.grad_v + at, D, own.grad_v + at, D);
+                    product(keys, QUERIES, D, (struct matrix){own.v + at, D, 1}, own.across, QUERIES, own.changes,
+                            QUERIES, 0, 0);
+                    softmax_gradient(own.changes, own.weights, keys, QUERIES);
+                    product(b.count, D, keys, (struct matrix){own.changes, 1, QUERIES}, own.k + at, D, own.result,
+                            D, 0, 0);
+                    scatter(head_of(to_q, start + begin, head), own.result, to_q.row, b.count, d, D, scale, d, 0);
+                    product(keys, D, QUERIES, (struct matrix){own.changes, QUERIES, 1}, own.q, D, own.grad_k + at,
+                            D, own.grad_k + at, D);
+                }
+            scatter(head_of(to_k, start, group), own.grad_k, to_k.row, L, d, D, 1, d, 0);
+            scatter(head_of(to_v, start, group), own.grad_v, to_v.row, L, d, D, 1, d, 0);
+        }
+        free(own.k);
+    }
+}
+
+/* What rows of d numbers are multiplied by to have a mean square of 1. */
+INLINE vec rms_scale(const number *x, long d, float epsilon) {
+    vec squares = {};
+    for (long c = 0; c < d; c += LANES) squares += load(x + c) * load(x + c);
+    return (vec){} + 1 / sqrtf(total(squares)[0] / d + epsilon);
+}
+
+/* y = x / rms(x) * gain: (T, d), d in whole registers. */
+void rms_norm(number *y, const number *x, const float *gain, long T, long d, double epsilon, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long t = 0; t < T; t++) {
+        const number *from = x + t * d;
+        vec scale = rms_scale(from, d, epsilon);
+        for (long c = 0; c < d; c += LANES)
+            store(y + t * d + c, load(from + c) * scale * *(const vec *)(gain + c));
+    }
+}
+
+/* The gradient of x, given that of y. */
+void rms_norm_gradient(number *to, const number *gradient, const number *x, const float *gain, long T, long d,
+                       double epsilon, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long t = 0; t < T; t++) {
+        const number *from = x + t * d, *g = gradient + t * d;
+        vec scale = rms_scale(from, d, epsilon), along = {};
+        for (long c = 0; c < d; c += LANES) along += load(g + c) * *(const vec *)(gain + c) * load(from + c);
+        along = total(along) * scale * scale / (float)d;
+        for (long c = 0; c < d; c += LANES)
+            store(to + t * d + c, scale * (load(g + c) * *(const vec *)(gain + c) - along * load(from + c)));
+    }
+}
+
+/* Rotary positions: out = x cos + (-x_2, x_1) sin, x_1 and x_2 the halves of a head's d numbers, of x
+ * (T, H, d) with cos and sin (T, d); or, with `back`, the gradient of x, given that of out. */
+void rotary(number *out, const number *x, long row, long head, const number *cos, const number *sin, long T,
+            long H, long d, int back, int threads) {
+    long half = d / 2;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long t = 0; t < T; t++)
+        for (long h = 0; h < H; h++)
+            for (long c = 0; c < half; c += LANES) {
+                const number *from = x + t * row + h * head + c, *cos_t = cos + t * d + c, *sin_t = sin + t * d + c;
+                number *to = out + (t * H + h) * d + c;
+                vec a = load(from), b = load(from + half), sin_1 = load(sin_t), sin_2 = load(sin_t + half);
+                store(to, a * load(cos_t) + b * (back ? sin_2 : -sin_1));
+                store(to + half, b * load(cos_t + half) + a * (back ? -sin_1 : sin_2));
+            }
+}
+
+INLINE vec sigmoid(vec x) {
+    vec e = exponential((vec)((ints)x | (ints)((bits){} + 0x80000000u)));
+    return choose(x > 0, (vec){} + 1, e) / (1 + e);
+}
+
+/* y = silu(gate) up: (T, 2 f), gate beside up, to (T, f), f in whole registers. */
+void gated(number *y, const number *x, long T, long f, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long t = 0; t < T; t++)
+        for (long c = t * f, i = 2 * t * f; c < (t + 1) * f; c += LANES, i += LANES) {
+            vec gate = load(x + i);
+            store(y + c, gate * sigmoid(gate) * load(x + i + f));
+        }
+}
+
+/* The gradient of x, given that of y. */
+void gated_gradient(number *to, const number *gradient, const number *x, long T, long f, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long t = 0; t < T; t++)
+        for (long c = t * f, i = 2 * t * f; c < (t + 1) * f; c += LANES, i += LANES) {
+            vec gate = load(x + i), g = load(gradient + c), s = sigmoid(gate);
+            store(to + i, g * load(x + i + f) * s * (1 + gate * (1 - s)));
+            store(to + i + f, g * gate * s);
+        }
+}
+
 /* Tokens, or columns, that are computed at once. */
 #define BLOCK 96
 
@@ -325,13 +550,6 @@ void gelu(float *y, float *x, long count, int threads) {
         if (some == LANES) store(x + i, a), store(y + i, b);
         else store_some(x + i, a, some), store_some(y + i, b, some);
     }
-}
-
-/* The sum of a register's numbers, in each of them. */
-INLINE vec total(vec x) {
-    for (int times = 1; times < LANES; times *= 2)
-        x = INTERLEAVED(x, x, LOW) + INTERLEAVED(x, x, HIGH);
-    return x;
 }
 
 /* What a row's layer normalisation subtracts and what it multiplies by; first x += bias, if there is
