@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from plait.data.tokens import Batch
 from plait.factors import Factor
 from plait.lora import Dropout, Layout
 from plait.model.attention_interface import ATTENTION, TextWindows, attending_within
 from plait.model.backend import Backend
-from plait.model.frozen_linear import weight_and_bias
+from plait.model.frozen_linear import FrozenLinear, weight_and_bias
 from plait.model.packed_encoder import first_position
+from plait.model.quantized_linear import QuantizedLayer, block_layers
+from plait.model.recomputation import Context, checkpoint_where, checkpointed_layers
 
 
 @dataclass
@@ -38,6 +42,7 @@ class _Clients:
 
 class _Now(threading.local):
     clients: _Clients | None = None
+    again: Context | None = None
 
 
 class AdaptedLinear(nn.Module):
@@ -46,8 +51,11 @@ class AdaptedLinear(nn.Module):
     def __init__(self, layer: Any, name: str, scale: float | None, now: _Now, backend: Backend):
         """Lay out the weight of `layer`; `scale` is None where there are no branches."""
         super().__init__()
-        self.frozen = backend.linear(*weight_and_bias(layer))
-        self.weight, self.bias = layer.weight, layer.bias  # some code looks at them
+        if isinstance(layer, QuantizedLayer):
+            self.frozen: FrozenLinear = layer.frozen
+        else:
+            self.frozen = backend.linear(*weight_and_bias(layer))
+            self.weight, self.bias = layer.weight, layer.bias  # some code looks at them
         self.name, self.scale, self._now, self._backend = name, scale, now, backend
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +78,12 @@ class AdaptedLinear(nn.Module):
 
 
 class InterfaceEncoder:
-    """`base(...)` on packed tokens."""
+    """`base(...)` on packed tokens.
+
+    Attributes:
+        layers: Those that can be computed again in the backward pass.
+        recompute: They are.
+    """
 
     below = None  # as PackedEncoder has it
 
@@ -95,11 +108,7 @@ class InterfaceEncoder:
         self._without_cache = {"use_cache": False} if "use_cache" in self._takes else {}
         self._now = _Now()
         sites = {site.name for site in layout.sites}
-        linear = {
-            prefix + name: module
-            for name, module in base.named_modules()
-            if type(module) in (nn.Linear, Conv1D) and any(map(str.isdigit, name.split(".")))
-        }
+        linear = {prefix + name: layer for name, layer in block_layers(base).items()}
         if missing := sites - linear.keys():
             raise ValueError(f"{min(missing)} is no linear layer.")
         self._replaced = []
@@ -112,9 +121,14 @@ class InterfaceEncoder:
             setattr(parent, name.rpartition(".")[2], ours)
             self._replaced.append((parent, name.rpartition(".")[2], module, ours))
         self.padded = backend.pads(ours.frozen for *_, ours in self._replaced)
+        self.recompute, self.layers = False, checkpointed_layers(base)
+        for layer in self.layers:
+            checkpoint_where(layer, lambda: self._now.again)
 
     def remove(self) -> None:
         """Put the model's own layers and attention back."""
+        for layer in self.layers:
+            del layer.forward
         for parent, name, module, _ in self._replaced:
             setattr(parent, name, module)
         self.base.set_attn_implementation(self._attention)
@@ -130,10 +144,19 @@ class InterfaceEncoder:
         }
         if self.has_types:
             inputs["token_type_ids"] = batch.types[None]
-        self._now.clients = _Clients(batch, *views, dropout)
-        try:
-            with attending_within(TextWindows(batch, self.backend.window_sizes)):
-                hidden: Tensor = self.base(**inputs, **self._without_cache).last_hidden_state[0]
-        finally:
-            self._now.clients = None
+        windows = TextWindows(batch, self.backend.window_sizes)
+        seeing = partial(self._seeing, _Clients(batch, *views, dropout), windows)
+        with seeing():
+            self._now.again = seeing if self.recompute else None
+            hidden: Tensor = self.base(**inputs, **self._without_cache).last_hidden_state[0]
         return hidden[batch.asked] if asked_only else hidden
+
+    @contextmanager
+    def _seeing(self, clients: _Clients, windows: TextWindows) -> Iterator[None]:
+        """While this lasts, layers and attention of this thread see these clients' texts."""
+        self._now.clients = clients
+        try:
+            with attending_within(windows):
+                yield
+        finally:
+            self._now.clients = self._now.again = None
