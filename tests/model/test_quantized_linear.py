@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import asked_tokens, random_tokens, tiny_causal_model, tiny_job, tiny_model
+from conftest import asked_tokens, random_tokens, tiny_causal_model, tiny_model
 from plait.config import Config
 from plait.data.objectives import CLASSIFICATION, LANGUAGE
 from plait.engines.local_training import evaluate, local_phase
@@ -40,18 +40,20 @@ ROUNDED = {"8bit": rounded_8bit, "4bit": rounded_4bit}
 
 @pytest.mark.parametrize("load_in", FORMATS)
 @pytest.mark.parametrize("at_once", [1 << 20, 64 * 40])  # whole, and in parts of 64
-def test_a_layer_is_one_of_rounded_weights(load_in, at_once, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_one_of_rounded_weights(load_in, at_once, dtype, monkeypatch):
     monkeypatch.setattr("plait.model.quantized_linear.AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(160, 192, generator=generator)
-    bias = torch.randn(160, generator=generator)
+    bias = torch.randn(160, generator=generator).to(dtype)
     frozen = FORMATS[load_in](weight, bias)
-    expected = ROUNDED[load_in](weight)
-    x = torch.randn(5, 192, generator=generator, requires_grad=True)
+    expected = ROUNDED[load_in](weight).to(dtype)
+    x = torch.randn(5, 192, generator=generator).to(dtype).requires_grad_()
     y = frozen(x)
-    torch.testing.assert_close(y, x @ expected.T + bias, rtol=0, atol=1e-4)
+    near = {"rtol": 1e-2, "atol": 0.5} if dtype is torch.bfloat16 else {"rtol": 0, "atol": 1e-3}
+    torch.testing.assert_close(y, x @ expected.T + bias, **near)
     (found,) = torch.autograd.grad(y, x, y.detach())
-    torch.testing.assert_close(found, y.detach() @ expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, y.detach() @ expected, **near)
 
 
 @pytest.mark.parametrize(

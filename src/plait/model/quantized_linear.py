@@ -130,9 +130,10 @@ class Nf4Linear(QuantizedLinear):
         """Some of W."""
         halves = slice(*(end and end // 2 for end in (columns.start, columns.stop)))
         groups = slice(*(end and end // self.group for end in (columns.start, columns.stop)))
-        entries = functional.embedding(self.codes[rows, halves].int(), self.pairs).flatten(1)
-        scaled = entries.unflatten(1, (-1, self.group)) * self.scales[rows, groups]
-        return scaled.flatten(1)
+        entries: Tensor = functional.embedding(self.codes[rows, halves].int(), self.pairs)
+        return (entries.reshape(len(entries), -1, self.group) * self.scales[rows, groups]).flatten(
+            1
+        )
 
 
 def _largest(weight: Tensor) -> Tensor:
