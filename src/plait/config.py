@@ -321,7 +321,8 @@ class Machine:
     2048 by a core, in whose cache they stay; 32768 by a card, if half its free memory will do."""
     memory_gib: float | None = None
     """Memory for the clients' state and local training, beside the model; chunks get smaller and
-    fewer at once where they need more. Not limited when not given."""
+    fewer at once where they need more, and if one client's batch does, layers are computed twice.
+    Not limited when not given."""
     save_every: int = 10
     """Rounds between checkpoints."""
     backend: str | None = None

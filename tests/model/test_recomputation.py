@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import numpy as np
@@ -80,6 +81,25 @@ def test_a_token_leaves_the_layers_inputs():
     backbone.encoder.recompute = True
     few = activation_bytes(backbone, stack, tokens)
     assert 2 * 32 * 4 <= few < whole / 5  # of two layers, 32 wide
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_was_measured_is_freed_at_once(recompute):
+    backbone, stack, tokens = setup("llama")
+    backbone.encoder.recompute = recompute
+
+    def tensors():
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    activation_bytes(backbone, stack, tokens)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        activation_bytes(backbone, stack, tokens)
+        assert tensors() <= before
+    finally:
+        gc.enable()
 
 
 def test_evaluation_keeps_nothing_and_the_model_is_put_back():

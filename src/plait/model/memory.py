@@ -75,7 +75,7 @@ def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # with what made it, it would hold on to itself
 
         batch = backbone.batch(tokens, np.full((1, num_texts), longest))
         with saved_tensors_hooks(note, lambda tensor: tensor):
@@ -83,4 +83,6 @@ def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
         return sum(sizes.values())
 
     # The difference leaves out what doesn't grow with the tokens, such as weights.
-    return (held(8) - held(4)) / (4 * int(tokens.lengths[longest]))
+    length = int(tokens.lengths[longest])
+    half = max(1, min(4, 512 // length))  # of long texts few: what is measured must fit, too
+    return (held(2 * half) - held(half)) / (half * length)
