@@ -1,7 +1,7 @@
 """Frozen linear layers whose weights are kept in 8 or 4 bits, once for all clients.
 
-A weight is made again some rows or columns at a time, when it is multiplied. Of these two forms the
-first is exact to 1/254 of a row's largest entry; the second is QLoRA's (arXiv 2305.14314).
+A weight is made again some rows or columns at a time, when it is multiplied. 8 bits are exact to
+1/254 of a row's largest entry; 4 bits are QLoRA's NF4 (arXiv 2305.14314).
 
 Legend: T tokens, k rows or columns at a time.
 """
