@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from conftest import asked_tokens, random_tokens, tiny_causal_model, tiny_model
 from plait.config import Config
@@ -17,7 +18,15 @@ from plait.factors import Factor
 from plait.lora import initial_stack
 from plait.model.backbone import Backbone
 from plait.model.loading import Loaded
-from plait.model.quantized_linear import FORMATS, NF4, Int8Linear, Nf4Linear, block_layers
+from plait.model.quantized_linear import (
+    FORMATS,
+    NF4,
+    Int8Linear,
+    Nf4Linear,
+    QuantizedLayer,
+    block_layers,
+    quantize,
+)
 
 CONFIG = Config(rank=4, clients=3, local_steps=2, batch_size=4, lr=1e-2)
 
@@ -72,6 +81,16 @@ def test_weights_take_a_byte_or_half_of_one_and_are_near(kind, bytes_per_entry, 
 def test_an_odd_width_is_refused_in_4_bits():
     with pytest.raises(ValueError, match="a layer has 33; take 8bit"):
         Nf4Linear(torch.ones(2, 33), None)
+
+
+def test_code_that_multiplies_by_a_weight_itself_is_refused():
+    layer = QuantizedLayer(Int8Linear(torch.ones(2, 32), None))
+    with pytest.raises(ValueError, match="looks at weights that --load-in keeps"):
+        functional.linear(torch.ones(1, 32), layer.weight)
+    bare = tiny_model("bert").base_model
+    bare.encoder.layer = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="has no linear layers for --load-in"):
+        quantize(bare, "8bit", torch.device("cpu"), torch.float32)
 
 
 CASES = {
