@@ -186,7 +186,8 @@ def quantize(base: Any, load_in: str, device: torch.device, dtype: torch.dtype) 
     """
     if not (layers := block_layers(base)):
         raise ValueError(f"A {base.config.model_type} model has no linear layers for --load-in.")
-    for name, layer in layers.items():
+    while layers:  # each is gone when the next one's turn comes
+        name, layer = layers.popitem()
         weight, bias = weight_and_bias(layer)
         bias = None if bias is None else bias.to(device, dtype)
         base.set_submodule(name, QuantizedLayer(FORMATS[load_in](weight.to(device), bias)))
