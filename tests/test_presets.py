@@ -33,14 +33,16 @@ ROWS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "clients"),
+    ("name", "data", "clients", "load_in"),
     [
-        ("flowertune-general", "vicgalle/alpaca-gpt4", 20),
-        ("flowertune-finance", "FinGPT/fingpt-sentiment-train", 50),
-        ("openfedllm", "vicgalle/alpaca-gpt4", 20),
+        ("flowertune-general", "vicgalle/alpaca-gpt4", 20, "4bit"),
+        ("flowertune-finance", "FinGPT/fingpt-sentiment-train", 50, "4bit"),
+        ("openfedllm", "vicgalle/alpaca-gpt4", 20, "8bit"),
     ],
 )
-def test_a_protocol_of_others_runs_on_rows_of_its_kind(name, data, clients, tmp_path, monkeypatch):
+def test_a_protocol_of_others_runs_on_rows_of_its_kind(
+    name, data, clients, load_in, tmp_path, monkeypatch
+):
     def load(asked, subset, _else):
         assert (asked, subset) == (data, None)
         return {"train": Split(ROWS)}
@@ -51,6 +53,7 @@ def test_a_protocol_of_others_runs_on_rows_of_its_kind(name, data, clients, tmp_
         clients, 200, 160
     )  # fmt: skip
     assert (preset.rank, preset.alpha, preset.max_length) == (32, 64, 512)
+    assert preset.load_in == load_in
     run = Run(dataclasses.replace(preset, backbone=str(save_language_model(tmp_path)), **TINY))
     list(run)
     assert run.summary["metric"] == "token-accuracy"

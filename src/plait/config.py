@@ -25,6 +25,7 @@ Pooling = Literal["auto", "model", "mean"]
 OptimizerState = Literal["reset_each_round", "reset_each_phase", "keep"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "auto"]
+LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
@@ -132,6 +133,9 @@ class ModelSettings:
     dtype: Dtype = "float32"
     """Type of the frozen weights; the factors are always float32. `auto` takes bfloat16 where the
     device multiplies in it, which is about twice as fast."""
+    load_in: LoadIn | None = None
+    """Keep the linear layers of the frozen model in so many bits, once for all clients: int8 with a
+    scale for each row, or NF4 with one for 64 entries. Computed in --dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +294,16 @@ class Config(
         # The `config.json` of plait before 0.2 has the machine's settings among its own.
         return cls(**{name: value for name, value in values.items() if name in names_of(cls)})
 
+    def decisive(self) -> dict[str, Any]:
+        """What digests are made of: `to_json` without what wasn't there before and isn't set."""
+        values = self.to_json()
+        if values["load_in"] is None:
+            del values["load_in"]
+        return values
+
     def digest(self) -> str:
         """Sixteen hex digits that are equal when and only when two configs are."""
-        text = json.dumps(self.to_json(), sort_keys=True)
+        text = json.dumps(self.decisive(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -310,7 +321,8 @@ class Machine:
     2048 by a core, in whose cache they stay; 32768 by a card, if half its free memory will do."""
     memory_gib: float | None = None
     """Memory for the clients' state and local training, beside the model; chunks get smaller and
-    fewer at once where they need more. Not limited when not given."""
+    fewer at once where they need more, and if one client's batch does, layers are computed twice.
+    Not limited when not given."""
     save_every: int = 10
     """Rounds between checkpoints."""
     backend: str | None = None

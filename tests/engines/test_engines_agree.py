@@ -101,6 +101,15 @@ def test_they_agree_on_a_language_model(method, topology):
         assert (own.scores, own.losses) == ([last.scores[client]], [last.losses[client]])
 
 
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_they_agree_on_a_base_in_few_bits(load_in):
+    config = Config(task="chat", topology="ring", load_in=load_in, **SETTINGS)
+    stack, _ = simulated(config)
+    peers = peers_of(config)
+    together(peers, config.rounds)
+    assert far(stack, peers) == 0
+
+
 @pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])
 def test_they_mix_robustly_bit_for_bit_alike(mix):
     config = Config(topology="ring", mix=mix, **SETTINGS)

@@ -347,6 +347,7 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
         federation(weights_hash="0123"),
         with_config(weights="laplacian"),
         with_config(backbone="other"),
+        with_config(load_in="8bit"),
     ):
         assert other.digest() != digest
 

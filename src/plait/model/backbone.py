@@ -39,6 +39,7 @@ from plait.model.heads import (
 )
 from plait.model.loading import Loaded
 from plait.model.own_forward import OwnForward
+from plait.model.quantized_linear import quantize
 
 HEAD_NAMES = ("classifier", "score")
 """What PEFT takes for the classifier of a sequence classification model."""
@@ -100,7 +101,7 @@ class Backbone:
         self.tokenizer, self.name = loaded.tokenizer, config.backbone
         self.weights_hash = loaded.weights_hash
         self._num_embeddings = _num_embeddings(getattr(loaded.model, "base", loaded.model))
-        model = loaded.model.to(self.device, self.dtype).eval().requires_grad_(False)
+        model = loaded.model.eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)
         base, prefix = (
             (model.base, "base.")
@@ -114,6 +115,9 @@ class Backbone:
         sites = find_sites(model, base.config.model_type, config)
         # A layer that the checkpoint lacks travels whole, which PEFT can't do with an adapted one.
         sites = tuple(site for site in sites if site.name not in loaded.fresh)
+        if config.load_in:
+            quantize(base, config.load_in, self.device, self.dtype)
+        model.to(self.device, self.dtype)
         kept = {
             name: parameter.detach().float().cpu()
             for name, parameter in model.named_parameters()

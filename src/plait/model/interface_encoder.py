@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from plait.data.tokens import Batch
 from plait.factors import Factor
 from plait.lora import Dropout, Layout
-from plait.model.attention_interface import ATTENTION, attending_within
+from plait.model.attention_interface import ATTENTION, TextWindows, attending_within
 from plait.model.backend import Backend
 from plait.model.frozen_linear import FrozenLinear, weight_and_bias
 from plait.model.fused_parts import LANES, alike
 from plait.model.packed_encoder import first_position
+from plait.model.quantized_linear import QuantizedLayer, block_layers
+from plait.model.recomputation import Context, checkpoint_where, checkpointed_layers
 
 
 @dataclass
@@ -44,6 +45,7 @@ class _Clients:
 
 class _Now(threading.local):
     clients: _Clients | None = None
+    again: Context | None = None
 
 
 class AdaptedLinear(nn.Module):
@@ -54,14 +56,20 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         """Lay out the weights of `layers`, by name; LoRA sits on those that are `adapted`."""
         super().__init__()
-        both = [weight_and_bias(layer) for layer in layers.values()]
-        self.widths = [len(weight) for weight, _ in both]
-        biases = [weight.new_zeros(len(weight)) if b is None else b for weight, b in both]
-        bias = None if all(b is None for _, b in both) else torch.cat(biases)
-        self.frozen = backend.linear(torch.cat([weight for weight, _ in both]), bias)
+        first, *_ = layers.values()
         if len(layers) == 1:
-            (layer,) = layers.values()
-            self.weight, self.bias = layer.weight, layer.bias  # some code looks at them
+            self.bias = first.bias  # some code looks at it, and at the weight
+        if isinstance(first, QuantizedLayer):
+            self.frozen: FrozenLinear = first.frozen
+            self.widths = [first.frozen.shape[0]]
+        else:
+            both = [weight_and_bias(layer) for layer in layers.values()]
+            self.widths = [len(weight) for weight, _ in both]
+            biases = [weight.new_zeros(len(weight)) if b is None else b for weight, b in both]
+            bias = None if all(b is None for _, b in both) else torch.cat(biases)
+            self.frozen = backend.linear(torch.cat([weight for weight, _ in both]), bias)
+            if len(layers) == 1:
+                self.weight = first.weight
         ends = list(accumulate(self.widths))
         self.columns = {
             name: slice(end - width, end)
@@ -164,7 +172,12 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 class InterfaceEncoder:
-    """`base(...)` on packed tokens."""
+    """`base(...)` on packed tokens.
+
+    Attributes:
+        layers: Those that can be computed again in the backward pass.
+        recompute: They are.
+    """
 
     below = None  # as PackedEncoder has it
 
@@ -189,11 +202,7 @@ class InterfaceEncoder:
         self._without_cache = {"use_cache": False} if "use_cache" in self._takes else {}
         self._now = _Now()
         sites = {site.name for site in layout.sites}
-        linear = {
-            prefix + name: module
-            for name, module in base.named_modules()
-            if type(module) in (nn.Linear, Conv1D) and any(map(str.isdigit, name.split(".")))
-        }
+        linear = {prefix + name: layer for name, layer in block_layers(base).items()}
         if missing := sites - linear.keys():
             raise ValueError(f"{min(missing)} is no linear layer.")
         self._undo = ExitStack()
@@ -205,6 +214,10 @@ class InterfaceEncoder:
             self._replace(prefix, {name: linear[name] for name in names})
         self._undo.callback(backend.fuse(base))
         self.padded = backend.pads(self._frozen)
+        self.recompute, self.layers = False, checkpointed_layers(base)
+        for layer in self.layers:
+            checkpoint_where(layer, lambda: self._now.again)
+            self._undo.callback(delattr, layer, "forward")
 
     def _adapted(self, sites: set[str], layers: dict[str, Any]) -> AdaptedLinear:
         ours = AdaptedLinear(layers, sites, self.layout.scale, self._now, self.backend)
@@ -262,18 +275,27 @@ class InterfaceEncoder:
         }
         if self.has_types:
             inputs["token_type_ids"] = batch.types[None]
-        self._now.clients = _Clients(batch, *views, dropout)
-        try:
-            with attending_within(self.backend.text_windows(batch)):
-                hidden: Tensor = self.base(**inputs, **self._without_cache).last_hidden_state[0]
-        finally:
-            self._now.clients = None
+        windows = self.backend.text_windows(batch)
+        seeing = partial(self._seeing, _Clients(batch, *views, dropout), windows)
+        with seeing():
+            self._now.again = seeing if self.recompute else None
+            hidden: Tensor = self.base(**inputs, **self._without_cache).last_hidden_state[0]
         return hidden[batch.asked] if asked_only else hidden
 
+    @contextmanager
+    def _seeing(self, clients: _Clients, windows: TextWindows) -> Iterator[None]:
+        """While this lasts, layers and attention of this thread see these clients' texts."""
+        self._now.clients = clients
+        try:
+            with attending_within(windows):
+                yield
+        finally:
+            self._now.clients = self._now.again = None
 
-def _groups(linear: Iterable[str]) -> list[tuple[str, ...]]:
+
+def _groups(linear: dict[str, Any]) -> list[tuple[str, ...]]:
     """Names of layers, those together that are computed together."""
-    there = set(linear)
+    there = {name for name, layer in linear.items() if not isinstance(layer, QuantizedLayer)}
     found: list[tuple[str, ...]] = []
     for name in linear:
         parent, _, child = name.rpartition(".")

@@ -140,7 +140,9 @@ def load_tokenizer(config: Config) -> Any:
 def _loaded(config: Config, kind: Any, **settings: Any) -> tuple[Any, Any, Any]:
     """Tokenizer, model, and which weights the checkpoint had and hadn't."""
     tokenizer = load_tokenizer(config)
-    how = {"dtype": torch.float32, "output_loading_info": True, **settings}
+    # Weights that are kept in few bits needn't be float32 before that.
+    dtype = "auto" if config.load_in else torch.float32
+    how = {"dtype": dtype, "output_loading_info": True, **settings}
     model, report = _asked_for(config, kind, **how)
     return tokenizer, model, report
 

@@ -9,11 +9,13 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from plait.config import Config
+from plait.data.sources import say
 from plait.data.tokens import Tokens
 from plait.factors import Factor
 from plait.lora import Stack
 from plait.machine.devices import free_bytes
 from plait.model.backbone import Backbone
+from plait.model.interface_encoder import InterfaceEncoder
 
 
 def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Config) -> float:
@@ -31,9 +33,10 @@ def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Con
         return free if math.isinf(free) else free / activation_bytes(backbone, stack, tokens)
     state = sum(slot.nbytes for slot in stack.state.values())
     hidden = 0 if tokens.hidden is None else tokens.hidden.nbytes
-    per_token = activation_bytes(backbone, stack, tokens)
+    room = given * 2**30 - state - hidden
     needed = config.batch_size * float(tokens.lengths.mean())
-    fits = (given * 2**30 - state - hidden) / per_token
+    per_token = _least_bytes(backbone, stack, tokens, room / needed)
+    fits = room / per_token
     if fits < needed:
         least = (state + hidden + needed * per_token) / 2**30
         clients = len(stack.factors[Factor.A])
@@ -42,6 +45,23 @@ def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Con
             f"{least:.2f} GiB. Give more, or lower clients, rank or batch_size."
         )
     return fits
+
+
+def _least_bytes(backbone: Backbone, stack: Stack, tokens: Tokens, enough: float) -> float:
+    """`activation_bytes`; if that isn't few enough, with layers computed again where they can be.
+
+    Then a token leaves the layers' inputs, and in the backward pass all of one layer at a time.
+    """
+    encoder = backbone.encoder
+    if not isinstance(encoder, InterfaceEncoder):
+        return activation_bytes(backbone, stack, tokens)
+    encoder.recompute = False
+    whole = activation_bytes(backbone, stack, tokens)
+    if whole <= enough or not encoder.layers:
+        return whole
+    encoder.recompute = True
+    say("memory_gib holds no batch with all of its activations: layers are computed twice.")
+    return activation_bytes(backbone, stack, tokens) + whole / len(encoder.layers)
 
 
 def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
@@ -55,7 +75,7 @@ def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # with what made it, it would hold on to itself
 
         batch = backbone.batch(tokens, np.full((1, num_texts), longest))
         with saved_tensors_hooks(note, lambda tensor: tensor):
@@ -63,4 +83,6 @@ def activation_bytes(backbone: Backbone, stack: Stack, tokens: Tokens) -> float:
         return sum(sizes.values())
 
     # The difference leaves out what doesn't grow with the tokens, such as weights.
-    return (held(8) - held(4)) / (4 * int(tokens.lengths[longest]))
+    length = int(tokens.lengths[longest])
+    half = max(1, min(4, 512 // length))  # of long texts few: what is measured must fit, too
+    return (held(2 * half) - held(half)) / (half * length)

@@ -184,10 +184,13 @@ class Federation:
 
         Settings that are a peer's own are left out, and where the peers are reached.
         """
-        config = self.config.to_json()
         shared = {
             "federation": self.id,
-            **{key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
+            **{
+                key: value
+                for key, value in self.config.decisive().items()
+                if key not in LOCAL_SETTINGS
+            },
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
