@@ -29,7 +29,7 @@ ROWS = {
     "mixed": ({"prompt": "a", "completion": "b"}, f"{ROW} prompt and completion, where others"),
     "too long": (
         {"messages": [USER | {"content": "x" * 99}, BOT]},
-        "1 of 27 rows have a prompt of 60 tokens or more",
+        "1 of 25 rows have a prompt of 60 tokens or more",
     ),
 }  # fmt: skip
 
@@ -48,8 +48,8 @@ def said(tmp_path, model, capsys):
         rows = [*(numbered(GOOD, k) for k in range(29)), *rows]
         file.write_text("\n".join(map(json.dumps, rows)))
         out = tmp_path / "out"
-        words = f"--task chat --train-file {file} --backbone {folder or model} --out {out} --max-length 60"
-        code = main(["run", *words.split(), "--clients=2", "--rounds=1", "--batch-size=2", *flags])
+        words = f"run --task chat --train-file {file} --backbone {folder or model} --out {out}"
+        code = main([*words.split(), "--max-length=60", "--clients=2", "--rounds=1", *flags])
         assert (code, out.exists()) == (1, False)
         *_, line = capsys.readouterr().err.strip().splitlines()
         return line
@@ -90,7 +90,7 @@ def without_eos(folder):
 
 
 def with_few_positions(folder):
-    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 260}
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 24, "vocab_size": 260}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(folder)
 
 
@@ -99,7 +99,7 @@ def with_few_positions(folder):
     [
         (without_template, "has no chat template, and rows are conversations"),
         (without_eos, "has no EOS"),
-        (with_few_positions, "positions"),
+        (with_few_positions, "have up to 28 tokens, and the model has positions for 24: pass"),
     ],
 )
 def test_a_model(said, model, tmp_path, change, message):

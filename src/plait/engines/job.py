@@ -7,10 +7,11 @@ import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.choices import Choices
@@ -27,7 +28,7 @@ from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
-from plait.model.loading import draws_head, load_for, load_tokenizer
+from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
@@ -277,19 +278,16 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
 
 def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
-
-    def load() -> Backbone:
-        loaded = load_for(config, task.objective, task.label_names)
-        return Backbone(loaded, config, machine, task.objective)
-
-    return materials_of(task, load_tokenizer(config), load, config, made)
+    load = partial(load_for, config, task.objective, task.label_names)
+    return materials_of(task, load_tokenizer(config), load, config, machine, made)
 
 
 def materials_of(
     task: Task,
     tokenizer: Any,
-    load: Callable[[], Backbone],
+    load: Callable[[], Loaded],
     config: Config,
+    machine: Machine,
     made: Made = operator.call,
 ) -> Materials:
     """What a run on some rows computes with.
@@ -299,6 +297,7 @@ def materials_of(
         tokenizer: Reads them, before the model is loaded: some can't be read.
         load: Loads the model.
         config: The settings.
+        machine: Where and how fast.
         made: May keep what is tokenised.
 
     Raises:
@@ -307,9 +306,25 @@ def materials_of(
     train = tokens_of(task.objective, task.train, tokenizer, config, made)
     rows = task.held_out(config.eval_split)
     held_out, choices = _held_out(task, rows, tokenizer, config, made)
-    backbone = load()
+    loaded = load()
+    _check_positions(loaded.model, max(int(one.lengths.max()) for one in (train, held_out)))
+    backbone = Backbone(loaded, config, machine, task.objective)
     train, held_out = _known(backbone, train), _known(backbone, held_out)
     return Materials(task, backbone, train, held_out, _known_choices(backbone, choices))
+
+
+def _check_positions(model: Any, length: int) -> None:
+    """Refuse texts that are longer than a table of positions."""
+    tables = (
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding)
+    )
+    if (most := min(tables, default=length)) < length:
+        raise ValueError(
+            f"Texts have up to {length} tokens, and the model has positions for {most}: pass "
+            f"--max-length {most}."
+        )
 
 
 def _known(backbone: Backbone, tokens: Tokens) -> Tokens:

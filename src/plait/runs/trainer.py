@@ -159,17 +159,17 @@ def _job(
     config, objective = rules.config, _objective(model)
     read = _Reader(tokenizer, config, objective, int(model.config.num_labels))
 
-    def load() -> Backbone:
-        return Backbone(Loaded(copy.deepcopy(model), tokenizer, ()), config, machine, objective)
+    def load() -> Loaded:
+        return Loaded(copy.deepcopy(model), tokenizer, ())
 
     if objective is LANGUAGE:
         texts = [read.learned(one, f"client {i}") for i, one in enumerate(train_dataset)]
         task = _language_task(texts, read.learned(eval_dataset, "eval_dataset"), config)
-        materials, sizes = materials_of(task, tokenizer, load, config), [*map(len, texts)]
+        materials, sizes = materials_of(task, tokenizer, load, config, machine), [*map(len, texts)]
     else:
         hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
         held_out = read.all(eval_dataset, "eval_dataset")
-        backbone = load()
+        backbone = Backbone(load(), config, machine, objective)
         train, held_out = map(backbone.with_hidden, (_join(hands), held_out))
         task = _task(model, train, held_out, config.metric)
         materials, sizes = Materials(task, backbone, train, held_out), [*map(len, hands)]
