@@ -18,7 +18,6 @@ from plait.config import Config, Machine
 from plait.data.rendering import prompt_of
 from plait.data.tasks import load_task
 from plait.engines.job import prepare
-from plait.factors import slot_name
 from plait.runs.answers import answer
 from plait.runs.run import Run
 from plait.runs.run_folder import load_samples
@@ -64,9 +63,9 @@ def test_simulation_cluster_and_peers_agree_bit_for_bit(
     hub, members = Hub(), [member(f"p{k}") for k in range(3)]
     peers = [start_peer(hub, k, config, members, job=prepare(config)) for k in range(3)]
     together(peers, config.rounds)
-    for slot in peers[0].stack.state:
-        found = torch.cat([peer.stack.state[slot] for peer in peers])
-        assert torch.equal(found, expected[slot_name(slot)]), slot
+    for kind, factor in peers[0].stack.state:
+        found = torch.cat([peer.stack.state[kind, factor] for peer in peers])
+        assert torch.equal(found, expected[f"{kind}.{factor.name}"])
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     list(Run(config, tmp_path / "ray", machine=Machine(engine="ray", workers=2)))

@@ -188,7 +188,7 @@ class Federation:
 
         Settings that are a peer's own are left out, and where the peers are reached.
         """
-        config = self.config.to_json()
+        config = self.config.resolved()
         shared = {
             "federation": self.id,
             **{key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
