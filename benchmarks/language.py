@@ -180,7 +180,7 @@ def race(work: Work, repeats: int) -> dict[str, Any]:
             "plait fp32": (in_processes(stack, work, 1, plait_steps), n),
             "peft fp32": (in_processes(stack, work, 1, peft_steps), n),
             "peft fp32, a process per core": (in_processes(stack, work, cores, peft_steps), n),
-            PADDED: (in_processes(stack, few, 1, peft_steps, False, work.config.max_length), 2),
+            PADDED: (in_processes(stack, few, 1, peft_steps, False, work.config.most_tokens), 2),
         }
         if has_bfloat16():
             systems["plait bf16"] = in_processes(stack, half, 1, plait_steps), n

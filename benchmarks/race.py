@@ -90,7 +90,7 @@ def entrants(stack: ExitStack, work: Work, whole: bool) -> dict[str, tuple[Steps
         found[each] = in_processes(stack, work, cores, peft_steps, half), n
     if whole:
         few = work.only(work.clients[:10])
-        padded = in_processes(stack, few, 1, peft_steps, False, work.config.max_length)
+        padded = in_processes(stack, few, 1, peft_steps, False, work.config.most_tokens)
         found[PADDED] = padded, len(few.clients)
         found["vmap fp32"] = in_processes(stack, few, 1, vmap_steps), len(few.clients)
     return found

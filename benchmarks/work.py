@@ -82,7 +82,7 @@ def load(config: Config) -> tuple[Tokens, Any]:
     """Tokenised training texts, and a model with its own head, as PEFT would take it."""
     loaded = load_model(config, 2)
     rows = load_task(config).train
-    return tokenize(rows.texts, rows.labels, loaded.tokenizer, config.max_length), loaded.model
+    return tokenize(rows.texts, rows.labels, loaded.tokenizer, config.most_tokens), loaded.model
 
 
 def config_of(

@@ -101,9 +101,10 @@ def start_peer(
     keep_rounds=8,
     symmetric=False,
     noise=None,
+    job=None,
 ) -> Peer:
     """A peer that can be reached over the hub; its rounds are not begun."""
-    job = tiny_job(config)
+    job = job or tiny_job(config)
     names = [one.name for one in members]
     turn = agreed_turns(job, me, members)
     desk = Desk(Inbox(me, turn, config.rounds, keep_rounds, symmetric), names)

@@ -33,6 +33,9 @@ TestSplit = Literal["common", "client"]
 Engine = Literal["simulate", "ray"]
 ObjectiveName = Literal["auto", "classification", "regression"]
 
+LANGUAGE_TASKS = ("chat", "snippets", "trec-chat")
+"""Those whose texts are longer by default."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
@@ -95,8 +98,9 @@ class DataSettings:
     objective: ObjectiveName = "auto"
     """`--task file`: what labels are, classes as they are written, or scores. `auto` takes numbers
     for scores if some are fractions and there are too many for classes, and says so."""
-    max_length: int = 128
-    """Longer texts are cut to this number of tokens."""
+    max_length: int | None = None
+    """Longer texts are cut to this number of tokens: if not given, to 1024 by `chat` and the other
+    tasks for language models, and to 128 by all others."""
     clients: int = 10
     """Number of clients, N."""
     label_skew: str | None = None
@@ -243,13 +247,12 @@ class Config(
         """Refuse what cannot run, with the reason and the fix."""
         if self.plugin:  # the run may go on from another folder
             object.__setattr__(self, "plugin", ",".join(map(str, plugin_files(self.plugin))))
-        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every",
-                     "max_length"):  # fmt: skip
+        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         _at_least_one(
             self, "eval_every", "eval_rows", "client_size", "top_layers", "stop_after",
-            "max_new_tokens",
+            "max_new_tokens", "max_length",
         )  # fmt: skip
         if self.generate_rows < 0:
             raise ValueError(f"generate_rows is {self.generate_rows}; it can't be below 0.")
@@ -281,9 +284,25 @@ class Config(
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
 
+    @property
+    def most_tokens(self) -> int:
+        """What texts are cut to: `max_length`, or the task's default."""
+        return self.max_length or default_length(self.task)
+
     def to_json(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def resolved(self) -> dict[str, Any]:
+        """The same with the default of the task in the place of a `max_length` that isn't given."""
+        return self.to_json() | {"max_length": self.most_tokens}
+
+    def decisive(self) -> dict[str, Any]:
+        """What digests are made of: `resolved` without what wasn't there before and isn't set."""
+        values = self.resolved()
+        if values["load_in"] is None:
+            del values["load_in"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
@@ -291,18 +310,14 @@ class Config(
         unknown = sorted(set(values) - names_of(cls) - names_of(Machine))
         if unknown:
             raise ValueError(f"Unknown settings: {', '.join(unknown)}. `plait run --help` has all.")
-        # The `config.json` of plait before 0.2 has the machine's settings among its own.
-        return cls(**{name: value for name, value in values.items() if name in names_of(cls)})
-
-    def decisive(self) -> dict[str, Any]:
-        """What digests are made of: `to_json` without what wasn't there before and isn't set."""
-        values = self.to_json()
-        if values["load_in"] is None:
-            del values["load_in"]
-        return values
+        # The `config.json` of plait before 0.2 has the machine's settings among its own, and one of
+        # before language models has `max_length` whether or not it was given.
+        config = cls(**{name: value for name, value in values.items() if name in names_of(cls)})
+        usual = config.max_length == default_length(config.task)
+        return dataclasses.replace(config, max_length=None) if usual else config
 
     def digest(self) -> str:
-        """Sixteen hex digits that are equal when and only when two configs are."""
+        """Sixteen hex digits that are equal when and only when two configs say the same."""
         text = json.dumps(self.decisive(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -344,6 +359,11 @@ class Machine:
     def saves_after(self, round_: int) -> bool:
         """Whether a checkpoint is due after round `round_`, counted from 0."""
         return (round_ + 1) % self.save_every == 0
+
+
+def default_length(task: str) -> int:
+    """What a task's texts are cut to if nothing is said."""
+    return 1024 if task in LANGUAGE_TASKS else 128
 
 
 def names_of(kind: type) -> frozenset[str]:

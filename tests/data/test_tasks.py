@@ -13,8 +13,9 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
-from plait.config import Config
+from plait.config import LANGUAGE_TASKS, Config
 from plait.data import sources
+from plait.data.objectives import LANGUAGE
 from plait.data.sources import GLUE, package_folder, read_file
 from plait.data.tasks import METRICS, TASKS, Task, load_task
 
@@ -104,6 +105,7 @@ def test_every_task_has_three_disjoint_splits(name, config_of):
     assert not texts[0] & texts[1]
     assert not texts[1] & texts[2]
     assert not texts[0] & texts[2]
+    assert (task.objective is LANGUAGE) == (name in LANGUAGE_TASKS)
     classes = len(task.label_names) if task.objective.has_classes else 1
     assert task.num_outputs == classes
     assert set(task.train.labels) == set(range(task.num_outputs)) or task.num_outputs == 1

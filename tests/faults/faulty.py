@@ -98,8 +98,8 @@ def _while_waiting(round_: int) -> None:
 def _after_mixing(round_: int) -> None:
     original = engine.Peer._mix
 
-    def mix(self, turn, heard):
-        result = original(self, turn, heard)
+    def mix(self, round_done, turn, heard):
+        result = original(self, round_done, turn, heard)
         if self.inbox.round == round_ + 1:
             die()
         return result

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from conftest import save_language_model
 from plait.config import Config
 from plait.engines.job import prepare
 from plait.engines.simulate import simulate
@@ -92,6 +93,25 @@ def tiny_files(folder: Path) -> Config:
         eval_every=3,
         optimizer_state="keep",
     )
+
+
+def chat_files(folder: Path) -> dict[str, object]:
+    """A random language model and conversations in files; the settings that use them."""
+    save_language_model(folder)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{k}?"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+        for k in range(60)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "task": "chat", "train_file": str(folder / "rows.jsonl"), "dev_file": None,
+        "backbone": str(folder), "pooling": "auto", "max_length": 64, "local_steps": 2,
+    }  # fmt: skip
 
 
 @dataclass

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from faulty import ATTACKS, STAGES
 from proxy import Proxy
-from stage import LIMITS, NAMES, Faultless, Play, tiny_files
+from stage import LIMITS, NAMES, Faultless, Play, chat_files, tiny_files
 
 from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.credentials import Pair
@@ -80,6 +80,20 @@ def kinds(play, name, kind):
 def test_kill_9_and_restart(stage, faultless, at):
     play = stage()
     victim = play.start("cai", "killed", at, 2)
+    for name in ("ada", "ben"):
+        play.start(name)
+    victim.join(90)
+    assert victim.exitcode == -signal.SIGKILL
+    play.start("cai")
+    play.all_end()
+    everyone_equals(play, faultless)
+
+
+def test_kill_9_of_a_language_models_peer_and_restart(stage, config, tmp_path):
+    chat = chat_files(tmp_path / "chat")
+    faultless = Faultless.of(dataclasses.replace(config, **chat), tmp_path / "simulated")
+    play = stage(**chat)
+    victim = play.start("cai", "killed", "after mixing", 2)
     for name in ("ada", "ben"):
         play.start(name)
     victim.join(90)

@@ -344,7 +344,7 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
         federation(peers=PEERS[::-1]),
         federation(limits=Limits(symmetric_loss=True)),
         federation(labels=("x", "y")),
-        federation(weights_hash="0123"),
+        federation(model={"weights_hash": "0123"}),
         with_config(weights="laplacian"),
         with_config(backbone="other"),
         with_config(load_in="8bit"),

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import signal
 import socket
 import threading
@@ -16,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fake_runs
+from conftest import tiny_tokenizer
 from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
@@ -154,6 +157,7 @@ def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
 def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeypatch):
     file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
     federation, job = load_federation(file), one_peer().job
+    job.backbone.tokenizer = tiny_tokenizer()
     monkeypatch.setattr(peers, "prepare_peer", lambda *_: job)
     process = peers.Process(federation, load_peer(file, "p0"), threading.Event(), False)
     assert process.desk.settings["weights_hash"] == job.backbone.weights_hash
@@ -253,7 +257,7 @@ def test_commands_for_a_new_federation_and_for_mistakes(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_results_of_all_peers_are_brought_together(tmp_path):
+def test_results_of_all_peers_are_brought_together(tmp_path, monkeypatch):
     file = init_federation(tmp_path / "federation", ["a", "b"], CONFIG)
     for client, name in enumerate("ab"):
         out = peers.load_peer(file, name).out
@@ -266,7 +270,17 @@ def test_results_of_all_peers_are_brought_together(tmp_path):
             "accuracy": 0.5 + 0.2 * client, "loss": 1.0, "sent_bytes": 10, "incidents": {},
         }  # fmt: skip
         (out / "summary.json").write_text(json.dumps(values))
+        begin = [
+            dataclasses.replace(one_peer().job.started, objective="language"),
+            fake_runs.evaluated(CONFIG, -1, 0.5),
+        ]
+        (out / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in begin))
+    monkeypatch.setattr(up, "write_samples", lambda *given: {"exact_match": given == written})
+    written = (tmp_path, load_federation(file).config)
     summary = up.merge(file, tmp_path)
+    assert summary["exact_match"]
+    assert summary["accuracy_base"] == 0.52
+    assert summary["perplexity_client_mean"] == pytest.approx(math.e)
     assert summary["accuracy_client_min"] == 0.5
     assert summary["sent_bytes"] == 20
     mean = load_file(tmp_path / "adapters" / "mean" / "adapter_model.safetensors")["x"]
@@ -313,7 +327,8 @@ def test_a_peer_is_not_started_again_with_other_rows(tmp_path):
         machine=Machine(),
     )  # fmt: skip
     federation = SimpleNamespace(labels=("fruit", "pet", "tool"), config=config)
-    open_folder(federation, settings)
+    folder, read = open_folder(federation, settings)
+    folder.create(config, read)
     open_folder(federation, settings)
     own_rows(tmp_path, train=["fruit", "tool"] * 5, dev=["pet", "fruit"])
     with pytest.raises(ValueError, match="have changed: training rows"):

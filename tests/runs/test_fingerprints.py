@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers.normalizers import Lowercase
 
-from conftest import tiny_job
+from conftest import CHATML, chat_tokenizer, tiny_job, tiny_tokenizer
 from plait.config import Config
+from plait.data.objectives import CLASSIFICATION, LANGUAGE
 from plait.data.tasks import Rows, Task
-from plait.engines.fingerprints import SMALL_BYTES, of_file, of_rows
+from plait.engines.fingerprints import SMALL_BYTES, of_file, of_model, of_rows
 from plait.events import RoundDone
 from plait.runs.made_by import PACKAGES
 from plait.runs.run import Run
@@ -148,3 +151,37 @@ def forget_materials() -> None:
     from plait.engines import job
 
     job._shared_task.cache_clear()
+
+
+def model_hashes(weights="w", objective=LANGUAGE, tokenizer=None, **settings):
+    backbone = SimpleNamespace(
+        weights_hash=weights, objective=objective, tokenizer=tokenizer or chat_tokenizer(**settings)
+    )
+    return of_model(backbone)
+
+
+def lowercasing():
+    tokenizer = chat_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ({}, set()),
+        ({"weights": "v"}, {"weights_hash"}),
+        ({"eos": "<|end|>"}, {"tokenizer_hash"}),
+        ({"tokenizer": lowercasing()}, {"tokenizer_hash"}),
+        ({"template": None}, {"chat_template_hash"}),
+        ({"template": CHATML + " "}, {"chat_template_hash"}),
+    ],
+)
+def test_weights_tokenizer_and_template_have_a_hash_each(change, differing):
+    ours, theirs = model_hashes(), model_hashes(**change)
+    assert {name for name in ours if ours[name] != theirs[name]} == differing
+
+
+def test_a_classifier_has_no_template():
+    found = model_hashes(objective=CLASSIFICATION, tokenizer=tiny_tokenizer())
+    assert found.keys() == {"weights_hash", "tokenizer_hash"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import plait
 from conftest import save_language_model
 from plait.cli.main import main
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.engines.job import prepare
 from plait.events import Evaluated
 from plait.runs.answers import answer
@@ -101,6 +102,20 @@ def test_samples_are_what_base_and_averaged_model_generate(run):
         assert one["reference"] in ("yes", "no")
     assert any(one["before"] != one["after"] for one in samples)
     assert run.summary["exact_match"] == likeness(samples)["exact_match"]
+
+
+def test_a_run_that_was_stopped_ends_as_an_unbroken_one(run, tmp_path):
+    left = Run(run.config, tmp_path / "run", machine=Machine(save_every=1))
+    list(itertools.islice(left, 3))  # to the end of the first round
+    resumed = Run(run.config, tmp_path / "run", resume=True)
+    assert [said(event) for event in resumed] == [said(event) for event in run.events]
+    names = [f"adapters/{name}/adapter_model.safetensors" for name in ("client-0", "mean")]
+    for name in (*names, "samples.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (run.folder.path / name).read_bytes()
+
+
+def said(event):
+    return {key: value for key, value in vars(event).items() if not key.endswith("seconds")}
 
 
 def test_it_answers_texts(run, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,9 +12,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import plait
-from conftest import WORDS, random_tokens, tiny_job, tiny_model, tiny_tokenizer
+from conftest import (
+    WORDS,
+    chat_tokenizer,
+    random_tokens,
+    save_language_model,
+    tiny_job,
+    tiny_model,
+    tiny_tokenizer,
+)
 from plait.config import Config, Machine
 from plait.data.tokens import tokenize
 from plait.engines.simulate import simulate
@@ -180,7 +190,7 @@ def test_its_models_are_asked_with_its_tokenizer(tmp_path):
     trainer = trainer_of(out=tmp_path / "run")
     list(trainer)
     rows = [("the film was good",), ("bad",)]
-    tokens = tokenize(rows, np.zeros(2, dtype=np.int64), tiny_tokenizer(), CONFIG.max_length)
+    tokens = tokenize(rows, np.zeros(2, dtype=np.int64), tiny_tokenizer(), CONFIG.most_tokens)
     with torch.no_grad():
         expected = twin_logits(trainer.model(1), tokens, np.arange(2)).softmax(dim=1)
     answers = trainer.predict([text for (text,) in rows], client=1)
@@ -189,3 +199,55 @@ def test_its_models_are_asked_with_its_tokenizer(tmp_path):
     assert list(answers[0].probabilities) == ["LABEL_0", "LABEL_1", "LABEL_2"]
     card = find(tmp_path / "run").card
     assert (card.pooling, card.label_names) == ("model", tuple(answers[0].probabilities))
+
+
+# -- language models
+
+
+def said(count: int, seed: int) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+    asked = (" ".join(rng.choice(WORDS, size=4)) for _ in range(count))
+    return [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+        for text in asked
+    ]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = save_language_model(tmp_path_factory.mktemp("llama"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return folder, {"model": model, "tokenizer": chat_tokenizer()}
+
+
+def test_a_language_model_learns_from_rows_as_in_a_chat_task(tmp_path, llama, monkeypatch):
+    folder, given = llama
+    hands, held_out = [said(6, 1), said(9, 2)], said(4, 3)
+    rows = [row | {"client": name} for name, hand in zip("ab", hands, strict=True) for row in hand]
+    for name, some in (("train", rows), ("dev", held_out)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    trainer = trainer_of(**given, train_dataset=hands, eval_dataset=held_out, out=tmp_path / "run")
+    events = list(trainer)
+    chat = dataclasses.replace(
+        CONFIG, task="chat", train_file=str(tmp_path / "train.jsonl"), clients=2,
+        dev_file=str(tmp_path / "dev.jsonl"), key_column="client", label_skew="key",
+        backbone=str(folder), pooling="model",
+    )  # fmt: skip
+    monkeypatch.setattr("plait.data.tasks._carve", lambda train, dev: (train, dev))
+    expected = list(plait.Run(chat))
+    assert [*map(without_times, events)][1:] == [*map(without_times, expected)][1:]
+    assert trainer.config.max_length == chat.most_tokens == 1024
+    assert isinstance(trainer.predict(["good?"])[0], str)
+    assert load_run(tmp_path / "run")[0] == trainer.config
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2]}, "eval_dataset has no row .* Its columns are 'input_ids'"),
+        ({"messages": said(1, 0)[0]["messages"][:1]}, "eval_dataset: 1 of 1 rows have no turn of"),
+    ],
+)
+def test_rows_that_a_language_model_learns_nothing_from_are_refused(llama, row, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(**llama[1], train_dataset=[said(3, 0)], eval_dataset=[row])

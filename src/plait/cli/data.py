@@ -60,7 +60,7 @@ def data(args: list[str]) -> None:
     console = Console()
     for client, share in list(enumerate(shares))[: given.show]:
         _show_row(console, task, tokens, int(share[0]), client, tokenizer)
-    _print_sizes(task, whole.lengths, config.max_length)
+    _print_sizes(task, whole.lengths, config.most_tokens)
     _print_clients(task, tokens, shares)
 
 

@@ -64,6 +64,8 @@ def _completion(cells: Cells) -> dict[str, Any]:
 def _turns(cells: Cells, column: str, *, answered: bool) -> list[dict[str, str]]:
     """The turns of a conversation; one that is `answered` has a turn of the assistant."""
     turns = cells[column]
+    if cells.get("tools") not in (None, "", "[]", []):
+        raise RowError("have 'tools', which a prompt here doesn't show")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError(f"have no list of objects with role and content as {column!r}")
     read = [_turn(turn) for turn in turns]
@@ -78,6 +80,8 @@ def _turn(turn: Cells) -> dict[str, str]:
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise RowError(f"have the role {role!r}, where there are {', '.join(ROLES)}")
+    if turn.get("tool_calls"):
+        raise RowError("have 'tool_calls', which can't be learned")
     if content == "" and role != "assistant":
         return {"role": str(role), "content": ""}
     return {"role": str(role), "content": value(turn, "content")}
@@ -118,8 +122,8 @@ SHAPES = (
 )
 """The first that fits counts: a file of conversations may have them as finished text, too."""
 
-COLUMNS = tuple(column for shape in SHAPES for column in (*shape.columns, *shape.more))
-"""What a file can have."""
+COLUMNS = (*(column for shape in SHAPES for column in (*shape.columns, *shape.more)), "tools")
+"""What a file can have; conversations with tools are refused."""
 
 
 def shapes_named(columns: Sequence[str]) -> Sequence[Shape]:

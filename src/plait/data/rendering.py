@@ -44,14 +44,14 @@ Made = Callable[..., Tokens]
 def tokens_of(
     objective: Objective, rows: Rows, tokenizer: Any, config: Config, made: Made
 ) -> Tokens:
-    """The tokens of a split as an objective needs them, cut to `config.max_length`.
+    """The tokens of a split as an objective needs them, cut to `config.most_tokens`.
 
     Raises:
         ValueError: As `render` and `cut`.
     """
     if objective is LANGUAGE:
         return cut(made(render, rows.texts, rows.labels, tokenizer), rows.texts, config)
-    return made(tokenize, rows.texts, rows.labels, tokenizer, config.max_length)
+    return made(tokenize, rows.texts, rows.labels, tokenizer, config.most_tokens)
 
 
 def render(texts: Sequence[tuple[str, ...]], labels: np.ndarray, tokenizer: Any) -> Tokens:
@@ -81,13 +81,13 @@ def render(texts: Sequence[tuple[str, ...]], labels: np.ndarray, tokenizer: Any)
 
 
 def cut(tokens: Tokens, texts: Sequence[tuple[str, ...]], config: Config) -> Tokens:
-    """The first `max_length` tokens of each row; a line says how many rows are longer.
+    """The first `most_tokens` tokens of each row; a line says how many rows are longer.
 
     Raises:
         ValueError: Rows of which nothing is left to be learned, unless `skip_bad_rows`: then no
             token of theirs is asked.
     """
-    most = config.max_length
+    most = config.most_tokens
     long = int((tokens.lengths > most).sum())
     if long:
         say(f"{long} of {len(tokens)} rows are cut to {most} tokens; --max-length says how many.")
@@ -110,7 +110,7 @@ def _refuse_unasked(tokens: Tokens, texts: Sequence[tuple[str, ...]], config: Co
     if len(empty) == 0:
         return
     line = (
-        f"{len(empty)} of {len(tokens)} rows have a prompt of {config.max_length} tokens or more, "
+        f"{len(empty)} of {len(tokens)} rows have a prompt of {config.most_tokens} tokens or more, "
         f"which leaves nothing to learn: the first begins {_beginning(texts[empty[0]][0])!r}."
     )
     if not config.skip_bad_rows:

@@ -372,11 +372,27 @@ def read_chat(config: Config, setting: str) -> list[Example]:
     Raises:
         ValueError: As `read_file`, or rows of none of the shapes of conversations.py.
     """
-    table, shapes = _open_chat(config, setting), _shapes(config)
-    shape = shape_of(table, shapes)
-    training = setting == "train_file"
+    table, training = _open_chat(config, setting), setting == "train_file"
     group = config.label_column if training and config.label_column in table.columns else None
-    key = config.key_column if training else None
+    return chat_rows(table, config, group, config.key_column if training else None)
+
+
+def chat_rows(
+    table: Table, config: Config, group: str | None = None, key: str | None = None
+) -> list[Example]:
+    """What a language model learns of the rows of a table, as JSON.
+
+    Args:
+        table: The rows.
+        config: How columns are named, the options, and whether bad rows are left out.
+        group: The column of the label, if there is one.
+        key: That of the natural client.
+
+    Raises:
+        ValueError: As `read_chat`.
+    """
+    shapes = _shapes(config)
+    shape = shape_of(table, shapes)
 
     def read(cells: Mapping[str, object]) -> Example:
         label = 0 if group is None else value(cells, group, may_be_bool=True)
@@ -411,7 +427,7 @@ def _open_chat(config: Config, setting: str) -> Table:
         delimiter=config.delimiter,
     )
     file = str(getattr(config, setting))
-    if _is_hub_name(file):
+    if is_hub_name(file):
         return _hub_table(file, wanted, HUB_SPLITS[setting])
     return open_table(Path(file), wanted)
 
@@ -420,7 +436,7 @@ HUB_SPLITS = {"train_file": ("train",), "dev_file": ("test", "validation")}
 """Which split of a data set on the hub stands for a file: the first that is there."""
 
 
-def _is_hub_name(file: str) -> bool:
+def is_hub_name(file: str) -> bool:
     """Whether this is `owner/name` or `owner/name:subset`, and no file."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", file)
     return named is not None and not Path(file).exists() and Path(file).suffix not in READERS
@@ -531,5 +547,5 @@ def check_files(config: Config) -> None:
             _open(**own_file(config, setting))
         file = getattr(config, setting)
         needed = setting == "train_file" or bool(file)
-        if config.task == "chat" and needed and not _is_hub_name(str(file)):
+        if config.task == "chat" and needed and not is_hub_name(str(file)):
             shape_of(_open_chat(config, setting), _shapes(config))

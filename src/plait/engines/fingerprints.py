@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from plait.config import Config
+from plait.data.objectives import LANGUAGE
 from plait.data.tasks import Rows, Task
 from plait.engines.job import dealt
 from plait.methods import settled
+from plait.model.backbone import Backbone
 from plait.model.loading import backbone_folder
 
 SMALL_BYTES = 4 << 20
@@ -46,6 +48,28 @@ def fingerprints(config: Config, own: Task | None = None) -> dict[str, str]:
     return of_rows(task, shares) | {
         name: mark for name, of in FILES.items() if (mark := of(config)) is not None
     }
+
+
+PROBE = "It isn't 1,234.5 cafés, 東京?\n\n\tЩи  def f(x_1): return x**2\r\n🙂"
+"""Tokenizers with the same words that read them otherwise, read this otherwise, too."""
+
+
+def of_model(backbone: Backbone) -> dict[str, str]:
+    """The hashes of what computes and reads texts: equal for equal ones, in whatever files."""
+    tokenizer = backbone.tokenizer
+    words = (f"{number} {word}" for word, number in sorted(tokenizer.get_vocab().items()))
+    read = (
+        tokenizer(PROBE)["input_ids"],
+        tokenizer.eos_token_id,
+        sorted(tokenizer.all_special_ids),
+    )
+    found = {
+        "weights_hash": backbone.weights_hash,
+        "tokenizer_hash": _hash(map(_encoded, (*words, str(read)))),
+    }
+    if backbone.objective is LANGUAGE:
+        found["chat_template_hash"] = _hash([_encoded(str(tokenizer.chat_template))])
+    return found
 
 
 def of_rows(task: Task, shares: Sequence[np.ndarray]) -> dict[str, str]:
@@ -78,9 +102,13 @@ def of_file(path: Path) -> str:
 
 
 def _of_split(rows: Rows) -> str:
-    texts = (text.encode("utf-8", "surrogatepass") for row in rows.texts for text in row)
-    keys = (key.encode("utf-8", "surrogatepass") for key in rows.keys or ())
+    texts = (_encoded(text) for row in rows.texts for text in row)
+    keys = map(_encoded, rows.keys or ())
     return _hash([_hash(texts).encode(), rows.labels.tobytes(), _hash(keys).encode()])
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _hash(parts: Iterable[bytes]) -> str:

@@ -7,9 +7,11 @@ import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.choices import Choices
@@ -26,7 +28,7 @@ from plait.factors import Factor, Slot
 from plait.lora import Stack, initial_stack
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
-from plait.model.loading import draws_head, load_for
+from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
@@ -268,35 +270,91 @@ def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
     shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
     task, backbone = shared.task, shared.backbone
-    held_out, choices = _held_out(task, task.validation, backbone, config, stored_tokens)
-    return dataclasses.replace(shared, held_out=held_out, choices=choices)
+    held_out, choices = _held_out(task, task.validation, backbone.tokenizer, config, stored_tokens)
+    return dataclasses.replace(
+        shared, held_out=_known(backbone, held_out), choices=_known_choices(backbone, choices)
+    )
 
 
 def _materials(task: Task, config: Config, machine: Machine, made: Made) -> Materials:
     """Task, model, training and evaluated split."""
-    loaded = load_for(config, task.objective, task.label_names)
-    backbone = Backbone(loaded, config, machine, task.objective)
+    load = partial(load_for, config, task.objective, task.label_names)
+    return materials_of(task, load_tokenizer(config), load, config, machine, made)
+
+
+def materials_of(
+    task: Task,
+    tokenizer: Any,
+    load: Callable[[], Loaded],
+    config: Config,
+    machine: Machine,
+    made: Made = operator.call,
+) -> Materials:
+    """What a run on some rows computes with.
+
+    Args:
+        task: The rows.
+        tokenizer: Reads them, before the model is loaded: some can't be read.
+        load: Loads the model.
+        config: The settings.
+        machine: Where and how fast.
+        made: May keep what is tokenised.
+
+    Raises:
+        ValueError: The model or its tokenizer doesn't take the rows, or nothing is asked of them.
+    """
+    train = tokens_of(task.objective, task.train, tokenizer, config, made)
     rows = task.held_out(config.eval_split)
-    train = _tokenized(task, task.train, backbone, config, made)
-    return Materials(task, backbone, train, *_held_out(task, rows, backbone, config, made))
+    held_out, choices = _held_out(task, rows, tokenizer, config, made)
+    loaded = load()
+    _check_positions(loaded.model, max(int(one.lengths.max()) for one in (train, held_out)))
+    backbone = Backbone(loaded, config, machine, task.objective)
+    train, held_out = _known(backbone, train), _known(backbone, held_out)
+    return Materials(task, backbone, train, held_out, _known_choices(backbone, choices))
 
 
-def _tokenized(task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made) -> Tokens:
-    tokens = tokens_of(task.objective, rows, backbone.tokenizer, config, made)
+def _check_positions(model: Any, length: int) -> None:
+    """Refuse texts that are longer than a table of positions."""
+    tables = (
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding)
+    )
+    if (most := min(tables, default=length)) < length:
+        raise ValueError(
+            f"Texts have up to {length} tokens, and the model has positions for {most}: pass "
+            f"--max-length {most}."
+        )
+
+
+def _known(backbone: Backbone, tokens: Tokens) -> Tokens:
+    """Tokens that the model takes, with what is computed of them beforehand."""
     backbone.check(tokens)
     return backbone.with_hidden(tokens)
 
 
+def _known_choices(backbone: Backbone, choices: Choices | None) -> Choices | None:
+    return choices and dataclasses.replace(choices, tokens=_known(backbone, choices.tokens))
+
+
 def _held_out(
-    task: Task, rows: Rows, backbone: Backbone, config: Config, made: Made
+    task: Task, rows: Rows, tokenizer: Any, config: Config, made: Made
 ) -> tuple[Tokens, Choices | None]:
-    """The rows that are asked anything, and their options."""
+    """The rows that are asked anything, and their options.
+
+    Raises:
+        ValueError: There are none.
+    """
 
     def read(some: Rows) -> Tokens:
-        return _tokenized(task, some, backbone, config, made)
+        return tokens_of(task.objective, some, tokenizer, config, made)
 
     tokens, choices = read(rows), Choices.of(rows, read) if task.objective is LANGUAGE else None
     asked = np.flatnonzero(np.diff(tokens.asked_offsets))
+    if len(asked) == 0:
+        raise ValueError(
+            "Nothing is asked of the held-out rows: all prompts are too long (--max-length)."
+        )
     if len(asked) == len(tokens):
         return tokens, choices
     return tokens.take(asked), choices and choices.take(asked)

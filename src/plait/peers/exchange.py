@@ -196,7 +196,7 @@ class Exchange:
         said = "; ".join(f"{self.desk.names[k]}: {against[k]}" for k in sorted(self.neighbours))
         raise ValueError(
             f"No neighbour works with {self.desk.name}. {said}. All peers need the same "
-            "federation.toml and the same version of plait."
+            "federation.toml, the same model with its tokenizer, and the same version of plait."
         )
 
     # -- before the first round and after the last

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from plait.config import Config, FileSettings, Machine, names_of
+from plait.data.sources import is_hub_name
 from plait.machine.text_files import read_text
 from plait.presets import fits
 
@@ -34,6 +35,9 @@ LOCAL_SETTINGS = names_of(FileSettings) | OF_MACHINE
 
 OWN_SETTINGS = LOCAL_SETTINGS | {"backbone"}
 """What a peer may set for itself: these, and where its copy of the frozen model lies."""
+
+PATHS = {"glue_dir", "train_file", "dev_file", "backbone"}
+"""Those that are paths, relative to `peer.toml`."""
 
 HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
 """A name, an IPv4 address, or an IPv6 address in brackets."""
@@ -123,7 +127,7 @@ class Federation:
         peers: In the order of the clients.
         limits: Sizes and times.
         labels: The classes in their order, when peers bring data of their own.
-        weights_hash: Of the frozen model's weights, where it is loaded.
+        model: The hashes of the frozen model and its tokenizer by name, where they are loaded.
     """
 
     id: str
@@ -131,7 +135,7 @@ class Federation:
     peers: tuple[Member, ...]
     limits: Limits = Limits()
     labels: tuple[str, ...] | None = None
-    weights_hash: str | None = None
+    model: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a federation of nobody, or with two peers of one name."""
@@ -184,17 +188,14 @@ class Federation:
 
         Settings that are a peer's own are left out, and where the peers are reached.
         """
+        config = self.config.decisive()
         shared = {
             "federation": self.id,
-            **{
-                key: value
-                for key, value in self.config.decisive().items()
-                if key not in LOCAL_SETTINGS
-            },
+            **{key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
-            "weights_hash": self.weights_hash,
+            **self.model,
         }
         return cast("dict[str, Any]", json.loads(json.dumps(shared)))
 
@@ -286,9 +287,7 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}.")
     local = values.get("local", {})
-    relative = [key for key in ("glue_dir", "train_file", "dev_file") if key in local]
-    if (path.parent / str(local.get("backbone"))).is_dir():  # else a name on the hub
-        relative.append("backbone")
+    relative = [key for key in PATHS & local.keys() if not _is_of_hub(path.parent, key, local[key])]
     try:
         for kind, names in ((Config, local.keys() - OF_MACHINE), (Machine, OF_MACHINE)):
             _check_types(kind, {k: v for k, v in local.items() if k in names}, "[local]")
@@ -297,6 +296,13 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
         return PeerSettings(name=name, **(values | places | {"local": local}))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _is_of_hub(folder: Path, key: str, name: object) -> bool:
+    """Whether a path of `[local]` is a name on the hub instead."""
+    if key == "backbone":
+        return not (folder / str(name)).is_dir()
+    return is_hub_name(str(name)) and not (folder / str(name)).exists()
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -26,13 +26,15 @@ import torch
 from safetensors.torch import load_file
 
 from plait.config import THIS_MACHINE, Config, Machine
-from plait.events import Evaluated
+from plait.events import Evaluated, Started
 from plait.figures import taken
 from plait.machine.files import save_tensors, write_atomically
 from plait.methods import settled
 from plait.mixing import mean
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
+from plait.runs.run_folder import load_events
+from plait.runs.samples import write_samples
 from plait.topology import build_schedule
 
 POLL_S = 0.2
@@ -190,16 +192,20 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         for name, summary in zip(federation.names, summaries, strict=True)
         if summary["incidents"]
     }
+    # What all peers have alike: the first event, and the base before the first round.
+    begin = [e for e in load_events(folders[0]) if isinstance(e, Started | Evaluated)][:2]
+    figures = taken([*begin, together])
     summary = {key: summaries[0][key] for key in shared} | {
         "clients": len(folders),
         "topology": federation.config.topology,
-        **{key: value for key, value in taken([together]).items() if not math.isnan(value)},
+        **{key: value for key, value in figures.items() if not math.isnan(value)},
         "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
         "incidents": incidents,
     }
     if "dp_epsilon" in summaries[0]:
         summary["dp_epsilon"] = max(one["dp_epsilon"] for one in summaries)
         summary["dp_delta"] = summaries[0]["dp_delta"]
+    summary |= write_samples(out, federation.config)
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

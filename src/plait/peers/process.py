@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from plait.config import Config
 from plait.data.tasks import Task, load_task
 from plait.engines.checkpoint import load_beside
-from plait.engines.fingerprints import fingerprints
+from plait.engines.fingerprints import fingerprints, of_model
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
-from plait.figures import taken
+from plait.figures import FIGURES, taken
 from plait.lora import Stack
 from plait.machine.process_settings import configure_process
 from plait.methods import settled
@@ -64,6 +64,7 @@ from plait.presets import as_settings
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder
+from plait.runs.samples import write_samples
 from plait.topology import topology_row
 
 LOG = logging.getLogger("plait.peer")
@@ -148,12 +149,13 @@ class Process:
         self.member = federation.member(settings.name)
         load_plugins(settings.apply(federation.config).plugin)
         check_members(federation)
-        self.folder = open_folder(federation, settings)
+        self.folder, read = open_folder(federation, settings)
         self.leave = leave
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
-        federation = dataclasses.replace(federation, weights_hash=self.job.backbone.weights_hash)
-        self.federation = federation
+        # Only now: a peer that can't run leaves nothing behind.
+        self.folder.create(settings.apply(federation.config), read, made_by(settings.machine))
+        self.federation = dataclasses.replace(federation, model=of_model(self.job.backbone))
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
@@ -163,9 +165,9 @@ class Process:
         trusted = None if trust is None else federation.index(trust)
         quorum = Quorum(voters=voters_of(federation.peers, self.me), trusted=trusted)
         self.desk = Desk(inbox, federation.names, quorum)
-        self.desk.settings = federation.shared()
+        self.desk.settings = self.federation.shared()
         self.transport = GrpcTransport(
-            federation, settings, self.job.backbone.layout, self.desk,
+            self.federation, settings, self.job.backbone.layout, self.desk,
             kinds=self.job.method.kinds, insecure_loopback=insecure_loopback,
         )  # fmt: skip
         counts = self.transport.counts
@@ -316,6 +318,7 @@ class Process:
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
+        summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
         self.folder.finish(summary)
         spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
         LOG.info("done: %s%s", adapter, spent)
@@ -334,6 +337,7 @@ class Process:
             "majority": self.job.started.majority,
             "accuracy": found["accuracy_client_mean"],
             "loss": found["loss_client_mean"],
+            **{name: value for name, value in found.items() if FIGURES[name].only},
             "rows": last.rows,
             "sent_bytes": found["sent_bytes"],
             "incidents": {kind: incidents.count(kind) for kind in sorted(set(incidents))},
@@ -365,8 +369,10 @@ def was_finished(federation: Federation, settings: PeerSettings) -> bool:
     return RunFolder.open(settings.out, config, resume=True).finished(config)
 
 
-def open_folder(federation: Federation, settings: PeerSettings) -> RunFolder:
-    """The run folder, new or taken up again; a write that was cut off is cleared away.
+def open_folder(federation: Federation, settings: PeerSettings) -> tuple[RunFolder, dict[str, str]]:
+    """The run folder, new or taken up again, and the hashes of what is read.
+
+    A write that was cut off is cleared away.
 
     Raises:
         ValueError: It was made by another config, or with other rows or files.
@@ -377,8 +383,7 @@ def open_folder(federation: Federation, settings: PeerSettings) -> RunFolder:
     folder = RunFolder.open(settings.out, config, resume=True)
     read = fingerprints(config, own_task(federation, settings))
     folder.check(lambda: read)
-    folder.create(config, read, made_by(settings.machine))
-    return folder
+    return folder, read
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:
@@ -448,6 +453,8 @@ def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
     config = settings.apply(federation.config)
     if "train_file" not in settings.local:
         return None
+    if config.task == "chat":
+        return load_task(config)
     if federation.labels is None:
         raise ValueError(
             f"{settings.name} has a train_file of its own, so the federation must name the classes "
@@ -456,7 +463,7 @@ def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
     if config.task != "file":
         raise ValueError(
             f"{settings.name} has a train_file of its own, and the task is {config.task}; put "
-            'task = "file" under [run] of federation.toml.'
+            'task = "file", or "chat" for a language model, under [run] of federation.toml.'
         )
     return load_task(config, federation.labels)
 

@@ -224,7 +224,7 @@ class Run(Iterator[Event]):
         names = self._started.label_names
         if self._started.objective == LANGUAGE.name:
             return answer(model, tokenizer, [*map(str, texts)], self.config.max_new_tokens)
-        return predict(model, tokenizer, texts, names, self.config.max_length)
+        return predict(model, tokenizer, texts, names, self.config.most_tokens)
 
     def save(self, out: Path | str) -> None:
         """Write what the run left into a new folder, as if it had been its `out`.

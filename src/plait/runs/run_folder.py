@@ -149,7 +149,7 @@ class RunFolder:
                 f"{path} already holds a run; take another --out, or --resume to go on with it."
             )
         there = load_config(path)
-        before, now = there.to_json(), config.to_json()
+        before, now = there.resolved(), config.resolved()
         changed = [key for key in now if before[key] != now[key]]
         if changed == ["rounds"] and config.rounds > there.rounds:
             if config.lr_schedule != "constant":

@@ -1,7 +1,7 @@
-"""What a run's averaged model writes, beside the base and the reference, and how alike they are.
+"""What a trained model writes, beside the base and the reference, and how alike they are.
 
 `samples.jsonl` has a line for each prompt: `prompt`, `before` (the base), `after` (the averaged
-model) and `reference`.
+model, or a peer's own) and `reference`.
 """
 
 from __future__ import annotations
@@ -18,29 +18,34 @@ from plait.config import Config
 from plait.data.conversations import answer_of
 from plait.data.rendering import Row, prompt_of
 from plait.data.sources import say
+from plait.data.tasks import Task
 from plait.engines.evaluation import some_rows
 from plait.engines.job import dealt
 from plait.machine.extras import installed
 from plait.machine.files import write_atomically
 from plait.runs.answers import answer
 from plait.runs.run_folder import SAMPLES, Sample
-from plait.runs.trained import find
+from plait.runs.trained import Client, find
 
 
-def write_samples(folder: Path, config: Config) -> dict[str, float]:
-    """Have base and averaged model answer `config.generate_rows` held-out prompts.
+def write_samples(
+    folder: Path, config: Config, client: Client = "mean", task: Task | None = None
+) -> dict[str, float]:
+    """Have the base and the averaged or a client's model answer `generate_rows` held-out prompts.
 
     Args:
         folder: The run folder, its adapters written.
         config: The run's.
+        client: Whose model.
+        task: Whose held-out rows; those of the config's task for None.
 
     Returns:
         Figures for the summary; none where nothing is generated.
     """
-    prompts, references = _held_out(config)
+    prompts, references = _held_out(config, task)
     if not prompts:
         return {}
-    model, tokenizer = find(folder).load()
+    model, tokenizer = find(folder, client).load()
     after = answer(model, tokenizer, prompts, config.max_new_tokens)
     with model.disable_adapter():
         before = answer(model, tokenizer, prompts, config.max_new_tokens)
@@ -53,12 +58,11 @@ def write_samples(folder: Path, config: Config) -> dict[str, float]:
     return likeness(samples)
 
 
-def _held_out(config: Config) -> tuple[list[Row], list[str]]:
+def _held_out(config: Config, task: Task | None) -> tuple[list[Row], list[str]]:
     """Some rows' prompts, the same ones in every run, and their answers."""
     if not config.generate_rows:
         return [], []
-    task, _ = dealt(config)
-    texts = task.held_out(config.eval_split).texts
+    texts = (task or dealt(config)[0]).held_out(config.eval_split).texts
     chosen = some_rows(texts, config.generate_rows, "generate_rows")
     rows = [json.loads(texts[i][0]) for i in chosen]
     found = [(prompt_of(row), right) for row in rows if (right := answer_of(row)) is not None]

@@ -68,7 +68,7 @@ class Card:
             pooling="model" if draws_head(config) else "mean",
             objective=started.objective,
             label_names=tuple(started.label_names),
-            max_length=config.max_length,
+            max_length=config.most_tokens,
             text_columns=text_columns(config),
             seed=config.seed,
         )

@@ -14,20 +14,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from plait.config import THIS_MACHINE, Config, Machine, Pooling
-from plait.data.objectives import CLASSIFICATION, REGRESSION, Objective
+from plait.config import THIS_MACHINE, Config, Machine, Pooling, default_length
+from plait.data.objectives import CLASSIFICATION, LANGUAGE, REGRESSION, Objective
+from plait.data.sources import chat_rows
+from plait.data.tables import Row as TableRow
+from plait.data.tables import Table
 from plait.data.tasks import Rows, Task, judged_by
 from plait.data.tokens import Tokens, tokenize
 from plait.engines.fingerprints import of_arrays
-from plait.engines.job import Job, Materials, Rules, assemble
+from plait.engines.job import Job, Materials, Rules, asked_shares, assemble, materials_of
 from plait.engines.simulate import Simulation
 from plait.model.backbone import Backbone
 from plait.model.heads import MeanPooledClassifier
@@ -35,6 +39,7 @@ from plait.model.loading import Loaded
 from plait.runs.run import Run
 
 Row = Mapping[str, Any]
+Texts = list[tuple[str, ...]]
 
 
 class Dataset(Protocol):
@@ -42,7 +47,8 @@ class Dataset(Protocol):
 
     A row is a mapping with a label, under `config.label_column` or `labels`, and with texts under
     `config.text_columns` or, tokenised already, with `input_ids`. Padding goes by the
-    `attention_mask`, where there is one.
+    `attention_mask`, where there is one. For a language model it has what a row of `--task chat`
+    has, such as `messages`, or `prompt` and `completion`.
     """
 
     def __len__(self) -> int:
@@ -85,8 +91,8 @@ class Trainer(Run):
         """Tokenise the rows and freeze a copy of the model.
 
         Args:
-            model: A sequence classification model of transformers. It is copied: yours stays as
-                it is, to load the adapters onto.
+            model: A sequence classification or causal language model of transformers. It is
+                copied: yours stays as it is, to load the adapters onto.
             tokenizer: Its tokenizer; None if all rows are tokenised already.
             train_dataset: One data set for each client.
             eval_dataset: The rows that every client's model is judged on.
@@ -103,16 +109,17 @@ class Trainer(Run):
         """
         if not isinstance(model, PreTrainedModel | MeanPooledClassifier):
             raise ValueError(
-                f"The model is a {type(model).__name__}; give a sequence classification model of "
-                "transformers, such as AutoModelForSequenceClassification loads."
+                f"The model is a {type(model).__name__}; give a sequence classification or causal "
+                "language model of transformers, such as AutoModelForSequenceClassification loads."
             )
         if not len(train_dataset):
             raise ValueError("train_dataset is empty; give a list with a data set for each client.")
         name = getattr(model, "name_or_path", "") or type(model).__name__
         pooling: Pooling = "mean" if isinstance(model, MeanPooledClassifier) else "model"
+        usual = default_length("chat") if _objective(model) is LANGUAGE else None
         config = dataclasses.replace(
             config, clients=len(train_dataset), task="own", backbone=name, pooling=pooling,
-            metric=metric or config.metric, generate_rows=0,
+            metric=metric or config.metric, generate_rows=0, max_length=config.max_length or usual,
         )  # fmt: skip
         super().__init__(config, out, resume=resume, machine=machine)
         self.job = _job(model, tokenizer, train_dataset, eval_dataset, config, machine)
@@ -125,7 +132,7 @@ class Trainer(Run):
         job, parts = self.job, {"training rows": self.job.train, "test rows": self.job.held_out}
         weights = (w.detach().flatten()[:1024] for w in self._model.state_dict().values())
         return {
-            **{name: of_arrays([t.ids, t.offsets, t.labels]) for name, t in parts.items()},
+            **{name: of_arrays(_arrays(tokens)) for name, tokens in parts.items()},
             "clients' shares": of_arrays(job.shares),
             "backbone": of_arrays(w.float().cpu().numpy() for w in weights),
         }
@@ -149,17 +156,33 @@ def _job(
 ) -> Job:
     begin = time.perf_counter()
     rules = Rules.of(config)
-    config = rules.config
-    read = _Reader(tokenizer, config, _objective(model), int(model.config.num_labels))
-    hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
-    held_out = read.all(eval_dataset, "eval_dataset")
-    loaded = Loaded(copy.deepcopy(model), tokenizer, ())
-    backbone = Backbone(loaded, config, machine, _objective(model))
-    train, held_out = map(backbone.with_hidden, (_join(hands), held_out))
-    task = _task(model, train, held_out, config.metric)
-    ends = np.cumsum([len(hand) for hand in hands])
-    shares = np.split(np.arange(len(train)), ends[:-1])
-    return assemble(rules, Materials(task, backbone, train, held_out), shares, begin)
+    config, objective = rules.config, _objective(model)
+    read = _Reader(tokenizer, config, objective, int(model.config.num_labels))
+
+    def load() -> Loaded:
+        return Loaded(copy.deepcopy(model), tokenizer, ())
+
+    if objective is LANGUAGE:
+        texts = [read.learned(one, f"client {i}") for i, one in enumerate(train_dataset)]
+        task = _language_task(texts, read.learned(eval_dataset, "eval_dataset"), config)
+        materials, sizes = materials_of(task, tokenizer, load, config, machine), [*map(len, texts)]
+    else:
+        hands = [read.all(one, f"client {i}") for i, one in enumerate(train_dataset)]
+        held_out = read.all(eval_dataset, "eval_dataset")
+        backbone = Backbone(load(), config, machine, objective)
+        train, held_out = map(backbone.with_hidden, (_join(hands), held_out))
+        task = _task(model, train, held_out, config.metric)
+        materials, sizes = Materials(task, backbone, train, held_out), [*map(len, hands)]
+    shares = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    return assemble(rules, materials, asked_shares(shares, materials.train), begin)
+
+
+def _language_task(hands: Sequence[Texts], held_out: Texts, config: Config) -> Task:
+    """The task of a language model: what is learned of the rows of all clients."""
+    texts = ([text for hand in hands for text in hand], held_out)
+    train, test = (Rows(tuple(x), np.zeros(len(x), LANGUAGE.target_type)) for x in texts)
+    metric = "option-accuracy" if config.options else LANGUAGE.metric
+    return judged_by(Task("own", train, test, test, (), metric, LANGUAGE), config.metric)
 
 
 def _task(model: Any, train: Tokens, held_out: Tokens, metric: str | None) -> Task:
@@ -174,6 +197,9 @@ def _task(model: Any, train: Tokens, held_out: Tokens, metric: str | None) -> Ta
 
 def _objective(model: Any) -> Objective:
     """What a model learns: transformers itself takes one with a single output for a regression."""
+    causal = isinstance(model, PreTrainedModel) and model.can_generate()
+    if causal and not model.config.is_encoder_decoder:
+        return LANGUAGE
     return REGRESSION if model.config.num_labels == 1 else CLASSIFICATION
 
 
@@ -191,12 +217,7 @@ class _Reader:
 
     def all(self, dataset: Dataset, place: str) -> Tokens:
         """All rows; `place` says whose they are where something is wrong with them."""
-        rows = [] if isinstance(dataset, Mapping) else [dataset[i] for i in range(len(dataset))]
-        if not rows or not all(isinstance(row, Mapping) for row in rows):
-            raise ValueError(
-                f"The data set of {place} has no rows that are mappings with text and label. "
-                "train_dataset takes a list: one data set, of one row or more, for each client."
-            )
+        rows = _rows_of(dataset, place)
         labels = self._labels(rows, place)
         if "input_ids" in rows[0]:
             return _tokens(rows, labels)
@@ -205,7 +226,15 @@ class _Reader:
         if self.tokenizer is None:
             raise ValueError(f"The rows of {place} are texts; give the model's tokenizer.")
         texts = [tuple(str(row[column]) for column in columns) for row in rows]
-        return tokenize(texts, labels, self.tokenizer, self.config.max_length)
+        return tokenize(texts, labels, self.tokenizer, self.config.most_tokens)
+
+    def learned(self, dataset: Dataset, place: str) -> Texts:
+        """What a language model learns of all rows."""
+        rows = _rows_of(dataset, place)
+        if self.tokenizer is None:
+            raise ValueError(f"The rows of {place} are texts; give the model's tokenizer.")
+        table = Table(Path(place), list(rows[0]), [*map(TableRow, count(1), rows)], "row")
+        return [example.texts for example in chat_rows(table, self.config)]
 
     def _labels(self, rows: Sequence[Row], place: str) -> np.ndarray:
         column = "labels" if "labels" in rows[0] else self.config.label_column
@@ -219,6 +248,16 @@ class _Reader:
                 "labels, or load the model with another num_labels."
             )
         return np.array(labels, dtype=self.objective.target_type)
+
+
+def _rows_of(dataset: Dataset, place: str) -> list[Row]:
+    rows = [] if isinstance(dataset, Mapping) else [dataset[i] for i in range(len(dataset))]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(
+            f"The data set of {place} has no rows that are mappings with text and label. "
+            "train_dataset takes a list: one data set, of one row or more, for each client."
+        )
+    return rows
 
 
 def _need(columns: Sequence[str], row: Row, place: str) -> None:
@@ -247,6 +286,12 @@ def _flat(ids: Sequence[np.ndarray], types: Sequence[np.ndarray], labels: np.nda
         offsets=np.concatenate([[0], np.cumsum([len(text) for text in ids])]).astype(np.int64),
         labels=labels,
     )
+
+
+def _arrays(tokens: Tokens) -> Iterator[np.ndarray]:
+    yield from (tokens.ids, tokens.offsets, tokens.labels)
+    if tokens.asked is not None:
+        yield tokens.asked
 
 
 def _join(parts: Sequence[Tokens]) -> Tokens:

@@ -1,0 +1,29 @@
+"""Settings that follow from others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from plait.config import Config
+from plait.runs.run_folder import RunFolder
+
+
+def test_texts_are_cut_as_the_task_has_it_if_nothing_is_said():
+    chat = Config(task="chat")
+    assert (Config().most_tokens, chat.most_tokens) == (128, 1024)
+    assert dataclasses.replace(Config(), task="chat").most_tokens == 1024
+    assert Config(task="chat", max_length=128).most_tokens == 128
+    assert Config().digest() == Config(max_length=128).digest() != Config(max_length=64).digest()
+    assert chat.digest() == Config(task="chat", max_length=1024).digest()
+    assert chat.digest() != Config(task="chat", max_length=128).digest()
+    for config in (Config(), chat, Config(task="chat", max_length=128), Config(max_length=64)):
+        assert Config.from_json(config.to_json()) == config
+
+
+def test_a_folder_of_before_goes_on(tmp_path):
+    before = Config().to_json() | {"max_length": 128}
+    assert Config.from_json(before) == Config()
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    for now in (Config(), Config(max_length=128)):
+        assert RunFolder.open(tmp_path, now, resume=True).rounds_before == now.rounds
