@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plait
 from conftest import save_language_model
-from plait.cli.main import main
+from plait.cli.main import _print_summary, main
 from plait.config import Config, Machine
 from plait.engines.job import prepare
 from plait.events import Evaluated
@@ -70,6 +71,13 @@ def test_the_summary_has_perplexity_and_the_base_without_adapter(run):
     assert run.summary["perplexity_base"] == pytest.approx(math.exp(first.averaged_loss))
     assert run.summary["accuracy_base"] == first.averaged_score
     assert run.summary["perplexity_client_mean"] < run.summary["perplexity_base"]
+
+
+def test_the_last_line_has_the_base_beside_it(run, capsys):
+    _print_summary(run.summary, Path("a-run"))
+    said = capsys.readouterr().out
+    assert f"(base {run.summary['perplexity_base']:.4g})" in said
+    assert "majority" not in said
 
 
 def test_the_likeliest_option_is_that_of_the_summed_log_probabilities(run):

@@ -356,12 +356,20 @@ def _print_few(table: list[list[str]], title: str) -> None:
         cli_lists.print_table(table[0], table[1:])
 
 
+def _beside(summary: dict[str, Any]) -> str:
+    """What a score is to be seen beside: the commonest class, or what a base says of the texts."""
+    if "perplexity_base" not in summary:
+        return f" majority class {summary['majority']:.3f}"
+    before, after = summary["perplexity_base"], summary["perplexity_client_mean"]
+    return f" perplexity {after:.4g} (base {before:.4g})"
+
+
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
     print(
         f"\n{summary['metric']} {summary['accuracy_client_mean']:.3f}"
         f" (worst client {summary['accuracy_client_min']:.3f}),"
         f" averaged model {summary['accuracy_averaged_model']:.3f},"
-        f" majority class {summary['majority']:.3f};"
+        f"{_beside(summary)};"
         f" {summary['sent_bytes'] / 1e6:.1f} MB sent, {summary['wall_seconds']:.0f} s\n"
         f"{out}: summary.json, events.jsonl, adapters/"
     )

@@ -67,8 +67,8 @@ def notes(conclusion: Conclusion) -> list[str]:
     found = [
         verdict(conclusion),
         f"{begun.task}, {plan.config.clients} clients, {plan.config.topology}, "
-        f"{plan.config.rounds} rounds; seeds {seeds}, paired; majority class "
-        f"{begun.majority:.3f}.",
+        f"{plan.config.rounds} rounds; seeds {seeds}, paired"
+        + (f"; majority class {begun.majority:.3f}." if begun.majority else "."),
     ]
     if len(plan.seeds) > 1:
         found.append("±: 95% t interval over seeds; of differences, over pairs with the same seed.")
