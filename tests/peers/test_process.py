@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import tiny_tokenizer
 from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
@@ -154,11 +155,36 @@ def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
 def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeypatch):
     file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
     federation, job = load_federation(file), one_peer().job
+    job.backbone.tokenizer = tiny_tokenizer()
     monkeypatch.setattr(peers, "prepare_peer", lambda *_: job)
     process = peers.Process(federation, load_peer(file, "p0"), threading.Event(), False)
     assert process.desk.settings["weights_hash"] == job.backbone.weights_hash
     digest = process.transport.identity.config_digest
     assert digest == process.federation.digest() != federation.digest()
+
+
+READ = ("edges", "label mixtures", "plugins", "training rows", "test rows", "backbone")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_all_must_read_alike_is_part_of_it(name):
+    job = one_peer().job
+    job.backbone.tokenizer = tiny_tokenizer()
+    members = tuple(member(f"p{k}") for k in range(3))
+
+    def digest(config: Config = CONFIG, **changed: str) -> str:
+        federation = Federation(id="f", config=config, peers=members)
+        read = dict.fromkeys(READ, "0") | changed
+        return peers.with_what_was_read(federation, job, read).digest()
+
+    before = digest()
+    assert (digest(**{name: "1"}) == before) == (name == "backbone"), "which the weights tell"
+    own = dataclasses.replace(CONFIG, task="file")
+    assert (digest(own, **{name: "1"}) == digest(own)) == (name in READ[3:])
+    elsewhere = (dataclasses.replace(CONFIG, plugin=f"/{host}/mine.py") for host in "ab")
+    assert len({digest(config) for config in elsewhere}) == 1
+    job.backbone.tokenizer.add_tokens(["more"])
+    assert digest() != before
 
 
 def test_what_stops_a_peer_names_settings_of_its_files(tmp_path, monkeypatch):

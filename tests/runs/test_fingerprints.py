@@ -32,11 +32,12 @@ def config(tmp_path, monkeypatch) -> Config:
         "dev.csv": rows("dev", ("tool", "fruit")),
         "mixtures.json": "[[1, 1], [1, 1], [1, 1]]",
         "edges.txt": "0 1\n1 2\n",
+        "mine.py": "STEP = 1",
     }
     for name, text in write.items():
         (tmp_path / name).write_text(text)
     files = {"train_file": "train.csv", "dev_file": "dev.csv", "label_skew": "mixtures.json",
-             "edges_file": "edges.txt"}  # fmt: skip
+             "edges_file": "edges.txt", "plugin": "mine.py"}  # fmt: skip
     places = {setting: str(tmp_path / name) for setting, name in files.items()}
     return dataclasses.replace(CONFIG, **places)
 
@@ -57,6 +58,7 @@ CHANGES = {
     "dev.csv": (rows("dev", ("fruit", "tool")), "test rows"),
     "mixtures.json": ("[[1, 9], [9, 1], [1, 1]]", "label mixtures"),
     "edges.txt": ("0 1\n0 2\n", "edges"),
+    "mine.py": ("STEP = 2", "plugins"),
 }
 
 

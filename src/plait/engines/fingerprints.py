@@ -8,8 +8,10 @@ only the size and some blocks are read.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +20,13 @@ from plait.data.tasks import Rows, Task
 from plait.engines.job import dealt
 from plait.methods import settled
 from plait.model.loading import backbone_folder
+from plait.plugins import plugin_files
 
 SMALL_BYTES = 4 << 20
 BLOCKS, BLOCK_BYTES = 64, 16 << 10
 """A file above `SMALL_BYTES` is hashed by its size and so many blocks, evenly spread."""
+
+PROBE = "Plait 2.5: \u00c9lan VITAL, na\u00efve caf\u00e9? don't (\u65e5\u672c)\n \ufb01ne"
 
 MODEL_FILES = (
     "config.json", "modules.json", "tokenizer.json", "tokenizer_config.json", "vocab.*",
@@ -77,6 +82,12 @@ def of_file(path: Path) -> str:
     return _hash([str(size).encode(), *blocks])
 
 
+def of_tokenizer(tokenizer: Any) -> str:
+    """The hash of a tokenizer's vocabulary, and of what it makes of capitals, accents and signs."""
+    words = sorted(tokenizer.get_vocab().items())
+    return _hash([json.dumps([words, tokenizer(PROBE)["input_ids"]]).encode()])
+
+
 def _of_split(rows: Rows) -> str:
     texts = (text.encode("utf-8", "surrogatepass") for row in rows.texts for text in row)
     keys = (key.encode("utf-8", "surrogatepass") for key in rows.keys or ())
@@ -112,9 +123,15 @@ def _backbone(config: Config) -> str | None:
     return _hash(part.encode() for path in files for part in (path.name, of_file(path)))
 
 
+def _plugins(config: Config) -> str | None:
+    files = plugin_files(config.plugin)
+    return _hash(of_file(path).encode() for path in files) if files else None
+
+
 FILES: dict[str, Callable[[Config], str | None]] = {
     "label mixtures": _mixtures,
     "edges": _edges,
     "backbone": _backbone,
+    "plugins": _plugins,
 }
 """What else was read -> its hash; None where the config has none."""

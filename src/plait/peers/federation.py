@@ -124,6 +124,7 @@ class Federation:
         limits: Sizes and times.
         labels: The classes in their order, when peers bring data of their own.
         weights_hash: Of the frozen model's weights, where it is loaded.
+        read: What must be the same at all peers -> a hash of it, where it is read.
     """
 
     id: str
@@ -132,6 +133,7 @@ class Federation:
     limits: Limits = Limits()
     labels: tuple[str, ...] | None = None
     weights_hash: str | None = None
+    read: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a federation of nobody, or with two peers of one name."""
@@ -182,12 +184,14 @@ class Federation:
     def shared(self) -> dict[str, Any]:
         """What must be agreed on, flat and as JSON has it.
 
-        Settings that are a peer's own are left out, and where the peers are reached.
+        Settings that are a peer's own are left out, and where the peers are reached. Of plugins
+        what is in them counts, not where they lie.
         """
         config = self.config.to_json()
         shared = {
             "federation": self.id,
-            **{key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
+            **{key: config[key] for key in config.keys() - LOCAL_SETTINGS - {"plugin"}},
+            **self.read,
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,

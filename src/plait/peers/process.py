@@ -18,7 +18,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from safetensors import SafetensorError
 from plait.config import Config
 from plait.data.tasks import Task, load_task
 from plait.engines.checkpoint import load_beside
-from plait.engines.fingerprints import fingerprints
+from plait.engines.fingerprints import FILES, fingerprints, of_tokenizer
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
 from plait.figures import taken
 from plait.lora import Stack
+from plait.machine.files import held
 from plait.machine.process_settings import configure_process
 from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
@@ -63,7 +65,7 @@ from plait.plugins import load_plugins
 from plait.presets import as_settings
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
-from plait.runs.run_folder import RunFolder
+from plait.runs.run_folder import RunFolder, load_fingerprints
 from plait.topology import topology_row
 
 LOG = logging.getLogger("plait.peer")
@@ -148,11 +150,14 @@ class Process:
         self.member = federation.member(settings.name)
         load_plugins(settings.apply(federation.config).plugin)
         check_members(federation)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self._until_end = ExitStack()
+        self._until_end.enter_context(held(settings.out))
         self.folder = open_folder(federation, settings)
         self.leave = leave
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
-        federation = dataclasses.replace(federation, weights_hash=self.job.backbone.weights_hash)
+        federation = with_what_was_read(federation, self.job, load_fingerprints(self.folder.path))
         self.federation = federation
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
@@ -198,6 +203,7 @@ class Process:
         self.exchange.stop()
         self.transport.stop(0.5)
         self._metrics()
+        self._until_end.close()
 
     def run(self) -> bool:
         """All rounds, then the adapter, then a while for those who still need messages."""
@@ -379,6 +385,25 @@ def open_folder(federation: Federation, settings: PeerSettings) -> RunFolder:
     folder.check(lambda: read)
     folder.create(config, read, made_by(settings.machine))
     return folder
+
+
+def with_what_was_read(federation: Federation, job: Job, read: Mapping[str, str]) -> Federation:
+    """The federation with hashes of what all peers must have read alike.
+
+    Args:
+        federation: As its file has it.
+        job: The prepared run.
+        read: What this peer read -> a hash of it.
+    """
+    names = [*FILES.keys() - {"backbone"}]
+    if federation.config.task != "file":  # else peers may have rows of their own
+        names += ["training rows", "test rows"]
+    common = {name: read[name] for name in names if name in read}
+    return dataclasses.replace(
+        federation,
+        weights_hash=job.backbone.weights_hash,
+        read=common | {"tokenizer": of_tokenizer(job.backbone.tokenizer)},
+    )
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:
