@@ -252,6 +252,7 @@ def test_wrong_options_are_usage_errors(capsys, args):
     [
         (["--seeds=one"], "--seeds is 'one'; give numbers"),
         (["--lr-grid=low"], "--lr-grid is 'low'"),
+        (["--lr-grid=1e-3,0.001"], "give each rate once"),
         (["--lrs=adf"], "--lrs is 'adf'; write it like"),
         (["--methods=adf,fa"], "Unknown method 'fa'. Did you mean ffa"),
         (["--seed=3"], "plait compare` takes --seeds"),
@@ -403,6 +404,16 @@ def test_a_comparison_does_not_go_on_in_a_runs_folder(capsys, finished, data):
     line = complaint(capsys, ["compare", *data, f"--out={finished}", "--resume"])
     assert "holds no comparison" in line
     assert (finished / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["summary.json", "events.jsonl", "checkpoint.safetensors"])
+@pytest.mark.parametrize("command", ["report", "predict"])
+def test_what_a_run_left_is_not_written_over(capsys, finished, command, name):
+    before = (finished / name).read_bytes()
+    texts = [] if command == "report" else ["--text=a"]
+    line = complaint(capsys, [command, str(finished), *texts, f"--out={finished / name}"])
+    assert "take another --out" in line
+    assert (finished / name).read_bytes() == before
 
 
 def test_a_run_in_which_nobody_met_says_so(finished):

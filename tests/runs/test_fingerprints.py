@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_job
 from plait.config import Config
 from plait.data.tasks import Rows, Task
-from plait.engines.fingerprints import SMALL_BYTES, of_file, of_rows
+from plait.engines.fingerprints import FILES, SMALL_BYTES, of_file, of_rows
 from plait.events import RoundDone
 from plait.runs.made_by import PACKAGES
 from plait.runs.run import Run
@@ -110,6 +110,22 @@ def test_keys_texts_and_shares_count():
         now = of_rows(dataclasses.replace(task, train=other), shares)
         assert [name for name in now if now[name] != before[name]] == ["training rows"]
     assert of_rows(task, shares[::-1])["clients' shares"] != before["clients' shares"]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("tokenizer.json", True), ("vocab.txt", True), ("model-00001-of-00002.safetensors", True),
+        ("chat_template.jinja", True), ("spiece.model", True), ("README.md", False),
+    ],
+)  # fmt: skip
+def test_of_a_backbone_whatever_is_read_counts(tmp_path, name, counts):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("one")
+    config = Config(backbone=str(tmp_path))
+    before = FILES["backbone"](config)
+    (tmp_path / name).write_text("two")
+    assert (FILES["backbone"](config) != before) == counts
 
 
 def test_of_a_large_file_blocks_are_hashed(tmp_path):

@@ -172,6 +172,19 @@ def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> No
         need("ray", "ray", "--engine ray")
 
 
+def check_file(out: Path, *read: Path) -> None:
+    """Refuse to write over a file that is read, or that a run left.
+
+    Raises:
+        ValueError: `out` is one of these.
+    """
+    if out.exists() and (out.suffix in OF_RUNS or any(out.samefile(file) for file in read)):
+        raise ValueError(f"{out} is there already, and it would be lost; take another --out.")
+
+
+OF_RUNS = (".json", ".jsonl", ".safetensors")
+
+
 def parts(given: Iterable[str]) -> list[str]:
     """The parts of an option that may be given again, each time a list with commas."""
     return [part for text in given for part in split(text)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 from rich.console import Console
 
-from plait.cli.arguments import Flag, Names, parse
+from plait.cli.arguments import Flag, Names, check_file, parse
 from plait.data.sources import read_prompts, read_texts
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def predict(args: list[str]) -> None:
         raise ValueError("Give texts: --text 'Who was it?', or --file rows.csv.")
     if given.file is not None and not given.file.is_file():
         raise ValueError(f"There is no file {given.file}.")
-    if given.file and given.out and given.out.exists() and given.out.samefile(given.file):
-        raise ValueError(f"--out is the file of texts, {given.file}; take another --out.")
+    if given.out is not None:
+        check_file(given.out, *filter(None, [given.file]))
     from plait.runs.trained import find
 
     found = find(given.path, client)

@@ -354,8 +354,9 @@ def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
 def _labels(values: list[object] | None) -> tuple[str, ...] | None:
     if values is None:
         return None
-    if len({value for value in values if isinstance(value, str)}) != len(values) or not values:
-        raise ValueError(f'labels is {values!r}; write the classes, such as ["no", "yes"].')
+    names = {value for value in values if isinstance(value, str) and value.strip()}
+    if len(names) != len(values) or len(values) < 2:
+        raise ValueError(f'labels is {values!r}; write two classes or more, such as ["no", "yes"].')
     return tuple(map(str, values))
 
 
