@@ -61,7 +61,7 @@ class Plan:
         machine: Where and how fast.
 
     Raises:
-        ValueError: A method or rate twice, an unknown method, no seeds, a rate for one not compared.
+        ValueError: A method or rate twice, one unknown, no seeds, a rate for one not compared.
     """
 
     config: Config
