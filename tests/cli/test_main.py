@@ -117,6 +117,7 @@ def test_help_has_a_group_for_each_topic(capsys, monkeypatch):
     assert [group.strip() for group in groups] == ["", *TOPICS, "machine"]
     assert {one for kind in TOPICS.values() for one in names_of(kind)} == names_of(Config)
     assert max(map(len, said.splitlines())) <= 80
+    assert "given, with a number where it is taken. --resume takes" in said, "lines are filled"
 
 
 def test_the_api_can_be_looked_through():

@@ -28,6 +28,14 @@ from plait.machine.extras import need
 from plait.plugins import load_plugins
 from plait.presets import start_from
 
+def _flowing(text: str) -> str:
+    """A docstring with a line for each of its paragraphs."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")).rstrip()
+
+
+# tyro's own keeps line breaks before indented lines, as are all but the first of a field's.
+tyro._strings.remove_single_line_breaks = _flowing
+
 Command = TypeVar("Command")
 Settings = TypeVar("Settings")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
