@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import signal
 import socket
 import threading
@@ -21,7 +22,7 @@ from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
 from plait.data.tasks import load_task
-from plait.events import from_line, to_line
+from plait.events import Evaluated, from_line, to_line
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
@@ -288,12 +289,20 @@ def test_results_of_all_peers_are_brought_together(tmp_path):
         save_file({"x": torch.full((2, 2), float(client))}, adapter / "adapter_model.safetensors")
         (adapter / "adapter_config.json").write_text("{}")
         shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
-        values = dict.fromkeys(shared, "x") | {
-            "accuracy": 0.5 + 0.2 * client, "loss": 1.0, "sent_bytes": 10, "incidents": {},
-        }  # fmt: skip
+        values = dict.fromkeys(shared, "x") | {"sent_bytes": 10, "incidents": {}}
         (out / "summary.json").write_text(json.dumps(values))
+        end = Evaluated(
+            round=1, rows=4, scores=[0.5 + 0.2 * client], losses=[1.0], averaged_score=math.nan,
+            averaged_loss=math.nan, seconds=1.0, confusion=[[2, 0], [client, 2 - client]],
+            own_scores=[0.25 + client / 2], own_rows=[8],
+        )  # fmt: skip
+        said = (one_peer().job.started, end)
+        (out / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
     summary = up.merge(file, tmp_path)
     assert summary["accuracy_client_min"] == 0.5
+    assert (summary["accuracy_own_mean"], summary["accuracy_own_min"]) == (0.5, 0.25)
+    assert summary["macro_f1_clients"] == pytest.approx((8 / 9 + 6 / 7) / 2)  # of [[4, 0], [1, 3]]
+    assert "accuracy_averaged_model" not in summary
     assert summary["sent_bytes"] == 20
     mean = load_file(tmp_path / "adapters" / "mean" / "adapter_model.safetensors")["x"]
     assert torch.equal(mean, torch.full((2, 2), 0.5))

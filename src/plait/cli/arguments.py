@@ -28,6 +28,7 @@ from plait.machine.extras import need
 from plait.plugins import load_plugins
 from plait.presets import start_from
 
+
 def _flowing(text: str) -> str:
     """A docstring with a line for each of its paragraphs."""
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")).rstrip()

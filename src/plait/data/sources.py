@@ -470,7 +470,7 @@ def text_columns(config: Config) -> tuple[str, ...]:
 
 
 def read_texts(
-    file: str, columns: Sequence[str], *, skip_bad_rows: bool = False, **how: str | None
+    file: str, columns: Sequence[str], *, skip_bad_rows: bool = False, **how: Any
 ) -> list[tuple[str, ...]]:
     """The texts of a file without labels, in its order.
 
@@ -492,7 +492,7 @@ def read_texts(
 
 
 def read_prompts(
-    file: str, column: str, *, skip_bad_rows: bool = False, **how: str | None
+    file: str, column: str, *, skip_bad_rows: bool = False, **how: Any
 ) -> list[dict[str, Any]]:
     """The prompts of a file for a language model, in its order (`conversations.asked`).
 
