@@ -29,9 +29,9 @@ from plait.plugins import load_plugins
 from plait.presets import start_from
 
 
-def _flowing(text: str) -> str:
+def _flowing(helptext: str) -> str:
     """A docstring with a line for each of its paragraphs."""
-    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")).rstrip()
+    return "\n\n".join(" ".join(part.split()) for part in helptext.split("\n\n")).rstrip()
 
 
 # tyro's own keeps line breaks before indented lines, as are all but the first of a field's.

@@ -181,7 +181,11 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
     said = [load_events(folder) for folder in folders]
     ends = [[one for one in events if isinstance(one, Evaluated)][-1] for events in said]
-    nobody_has = {"averaged_score": math.nan, "averaged_loss": math.nan, "averaged_confusion": []}
+    nobody_has: dict[str, Any] = {
+        "averaged_score": math.nan,
+        "averaged_loss": math.nan,
+        "averaged_confusion": [],
+    }
     end = replace(together(ends), seconds=math.nan, **nobody_has)
     start = next(one for one in said[0] if isinstance(one, Started))
     shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
