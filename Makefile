@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 	@echo "Done: $(BIN)/plait run --preset smoke"
 
 demo: $(STAMP) ## Compare five methods on 10 clients, with real text; results in runs/demo
-	@rm -rf $(DEMO_DIR)
+	@[ ! -e $(DEMO_DIR) ] || mv $(DEMO_DIR) $(DEMO_DIR)-before-$$(date +%Y%m%d-%H%M%S)
 	@$(BIN)/plait compare --preset demo --seeds 0,1,2 --out $(DEMO_DIR)
 
 # What plait sets for itself (machine/process_settings.py; a test holds both alike), for every system measured.

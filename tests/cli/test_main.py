@@ -118,6 +118,7 @@ def test_help_has_a_group_for_each_topic(capsys, monkeypatch):
     assert [group.strip() for group in groups] == ["", *TOPICS, "machine"]
     assert {one for kind in TOPICS.values() for one in names_of(kind)} == names_of(Config)
     assert max(map(len, said.splitlines())) <= 80
+    assert "given, with a number where it is taken. --resume takes" in said, "lines are filled"
 
 
 def test_the_api_can_be_looked_through():
@@ -261,6 +262,7 @@ def test_wrong_options_are_usage_errors(capsys, args):
     [
         (["--seeds=one"], "--seeds is 'one'; give numbers"),
         (["--lr-grid=low"], "--lr-grid is 'low'"),
+        (["--lr-grid=1e-3,0.001"], "give each rate once"),
         (["--lrs=adf"], "--lrs is 'adf'; write it like"),
         (["--methods=adf,fa"], "Unknown method 'fa'. Did you mean ffa"),
         (["--seed=3"], "plait compare` takes --seeds"),
@@ -412,6 +414,16 @@ def test_a_comparison_does_not_go_on_in_a_runs_folder(capsys, finished, data):
     line = complaint(capsys, ["compare", *data, f"--out={finished}", "--resume"])
     assert "holds no comparison" in line
     assert (finished / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["summary.json", "events.jsonl", "checkpoint.safetensors"])
+@pytest.mark.parametrize("command", ["report", "predict"])
+def test_what_a_run_left_is_not_written_over(capsys, finished, command, name):
+    before = (finished / name).read_bytes()
+    texts = [] if command == "report" else ["--text=a"]
+    line = complaint(capsys, [command, str(finished), *texts, f"--out={finished / name}"])
+    assert "take another --out" in line
+    assert (finished / name).read_bytes() == before
 
 
 def test_a_run_in_which_nobody_met_says_so(finished):

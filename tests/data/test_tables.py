@@ -28,6 +28,10 @@ CODES = {
     "beyond 2^53": ("9007199254740992", "9007199254740993", "9007199254740995"),
     "whole": ("1", "1.0", "2"),
     "words": ("1", "10", "9a", "NA", "True"),
+    "bases": ("0x10", "16", "1_6"),
+    "beyond floats": ("1e400", "1e401", "2"),
+    "zeros with a sign": ("-0", "+0", "0"),
+    "digits of others": ("\u0661", "1", "\u00b9"),
 }
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 
@@ -189,6 +193,32 @@ def test_lists_of_parquet_are_refused(tmp_path):
         read_file(str(tmp_path / "x.parquet"), ["text"], "label")
 
 
+@pytest.mark.parametrize(
+    "label", ["['fruit', 'tool']", '["fruit"]', "[1, 0]", "[1 0]", "{'a': 1}", "('a', 'b')", "[]"]
+)
+def test_a_list_that_was_written_into_a_text_is_no_class(tmp_path, label):
+    file = write(tmp_path / "x.csv", [("a", "x"), ("b", label)])
+    with pytest.raises(ValueError, match=r"1 of 2 rows have a list as 'label', .*: line 3"):
+        texts_and_labels(Path(file))
+
+
+def test_a_name_in_brackets_is_a_class(tmp_path):
+    names = ("(other)", "[NER]", "{a}")
+    assert own(tmp_path, [*names] * 8, ["[NER]"]).label_names == names
+
+
+def test_classes_that_are_several_of_the_others_are_named(tmp_path, caplog):
+    names = ("a|b", "b; c", "a", "b", "c", "a/b", "x|y")
+    assert len(own(tmp_path, [*names] * 8, ["c"]).label_names) == 7
+    assert "'a|b', 'b; c' of train_file are classes of their own" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["nan", "NULL", "N/A", "none"])
+def test_a_class_that_may_stand_for_nothing_is_named(tmp_path, caplog, name):
+    assert set(own(tmp_path, [name, "a"] * 8, ["a"]).label_names) == {name, "a"}
+    assert f"{name!r} of train_file is a class" in caplog.text
+
+
 def test_true_and_false_are_classes_but_not_beside_others(tmp_path):
     assert own(tmp_path, [True, False] * 9, [True], "jsonl").label_names == ("False", "True")
     with pytest.raises(ValueError, match=r"train.jsonl, line 1: the 'label' is true or false"):
@@ -229,6 +259,7 @@ def test_classes_that_look_alike_are_named(tmp_path, caplog, names):
         ("text\tlabel\na\tx\nb\ty\n", "ax by"),
         ("\r\ntext,label\r\na,x\r\nb,y\r\n", "ax by"),
         ("text,label\ra,x\rb,y\r", "ax by"),
+        ("sep=;\ntext;label\na, c;x\nb;y\n", "a, cx by"),
     ],
 )
 def test_columns_are_as_the_header_says(tmp_path, content, wanted):
@@ -246,6 +277,8 @@ def test_columns_are_as_the_header_says(tmp_path, content, wanted):
         ("a", "have 1 field where the header names 2"),
         ("a,", "have no 'label': line 3"),
         (",x", "have no 'text': line 3"),
+        ("text,label", "are the header again"),
+        ("\ufefftext,label", "are the header again"),
     ],
 )
 def test_a_row_with_other_fields_is_refused_by_line(tmp_path, caplog, name, row, message):
@@ -309,6 +342,29 @@ def test_a_stray_quote_swallows_no_rows(tmp_path, caplog, first, last, label):
     wanted = [tuple(row.rsplit(",", 1)) for i, row in enumerate(rows) if i != first]
     assert [(text.replace('"', ""), name) for text, name in read] == wanted
     assert "1 of 40 rows have a stray" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda file: sources.read_texts(file, ["text"]),
+        lambda file: sources.read_prompts(file, "text"),
+        lambda file: sources.read_chat(Config(task="chat", train_file=file), "train_file"),
+    ],
+)
+def test_a_stray_quote_swallows_no_rows_where_there_are_no_labels(tmp_path, read):
+    rows = [f"ask for {k},number {k}" for k in range(40)]
+    file = tmp_path / "x.csv"
+    file.write_text("\n".join(["text,n", *rows]))
+    assert len(read(str(file))) == 40
+    rows[3], rows[33] = f'"{rows[3]}', rows[33].replace(",", '",')
+    file.write_text("\n".join(["text,n", *rows]))
+    with pytest.raises(ValueError, match=r"1 of 40 rows have a stray quotation mark.*: line 5"):
+        read(str(file))
+    # Of several lines as well, and not one of them looks as if it were several rows.
+    rows[3:34] = ['"a, b\nc, d\ne, f\n\nAnn",x', '"a, b\nc, d\ne, f\nAnn",x']
+    file.write_text("\n".join(["text,n", *rows]))
+    assert len(read(str(file))) == 11
 
 
 @pytest.mark.parametrize(

@@ -436,6 +436,20 @@ def test_failures_are_none_where_nothing_failed(monkeypatch, tmp_path):
     assert failures(sweep) == []
 
 
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "max_new_tokens = [16, 32]",
+        "dp_delta = [1e-5, 1e-6]",
+        'edges_file = ["a.txt", "b.txt"]',
+        'objective = ["auto", "classification"]',
+    ],
+)
+def test_an_axis_that_nothing_gives_a_meaning_is_refused(tmp_path, axis):
+    with pytest.raises(ValueError, match=f"axes: {axis.split()[0]} makes no difference"):
+        grid(tmp_path, GRID.replace("switch_every = [3, 1]", axis))
+
+
 def test_an_axis_that_changes_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="axes: p makes no difference"):
         grid(tmp_path, GRID.replace("clients = 4", 'clients = 4\ntopology = "ring"'))

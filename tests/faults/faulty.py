@@ -98,8 +98,8 @@ def _while_waiting(round_: int) -> None:
 def _after_mixing(round_: int) -> None:
     original = engine.Peer._mix
 
-    def mix(self, round_done, turn, heard):
-        result = original(self, round_done, turn, heard)
+    def mix(self, *args):
+        result = original(self, *args)
         if self.inbox.round == round_ + 1:
             die()
         return result
@@ -151,10 +151,10 @@ def _after_saving_unheard(round_: int) -> None:
 def _while_evaluating(round_: int) -> None:
     original = engine.evaluation
 
-    def evaluation(job, stack, t):
+    def evaluation(job, stack, clients, t):
         if t == round_:
             die()
-        return original(job, stack, t)
+        return original(job, stack, clients, t)
 
     engine.evaluation = evaluation
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import plait
@@ -184,6 +185,26 @@ def test_outputs_are_matched_by_name(tmp_path):
     assert torch.equal(loaded.model.classifier.bias, model.classifier.bias[[1, 2, 0]])
 
 
+NUMBERED = tuple(sorted(f"LABEL_{k}" for k in range(12)))  # as words: 0, 1, 10, 11, 2, ...
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ([f"LABEL_{k}" for k in range(12)], NUMBERED),
+        (["Not-Entailment", "ENTAILMENT"], ("entailment", "not_entailment")),
+        (["not  entailment", "entailment"], ("entailment", "not_entailment")),
+        ([str(k) for k in range(12)], tuple(map(str, range(12)))),
+    ],
+)
+def test_outputs_are_matched_however_names_are_written(tmp_path, theirs, ours):
+    model, config = finished(tmp_path, theirs)
+    plain = ["_".join(name.lower().replace("-", " ").split()) for name in theirs]
+    order = [plain.index(name.lower()) for name in ours]
+    found = load_model(config, len(ours), ours).model.classifier.weight
+    assert torch.equal(found, model.classifier.weight[order])
+
+
 def test_outputs_without_names_stay_as_they_are(tmp_path):
     model, config = finished(tmp_path, ["LABEL_0", "LABEL_1", "LABEL_2"])
     loaded = load_model(config, 3, ("fruit", "pet", "tool"))
@@ -203,9 +224,32 @@ def _cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def _another_depth(file):
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"num_hidden_layers": 3}))
+def _with(**settings):
+    def change(file):
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+def _without(part):
+    def change(file):
+        tensors = {name: x for name, x in load_file(file).items() if part not in name}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return change
+
+
+def _nan(file):
+    tensors = load_file(file)
+    tensors["encoder.layer.1.output.dense.weight"][3] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _pointer(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+
+
+CODE = {"AutoModelForSequenceClassification": "mine.Model", "AutoConfig": "mine.Config"}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +258,13 @@ def _another_depth(file):
         ("model.safetensors", _cut, "model.*can't be loaded"),
         ("config.json", _cut, "model.*can't be loaded"),
         ("tokenizer.json", _cut, "model.*can't be loaded"),
-        ("config.json", _another_depth, "is torn"),
+        ("config.json", _with(num_hidden_layers=3), "is torn"),
+        ("config.json", _with(vocab_size=98), "is torn: .*word_embeddings"),
+        ("config.json", _with(model_type="mine", auto_map=CODE), "can't be loaded.*custom code"),
+        ("model.safetensors", _without("word_embeddings"), "is torn: .*word_embeddings"),
+        ("model.safetensors", _without("embeddings.LayerNorm"), "is torn: .*embeddings.LayerNorm"),
+        ("model.safetensors", _pointer, "Git LFS in the place of model.safetensors: run `git lfs"),
+        ("tokenizer.json", _pointer, "Git LFS in the place of tokenizer.json"),
     ],
 )
 def test_a_torn_folder_is_said_in_a_line(name, change, said, tmp_path):
@@ -223,6 +273,18 @@ def test_a_torn_folder_is_said_in_a_line(name, change, said, tmp_path):
     with pytest.raises(ValueError, match=said) as error:
         load_model(Config(backbone=str(folder)), 2)
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_old_checkpoints_do_not_matter(tmp_path):
+    folder = save_encoder("bert", tmp_path / "model")
+    _with(return_dict=False, output_hidden_states=True)(folder / "config.json")
+    config = Config(backbone=str(folder))
+    assert type(Backbone(load_model(config, 2), config).encoder).__name__ == "PackedEncoder"
+    _without("pooler")(folder / "model.safetensors")
+    assert "bert.pooler.dense" in load_model(config, 2).fresh, "as many have none"
+    _nan(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="its answers aren't finite numbers"):
+        Backbone(load_model(config, 2), config)
 
 
 @pytest.mark.parametrize("left", [None, '{"tokenizer_class": "BertTokenizer"}'])

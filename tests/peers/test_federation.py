@@ -10,7 +10,7 @@ import stat
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from plait.config import Config, Machine
 from plait.peers.certificates import (
@@ -128,9 +128,9 @@ def authority_of(files) -> Pair:
     return Pair((files.parent / "ca.pem").read_bytes(), (files.parent / "ca.key").read_bytes())
 
 
-def signed(files, name="ann", usages=None, extended=None, **span) -> Pair:
+def signed(files, name="ann", usages=None, extended=None, key=None, by=None, **span) -> Pair:
     """A certificate that is good but for what is given."""
-    authority, key = authority_of(files), ec.generate_private_key(ec.SECP256R1())
+    authority, key = by or authority_of(files), key or ec.generate_private_key(ec.SECP256R1())
     now, day = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
     builder = (
         x509.CertificateBuilder()
@@ -152,6 +152,33 @@ def signed(files, name="ann", usages=None, extended=None, **span) -> Pair:
         builder.sign(signer, hashes.SHA256()).public_bytes(pem),
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain),
     )
+
+
+def authority(*more: x509.ExtensionType, above: Pair | None = None, begin=-1, end=30) -> Pair:
+    """An authority with some extensions, of its own or signed by another one."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name(
+        [x509.NameAttribute(x509.NameOID.COMMON_NAME, f"authority {begin}{bool(above)}")]
+    )
+    now, day = dt.datetime.now(dt.UTC), dt.timedelta(days=1)
+    issuer = x509.load_pem_x509_certificate(above.certificate).subject if above else name
+    builder = x509.CertificateBuilder(
+        issuer, name, key.public_key(), 1, now + begin * day, now + end * day
+    ).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    for extension in more:
+        builder = builder.add_extension(extension, critical=True)
+    signer = serialization.load_pem_private_key(above.key, None) if above else key
+    plain = serialization.NoEncryption()
+    return Pair(
+        builder.sign(signer, hashes.SHA256()).public_bytes(PEM),
+        key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, plain),
+    )
+
+
+def under(files, above: Pair) -> Pair:
+    """A certificate of another authority, whose own is in the files."""
+    load_peer(files, "ann").ca.write_bytes(above.certificate)
+    return signed(files, by=above)
 
 
 def key_as(data: bytes, encoding, encryption=None) -> bytes:
@@ -179,6 +206,7 @@ def test_peers_do_not_stop_early(files):
 
 PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
 LOCKED = serialization.BestAvailableEncryption(b"open-sesame")
+OTHER_NAMES = x509.NameConstraints([x509.DNSName("example.org")], None)
 SERVER = [x509.ExtendedKeyUsageOID.SERVER_AUTH]
 UNFIT = {
     "locked key": ("key", lambda files, good: key_as(good.key, PEM, LOCKED), "encrypted.*decrypt"),
@@ -201,6 +229,20 @@ UNFIT = {
     "server only": (
         "pair", lambda files, good: signed(files, extended=SERVER), "for clientAuth",
     ),
+    "a key that TLS has no use for": (
+        "pair", lambda files, good: signed(files, key=ed25519.Ed25519PrivateKey.generate()),
+        "Ed25519.*openssl genpkey",
+    ),
+    "a curve that TLS has no use for": (
+        "pair", lambda files, good: signed(files, key=ec.generate_private_key(ec.SECP521R1())),
+        "secp521r1.*openssl genpkey",
+    ),
+    "an authority that may not sign": (
+        "pair", lambda files, good: under(files, authority(no_signature())), "no connection under",
+    ),
+    "an authority for other names": (
+        "pair", lambda files, good: under(files, authority(OTHER_NAMES)), "permitted subtree",
+    ),
     "no signing": ("pair", lambda files, good: signed(files, usages=no_signature()), "not sign"),
 }  # fmt: skip
 """What is wrong -> the file, what is in it, and what is said of it."""
@@ -221,6 +263,7 @@ def test_unfit_papers_are_refused_in_a_line_with_file_and_remedy(files, kind):
         read_credentials(settings)
     said = str(refused.value)
     named = settings.certificate if which == "pair" else getattr(settings, which)
+    named = settings.key if "TLS has no use" in kind else named
     assert str(named) in said
     assert "\n" not in said
     assert ";" in said or ":" in said, "with what to do"
@@ -233,6 +276,22 @@ def test_papers_of_another_making_are_taken(files):
     settings.certificate.write_bytes(pair.certificate + authority_of(files).certificate)
     settings.key.write_bytes(pair.key)
     assert read_credentials(settings)[1].key == pair.key
+
+
+def test_papers_as_editors_and_renewals_leave_them_are_taken(files):
+    """With a byte order mark, a chain in any order, and the authority's old certificate first."""
+    settings = load_peer(files, "ann")
+    old, root = authority(begin=-90, end=-30), authority()
+    between = authority(above=root)
+    below = authority(above=between, begin=-2)
+    pair = signed(files, by=below)
+    settings.ca.write_bytes(old.certificate + root.certificate)
+    settings.certificate.write_bytes(pair.certificate + between.certificate + below.certificate)
+    settings.key.write_bytes(pair.key)
+    for path in (settings.ca, settings.certificate, settings.key):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    ca, own = read_credentials(settings)
+    assert all(data.startswith(b"-----BEGIN") for data in (ca, own.certificate, own.key))
 
 
 def test_the_figures_of_one_hosts_peers_are_on_different_ports(tmp_path):
@@ -344,7 +403,7 @@ def test_the_digest_covers_what_must_be_agreed_on_and_no_more():
         federation(peers=PEERS[::-1]),
         federation(limits=Limits(symmetric_loss=True)),
         federation(labels=("x", "y")),
-        federation(model={"weights_hash": "0123"}),
+        federation(read={"weights_hash": "0123"}),
         with_config(weights="laplacian"),
         with_config(backbone="other"),
         with_config(load_in="8bit"),
@@ -378,8 +437,10 @@ address = "h:2"
         ("rounds = 2", "rounds = 0", "rounds is 0"),
         ('address = "h:2"', "", r"\[\[peers\]\].*address"),
         ('address = "h:2"', 'address = "h"', "host:port"),
-        ("[run]", "labels = [1]\n[run]", "write the classes"),
-        ("[run]", 'labels = ["a", "a"]\n[run]', "write the classes"),
+        ("[run]", "labels = [1, 2]\n[run]", "write two classes"),
+        ("[run]", 'labels = ["a", "a"]\n[run]', "write two classes"),
+        ("[run]", 'labels = ["a"]\n[run]', "write two classes"),
+        ("[run]", 'labels = ["a", " "]\n[run]', "write two classes"),
         ("[run]", "[limits]\nlinger_s = true\n[run]", r"\[limits\]: linger_s"),
         ("[run]", "peers = [3]\n[run]", "TOML"),
     ],

@@ -23,7 +23,7 @@ from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
 from plait.data.tasks import load_task
-from plait.events import from_line, to_line
+from plait.events import Evaluated, from_line, to_line
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
@@ -165,6 +165,30 @@ def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeyp
     assert digest == process.federation.digest() != federation.digest()
 
 
+READ = ("edges", "label mixtures", "plugins", "training rows", "test rows", "backbone")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_all_must_read_alike_is_part_of_it(name):
+    job = one_peer().job
+    job.backbone.tokenizer = tiny_tokenizer()
+    members = tuple(member(f"p{k}") for k in range(3))
+
+    def digest(config: Config = CONFIG, **changed: str) -> str:
+        federation = Federation(id="f", config=config, peers=members)
+        read = dict.fromkeys(READ, "0") | changed
+        return peers.with_what_was_read(federation, job, read).digest()
+
+    before = digest()
+    assert (digest(**{name: "1"}) == before) == (name == "backbone"), "which the weights tell"
+    own = dataclasses.replace(CONFIG, task="file")
+    assert (digest(own, **{name: "1"}) == digest(own)) == (name in READ[3:])
+    elsewhere = (dataclasses.replace(CONFIG, plugin=f"/{host}/mine.py") for host in "ab")
+    assert len({digest(config) for config in elsewhere}) == 1
+    job.backbone.tokenizer.add_tokens(["more"])
+    assert digest() != before
+
+
 def test_what_stops_a_peer_names_settings_of_its_files(tmp_path, monkeypatch):
     file = init_federation(tmp_path / "f", ["p0", "p1", "p2"], CONFIG)
     (tmp_path / "f" / "p0" / "out").mkdir()
@@ -266,15 +290,19 @@ def test_results_of_all_peers_are_brought_together(tmp_path, monkeypatch):
         save_file({"x": torch.full((2, 2), float(client))}, adapter / "adapter_model.safetensors")
         (adapter / "adapter_config.json").write_text("{}")
         shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
-        values = dict.fromkeys(shared, "x") | {
-            "accuracy": 0.5 + 0.2 * client, "loss": 1.0, "sent_bytes": 10, "incidents": {},
-        }  # fmt: skip
+        values = dict.fromkeys(shared, "x") | {"sent_bytes": 10, "incidents": {}}
         (out / "summary.json").write_text(json.dumps(values))
         begin = [
             dataclasses.replace(one_peer().job.started, objective="language"),
             fake_runs.evaluated(CONFIG, -1, 0.5),
         ]
-        (out / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in begin))
+        end = Evaluated(
+            round=1, rows=4, scores=[0.5 + 0.2 * client], losses=[1.0], averaged_score=math.nan,
+            averaged_loss=math.nan, seconds=1.0, confusion=[[2, 0], [client, 2 - client]],
+            own_scores=[0.25 + client / 2], own_rows=[8],
+        )  # fmt: skip
+        said = (*begin, end)
+        (out / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in said))
     monkeypatch.setattr(up, "write_samples", lambda *given: {"exact_match": given == written})
     written = (tmp_path, load_federation(file).config)
     summary = up.merge(file, tmp_path)
@@ -282,6 +310,9 @@ def test_results_of_all_peers_are_brought_together(tmp_path, monkeypatch):
     assert summary["accuracy_base"] == 0.52
     assert summary["perplexity_client_mean"] == pytest.approx(math.e)
     assert summary["accuracy_client_min"] == 0.5
+    assert (summary["accuracy_own_mean"], summary["accuracy_own_min"]) == (0.5, 0.25)
+    assert summary["macro_f1_clients"] == pytest.approx((8 / 9 + 6 / 7) / 2)  # of [[4, 0], [1, 3]]
+    assert "accuracy_averaged_model" not in summary
     assert summary["sent_bytes"] == 20
     mean = load_file(tmp_path / "adapters" / "mean" / "adapter_model.safetensors")["x"]
     assert torch.equal(mean, torch.full((2, 2), 0.5))

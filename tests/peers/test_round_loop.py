@@ -292,8 +292,8 @@ def test_a_neighbour_that_lies_about_its_round_moves_nobody():
     peer.desk.heard_of(0, 10**9)
     peer.desk.heard_of(2, 0)
     assert peer._catch_up() == 0
-    peer.desk.heard_of(0, "soon")
-    peer.desk.heard_of(0, -5)
+    for word in ("soon", -5, 1e9, None, [10**9], 10**40):
+        peer.desk.heard_of(0, word)
     assert peer.desk.target() == 0
 
 

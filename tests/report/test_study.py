@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 
-from fake_folders import CONFIG, write_run
+from fake_folders import CONFIG, write_peer, write_run
 from plait.report.page import html_report
 from plait.report.study import find_studies, read_studies, settings
 
@@ -34,6 +34,16 @@ def test_a_copy_and_a_second_run_of_the_same_seed_count_once(tmp_path):
     (study,) = read_studies([tmp_path])
     assert [track.path.name for _, track in study.tracks] == ["a", "c"]
     assert "the same settings and seed (0)" in study.remarks[0]
+
+
+def test_the_copy_of_a_federation_and_a_peer_given_beside_it_count_once(tmp_path):
+    for client in range(4):
+        write_peer(tmp_path / "fed" / f"p{client}" / "out", client, CONFIG.rounds)
+    shutil.copytree(tmp_path / "fed", tmp_path / "copy")
+    (study,) = read_studies([tmp_path / "fed", tmp_path / "copy", tmp_path / "fed" / "p1" / "out"])
+    assert [label for label, _ in study.tracks] == ["adf"]
+    assert study.tracks[0][1].scored[-1] == [0, 1, 2, 3]
+    assert any("the same settings and seed (0)" in remark for remark in study.remarks)
 
 
 def test_runs_of_a_comparison_count_in_it_alone(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from conftest import CHATML, chat_tokenizer, tiny_job, tiny_tokenizer
 from plait.config import Config
 from plait.data.objectives import CLASSIFICATION, LANGUAGE
 from plait.data.tasks import Rows, Task
-from plait.engines.fingerprints import SMALL_BYTES, of_file, of_model, of_rows
+from plait.engines.fingerprints import FILES, SMALL_BYTES, of_file, of_model, of_rows
 from plait.events import RoundDone
 from plait.runs.made_by import PACKAGES
 from plait.runs.run import Run
@@ -35,11 +35,12 @@ def config(tmp_path, monkeypatch) -> Config:
         "dev.csv": rows("dev", ("tool", "fruit")),
         "mixtures.json": "[[1, 1], [1, 1], [1, 1]]",
         "edges.txt": "0 1\n1 2\n",
+        "mine.py": "STEP = 1",
     }
     for name, text in write.items():
         (tmp_path / name).write_text(text)
     files = {"train_file": "train.csv", "dev_file": "dev.csv", "label_skew": "mixtures.json",
-             "edges_file": "edges.txt"}  # fmt: skip
+             "edges_file": "edges.txt", "plugin": "mine.py"}  # fmt: skip
     places = {setting: str(tmp_path / name) for setting, name in files.items()}
     return dataclasses.replace(CONFIG, **places)
 
@@ -60,6 +61,7 @@ CHANGES = {
     "dev.csv": (rows("dev", ("fruit", "tool")), "test rows"),
     "mixtures.json": ("[[1, 9], [9, 1], [1, 1]]", "label mixtures"),
     "edges.txt": ("0 1\n0 2\n", "edges"),
+    "mine.py": ("STEP = 2", "plugins"),
 }
 
 
@@ -111,6 +113,22 @@ def test_keys_texts_and_shares_count():
         now = of_rows(dataclasses.replace(task, train=other), shares)
         assert [name for name in now if now[name] != before[name]] == ["training rows"]
     assert of_rows(task, shares[::-1])["clients' shares"] != before["clients' shares"]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("tokenizer.json", True), ("vocab.txt", True), ("model-00001-of-00002.safetensors", True),
+        ("chat_template.jinja", True), ("spiece.model", True), ("README.md", False),
+    ],
+)  # fmt: skip
+def test_of_a_backbone_whatever_is_read_counts(tmp_path, name, counts):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("one")
+    config = Config(backbone=str(tmp_path))
+    before = FILES["backbone"](config)
+    (tmp_path / name).write_text("two")
+    assert (FILES["backbone"](config) != before) == counts
 
 
 def test_of_a_large_file_blocks_are_hashed(tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from plait.config import Config
 from plait.engines.simulate import simulate
 from plait.events import Evaluated, RoundDone, from_line, to_line
 from plait.factors import Factor
+from plait.machine.files import LOCK
 from plait.metrics import MOST_PAIRED, pair_distances
 from plait.runs.run import Run
 from plait.runs.run_folder import load_run
@@ -50,7 +55,7 @@ def test_the_folder_holds_the_run(tmp_path):
     assert summary["sent_bytes"] == sent > 0
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "events.jsonl", "summary.json", "checkpoint.safetensors", "adapters",
-        "fingerprints.json", "made-by.json",
+        "fingerprints.json", "made-by.json", ".lock",
     }  # fmt: skip
     names = {path.name for path in (tmp_path / "run" / "adapters").iterdir()}
     assert names == {"client-0", "client-1", "client-2", "mean"}
@@ -108,6 +113,26 @@ def test_a_used_folder_is_refused(tmp_path):
         Run(Config.from_json(CONFIG.to_json() | {"lr": 0.5}), tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="holds no finished run"):
         load_run(tmp_path)
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
+    """As where a service and its user start the same run."""
+    list(Run(CONFIG, tmp_path / "run"))
+    more = dataclasses.replace(CONFIG, rounds=5)
+    before = (tmp_path / "run" / "events.jsonl").read_bytes()
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    lock = str(tmp_path / "run" / LOCK)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, lock], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="Another process is writing into"):
+            list(Run(more, tmp_path / "run", resume=True))
+        assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
+        other.kill()
+    list(Run(more, tmp_path / "run", resume=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

@@ -176,6 +176,16 @@ def test_texts_and_files_are_labelled_from_the_command_line(trained, tmp_path, c
     assert written[1:] == printed[1:]
     found = [[float(cell) for cell in row[2 if names else 1 :]] for row in written[1:]]
     np.testing.assert_allclose(found, numbers_of(run.predict(TEXTS)), atol=1e-5)
+    text = rows.read_text()
+    assert main(["predict", str(folder), f"--file={rows}", f"--out={rows}"]) == 1
+    assert "take another --out" in capsys.readouterr().err
+    assert rows.read_text() == text
+    rows.write_bytes(f"{text}1,caf\u00e9\n1,\n".encode("cp1252"))
+    assert main(["predict", str(folder), f"--file={rows}"]) == 1
+    assert "pass --encoding, such as cp1252" in capsys.readouterr().err
+    how = ["--encoding=cp1252", "--delimiter=,", "--skip-bad-rows"]
+    assert main(["predict", str(folder), f"--file={rows}", *how]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 @pytest.mark.parametrize(

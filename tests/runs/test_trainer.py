@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -176,6 +177,17 @@ def test_scores_are_a_regression():
         ({"tokenizer": None}, "give the model's tokenizer"),
         ({"train_dataset": [[{"text": "a", "label": 3}]]}, "from 0 to 2, .* there is 3"),
         ({"train_dataset": [[{"text": "a", "label": "x"}]]}, "there is 'x'"),
+        ({"train_dataset": [[{"text": "a", "label": [1, 0]}]]}, "client 0 have 2 labels each"),
+        ({"train_dataset": [[{"text": ["a", "b"], "label": 1}]]}, "client 0 have list as text"),
+        ({"train_dataset": [[{"text": None, "label": 1}]]}, "client 0 have NoneType as text"),
+        (
+            {"model": tiny_model("bert", 1), "train_dataset": [[{"text": "a", "label": None}]]},
+            "of client 0 must be numbers; there is None",
+        ),
+        (
+            {"model": tiny_model("bert", 1), "eval_dataset": [{"text": "a", "label": math.nan}]},
+            "of eval_dataset must be numbers; there is nan",
+        ),
         ({"train_dataset": [[{"text": "a"}]]}, "have no 'label', only text"),
         ({"eval_dataset": [{"film": "a", "label": 1}]}, "rows of eval_dataset have no 'text'"),
         ({"metric": "acuracy"}, "Unknown metric 'acuracy'"),

@@ -28,6 +28,15 @@ from plait.machine.extras import need
 from plait.plugins import load_plugins
 from plait.presets import start_from
 
+
+def _flowing(helptext: str) -> str:
+    """A docstring with a line for each of its paragraphs."""
+    return "\n\n".join(" ".join(part.split()) for part in helptext.split("\n\n")).rstrip()
+
+
+# tyro's own keeps line breaks before indented lines, as are all but the first of a field's.
+tyro._strings.remove_single_line_breaks = _flowing
+
 Command = TypeVar("Command")
 Settings = TypeVar("Settings")
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -170,6 +179,19 @@ def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> No
         need("dp_accounting", "dp", "Differential privacy")
     if machine.engine == "ray":
         need("ray", "ray", "--engine ray")
+
+
+def check_file(out: Path, *read: Path) -> None:
+    """Refuse to write over a file that is read, or that a run left.
+
+    Raises:
+        ValueError: `out` is one of these.
+    """
+    if out.exists() and (out.suffix in OF_RUNS or any(out.samefile(file) for file in read)):
+        raise ValueError(f"{out} is there already, and it would be lost; take another --out.")
+
+
+OF_RUNS = (".json", ".jsonl", ".safetensors")
 
 
 def parts(given: Iterable[str]) -> list[str]:

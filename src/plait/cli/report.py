@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from plait.cli.arguments import check_file
+
 if TYPE_CHECKING:
     from plait.report.study import Study
 
@@ -51,6 +53,7 @@ class Dashboard:
 def report(args: list[str]) -> None:
     """`plait report`."""
     given = tyro.cli(Report, prog="plait report", args=args)
+    check_file(given.out)
     from plait.machine.files import write_atomically
     from plait.report.page import html_report
     from plait.report.study import read_studies

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 
-from plait.cli.arguments import Names, parse
+from plait.cli.arguments import Flag, Names, check_file, parse
 from plait.data.sources import read_prompts, read_texts
 
 if TYPE_CHECKING:
@@ -30,6 +30,12 @@ class Predict:
     """A text; again for another one."""
     file: Path | None = None
     """A file of texts: CSV, TSV, JSONL or Parquet, with the text columns of the training."""
+    encoding: str | None = None
+    """What --file is written in, such as `cp1252`; UTF-8 when not given."""
+    delimiter: str | None = None
+    """The character between its fields, or `tab`; found by the header when not given."""
+    skip_bad_rows: Flag = False
+    """Leave out rows that can't be read, and say which, instead of refusing."""
     client: str = "mean"
     """The client's number, or `mean` for the averaged model; of a run."""
     max_new_tokens: int = 128
@@ -70,6 +76,8 @@ def predict(args: list[str]) -> None:
         raise ValueError("Give texts: --text 'Who was it?', or --file rows.csv.")
     if given.file is not None and not given.file.is_file():
         raise ValueError(f"There is no file {given.file}.")
+    if given.out is not None:
+        check_file(given.out, *filter(None, [given.file]))
     from plait.runs.trained import find
 
     found = find(given.path, client)
@@ -84,13 +92,20 @@ def predict(args: list[str]) -> None:
         print(f"{given.out}: {len([*csv.reader(io.StringIO(lines))]) - 1} rows")
 
 
+def _how(given: Predict) -> dict[str, Any]:
+    """How the file of texts is read."""
+    return {name: getattr(given, name) for name in ("encoding", "delimiter", "skip_bad_rows")}
+
+
 def _answers(found: Trained, given: Predict) -> str:
     """What a language model answers, as CSV; to one text without its prompt."""
     from plait.runs.answers import answer
     from plait.runs.samples import shown
 
     file = given.file
-    prompts = read_prompts(str(file), found.card.text_columns[0]) if file else given.text
+    prompts = (
+        read_prompts(str(file), found.card.text_columns[0], **_how(given)) if file else given.text
+    )
     answers = answer(*found.load(), prompts, given.max_new_tokens)
     if len(given.text) == 1 and given.out is None:
         return f"{answers[0]}\n"
@@ -106,7 +121,10 @@ def _labels(found: Trained, given: Predict) -> str:
 
     card = found.card
     columns = card.text_columns if given.file else ("text",)
-    texts = read_texts(str(given.file), columns) if given.file else [(x,) for x in given.text]
+    if given.file:
+        texts = read_texts(str(given.file), columns, **_how(given))
+    else:
+        texts = [(x,) for x in given.text]
     if len(columns) < len(card.text_columns):
         raise ValueError(
             "It was trained on pairs of texts; give a --file with the columns "

@@ -39,6 +39,7 @@ from plait.data.tables import (
     Table,
     Wanted,
     is_number,
+    label_of,
     need_columns,
     open_table,
     value,
@@ -323,8 +324,9 @@ def read_file(
 
     def read(cells: Mapping[str, object]) -> Example:
         texts = tuple(value(cells, column) for column in text_columns)
-        label = value(cells, label_column, may_be_bool=True)
-        return Example(texts, label, key_column and value(cells, key_column))
+        return Example(
+            texts, label_of(cells, label_column), key_column and value(cells, key_column)
+        )
 
     examples = _examples(table, read, skip_bad_rows)
     _refuse_mixed(table, label_column)
@@ -395,9 +397,9 @@ def chat_rows(
     shape = shape_of(table, shapes)
 
     def read(cells: Mapping[str, object]) -> Example:
-        label = 0 if group is None else value(cells, group, may_be_bool=True)
+        of = 0 if group is None else label_of(cells, group)
         return Example(
-            (learned(cells, shape, shapes, config.options),), label, key and value(cells, key)
+            (learned(cells, shape, shapes, config.options),), of, key and value(cells, key)
         )
 
     examples = _examples(table, read, config.skip_bad_rows)
@@ -483,31 +485,44 @@ def text_columns(config: Config) -> tuple[str, ...]:
     return tuple(column.strip() for column in config.text_columns.split(","))
 
 
-def read_texts(file: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
+def read_texts(
+    file: str, columns: Sequence[str], *, skip_bad_rows: bool = False, **how: Any
+) -> list[tuple[str, ...]]:
     """The texts of a file without labels, in its order.
 
     Args:
         file: CSV, TSV, JSON lines or Parquet, as `read_file` takes them.
         columns: One column, or two for pairs.
+        skip_bad_rows: As `read_file`.
+        how: `encoding` and `delimiter`, as `read_file`.
 
     Raises:
         ValueError: As `read_file`.
     """
-    table = open_table(Path(file), Wanted(columns=columns, label=columns[0]))
-    read = _examples(
-        table, lambda cells: Example(tuple(value(cells, column) for column in columns), 0), False
-    )
-    return [example.texts for example in read]
+    table = open_table(Path(file), Wanted(columns=columns, label="", **how))
+
+    def read(cells: Mapping[str, object]) -> Example:
+        return Example(tuple(value(cells, column) for column in columns), 0)
+
+    return [example.texts for example in _examples(table, read, skip_bad_rows)]
 
 
-def read_prompts(file: str, column: str) -> list[dict[str, Any]]:
+def read_prompts(
+    file: str, column: str, *, skip_bad_rows: bool = False, **how: Any
+) -> list[dict[str, Any]]:
     """The prompts of a file for a language model, in its order (`conversations.asked`).
 
+    The other arguments are those of `read_texts`.
+
     Raises:
         ValueError: As `read_file`.
     """
-    table = open_table(Path(file), Wanted(columns=[], label="", more=(*COLUMNS, column)))
-    rows = _examples(table, lambda cells: Example((json.dumps(asked(cells, column)),), 0), False)
+    table = open_table(Path(file), Wanted(columns=[], label="", more=(*COLUMNS, column), **how))
+
+    def read(cells: Mapping[str, object]) -> Example:
+        return Example((json.dumps(asked(cells, column)),), 0)
+
+    rows = _examples(table, read, skip_bad_rows)
     return [json.loads(row.texts[0]) for row in rows]
 
 

@@ -6,6 +6,7 @@ that can't be read keeps its place, with what is wrong with it; sources.py decid
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib
 import io
@@ -13,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ csv.field_size_limit((1 << 31) - 1)
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?", re.ASCII)
 _DELIMITERS = {"tab": "\t", "\\t": "\t"}
 """Names of delimiters that are hard to type."""
+_NAMES_DELIMITER = re.compile('"?sep=([,;|\t])"?')
+"""A first line that Excel takes for the delimiter."""
 _STRAY = 'have a stray quotation mark (in quotes, " is written "")'
 
 
@@ -54,6 +57,31 @@ def value(cells: Mapping[str, object], column: str, *, may_be_bool: bool = False
     return str(cells[column])
 
 
+def label_of(cells: Mapping[str, object], column: str) -> str:
+    """The label of a row, as it is written.
+
+    Raises:
+        RowError: There is none, or several: a list, also one that a program wrote into a text.
+    """
+    text = value(cells, column, may_be_bool=True)
+    if text.strip()[0] in "[({" and _holds_several(text.strip()):
+        raise RowError(_SEVERAL.format("a list", repr(column)))
+    return text
+
+
+def _holds_several(text: str) -> bool:
+    """Whether a text is a list, tuple, set or object as Python, JSON or NumPy write it."""
+    if re.fullmatch(r"\[[-\d.\s]+\]", text):
+        return True
+    try:
+        return isinstance(ast.literal_eval(text), list | tuple | set | dict)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+
+
+_SEVERAL = "have {} as {}, where one string or number is expected"
+
+
 def _problem(cell: object, *, may_be_bool: bool) -> str:
     match cell:
         case None:
@@ -63,7 +91,7 @@ def _problem(cell: object, *, may_be_bool: bool) -> str:
             return "have half a character as {}" if halves else "" if cell.strip() else "have no {}"
         case list() | dict() | bytes():
             kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(cell)]
-            return f"have {kind} as {{}}, where one string or number is expected"
+            return _SEVERAL.format(kind, "{}")
         case bool() if not may_be_bool:
             return "have true or false as {}, where a string is expected"
     return ""
@@ -160,14 +188,21 @@ def _tsv(path: Path, wanted: Wanted) -> Table:
 def _separated(path: Path, wanted: Wanted, marks: str, **quoting: Any) -> Table:
     lines = io.StringIO(_text(path, wanted), newline="").readlines()
     first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    if first < len(lines) and (named := _NAMES_DELIMITER.fullmatch(lines[first].strip("\r\n"))):
+        wanted, first = replace(wanted, delimiter=wanted.delimiter or named[1]), first + 1
     if first == len(lines):
         raise ValueError(f"{path} is empty.")
     dialect = {"delimiter": _delimiter(lines[first], wanted, marks, **quoting), **quoting}
     header, *records = _records(lines, first, **dialect)
     columns = header.fields
     need_columns(path, wanted.columns, columns)
-    if wanted.label in columns and any(record.num_lines > 1 for record in records):
-        swallows = _detector(records, columns, wanted.label, dialect["delimiter"])
+    if any(record.num_lines > 1 for record in records):
+        mark = dialect["delimiter"]
+        swallows = (
+            _detector(records, columns, wanted.label, mark)
+            if wanted.label in columns
+            else _detector_without_labels(records, lines, columns, mark)
+        )
         _, *records = _records(lines, first, swallows, **dialect)
     return Table(path, columns, [_row(record, columns) for record in records])
 
@@ -246,6 +281,25 @@ def _detector(
     return swallows
 
 
+FEW_LINES = 3
+
+
+def _detector_without_labels(
+    records: Sequence[_Record], lines: Sequence[str], columns: Sequence[str], delimiter: str
+) -> Callable[[Sequence[str]], bool]:
+    """The same for files without labels.
+
+    Whatever has several lines there has just the fields of a row in each, and these are many.
+    """
+    spans = [lines[x.number - 1 : x.number - 1 + x.num_lines] for x in records if x.num_lines > 1]
+
+    def shaped(some: Sequence[str]) -> bool:
+        return all(len(line.split(delimiter)) == len(columns) for line in some)
+
+    suspect = len(columns) > 1 and all(map(shaped, spans))
+    return lambda some: suspect and len(some) > FEW_LINES and shaped(some)
+
+
 def _width(columns: Sequence[str]) -> int:
     """Fields up to the last one that has a name."""
     return max(i for i, column in enumerate(columns, start=1) if column.strip())
@@ -254,7 +308,9 @@ def _width(columns: Sequence[str]) -> int:
 def _row(record: _Record, columns: Sequence[str]) -> Row:
     """A row with as many fields as columns; empty ones at the end may be too many."""
     number, _, fields, fault = record
-    if not fault and (len(fields) < _width(columns) or any(fields[len(columns) :])):
+    if [field.strip("\ufeff") for field in fields] == columns:
+        fault = "are the header again, as where files were put one behind the other"
+    elif not fault and (len(fields) < _width(columns) or any(fields[len(columns) :])):
         count = f"{len(fields)} field{'s' * (len(fields) != 1)}"
         fault = f"have {count} where the header names {_width(columns)} columns"
     return Row(number, {} if fault else dict(zip(columns, fields, strict=False)), fault)

@@ -405,6 +405,10 @@ def _is_regression(labels: Sequence[str], objective: str) -> bool:
 _CODE = re.compile(r"[-+]?0\d")
 
 
+NOTHING = {"nan", "none", "null", "na", "n/a", "<na>", "nil", "#n/a"}
+"""What programs write where there is nothing."""
+
+
 def _label_names(labels: Sequence[str]) -> tuple[str, ...]:
     """The classes in order: numbers by size, then words."""
     names = sorted(set(labels), key=_rank)
@@ -419,6 +423,16 @@ def _label_names(labels: Sequence[str]) -> tuple[str, ...]:
                 f"{' and '.join(map(repr, same))} are different classes, as they are written in "
                 "train_file. If they are one, write it one way."
             )
+    if nothing := [name for name in names if name.casefold() in NOTHING]:
+        say(f"{_listed(nothing)} of train_file is a class, as it is written. If it stands for "
+            "nothing, leave its cells empty.")  # fmt: skip
+    several = [name for name in names if len(parts := re.split(r"\s*[|;,+&]\s*", name)) > 1
+               and {*parts} <= {*names}]  # fmt: skip
+    if several:
+        say(
+            f"{_listed(several)} of train_file are classes of their own, beside those that they "
+            "name: a row has one label, and models of several labels aren't trained here."
+        )
     return tuple(names)
 
 

@@ -20,6 +20,7 @@ from plait.engines.job import dealt
 from plait.methods import settled
 from plait.model.backbone import Backbone
 from plait.model.loading import backbone_folder
+from plait.plugins import plugin_files
 
 SMALL_BYTES = 4 << 20
 BLOCKS, BLOCK_BYTES = 64, 16 << 10
@@ -50,7 +51,7 @@ def fingerprints(config: Config, own: Task | None = None) -> dict[str, str]:
     }
 
 
-PROBE = "It isn't 1,234.5 cafés, 東京?\n\n\tЩи  def f(x_1): return x**2\r\n🙂"
+PROBE = "It isn't 1,234.5 cafés, VITAL ﬁne 東京?\n\n\tЩи  def f(x_1): return x**2\r\n🙂"
 """Tokenizers with the same words that read them otherwise, read this otherwise, too."""
 
 
@@ -140,9 +141,15 @@ def _backbone(config: Config) -> str | None:
     return _hash(part.encode() for path in files for part in (path.name, of_file(path)))
 
 
+def _plugins(config: Config) -> str | None:
+    files = plugin_files(config.plugin)
+    return _hash(of_file(path).encode() for path in files) if files else None
+
+
 FILES: dict[str, Callable[[Config], str | None]] = {
     "label mixtures": _mixtures,
     "edges": _edges,
     "backbone": _backbone,
+    "plugins": _plugins,
 }
 """What else was read -> its hash; None where the config has none."""

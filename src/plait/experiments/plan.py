@@ -61,7 +61,7 @@ class Plan:
         machine: Where and how fast.
 
     Raises:
-        ValueError: A method twice, an unknown one, no seeds, a rate for a method not compared.
+        ValueError: A method or rate twice, one unknown, no seeds, a rate for one not compared.
     """
 
     config: Config
@@ -82,6 +82,8 @@ class Plan:
         for what, values in (("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{what} are {list(values)}; give each once, and at least one.")
+        if len(set(self.lr_grid)) < len(self.lr_grid):
+            raise ValueError(f"lr_grid is {list(self.lr_grid)}; give each rate once.")
         for method in self.lrs:
             if method not in self.methods:
                 raise ValueError(f"There is a learning rate for {method}, which isn't compared.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -154,7 +154,17 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
     unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
     if silent or not TOPOLOGIES[settled(config).topology].uses_p:
         unused.append("p")
-    return tuple(unused)
+    return (*unused, *(name for name, of in ONLY.items() if not of(config)))
+
+
+ONLY: dict[str, Callable[[Config], object]] = {
+    "edges_file": lambda config: config.topology == "file",
+    "objective": lambda config: config.task == "file",
+    "options": lambda config: config.task == "chat",
+    "max_new_tokens": lambda config: config.generate_rows,
+    "dp_delta": lambda config: config.dp_clip,
+}
+"""Settings that other settings give a meaning -> whether they do."""
 
 
 # -- the file

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -39,6 +44,35 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
             raise OSError(f"{path} can't be written: {error}") from error
 
     _atomically(path, save)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into a folder while this lasts.
+
+    Raises:
+        ValueError: One does already.
+        OSError: It can't be written.
+    """
+    if sys.platform == "win32":  # which has other locks
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+            os.close(descriptor)
+            raise ValueError(
+                f"Another process is writing into {folder}, perhaps the same run, or a notebook "
+                "that left its loop: end that one first."
+            ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:

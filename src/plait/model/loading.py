@@ -142,7 +142,7 @@ def _loaded(config: Config, kind: Any, **settings: Any) -> tuple[Any, Any, Any]:
     tokenizer = load_tokenizer(config)
     # Weights that are kept in few bits needn't be float32 before that.
     dtype = "auto" if config.load_in else torch.float32
-    how = {"dtype": dtype, "output_loading_info": True, **settings}
+    how = {"dtype": dtype, "return_dict": True, "output_loading_info": True, **settings}
     model, report = _asked_for(config, kind, **how)
     return tokenizer, model, report
 
@@ -153,12 +153,26 @@ def _asked_for(config: Config, kind: Any, **settings: Any) -> Any:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(source, **settings)
+        # Without a word on it transformers would ask whether to run code of the folder's.
+        return kind.from_pretrained(source, trust_remote_code=False, **settings)
     except Exception as error:  # whatever a library raises for a broken folder
+        if pointers := _pointers(Path(source)):
+            raise ValueError(
+                f"The backbone {config.backbone!r} has pointers of Git LFS in the place of "
+                f"{', '.join(pointers)}: run `git lfs pull` in it, or download the files."
+            ) from error
         raise ValueError(
             f"The backbone {config.backbone!r} can't be loaded: {telling_line(error)} "
             "Give a local model folder, a name on the hub, `minilm`, or `smollm2`."
         ) from error
+
+
+def _pointers(folder: Path) -> list[str]:
+    """The files of a folder that Git LFS has not fetched."""
+    small = (file for file in folder.glob("*") if file.is_file() and file.stat().st_size < 1000)
+    return sorted(
+        file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")
+    )
 
 
 def with_labels(model: Any, objective: Objective, label_names: Sequence[str]) -> Any:
@@ -193,12 +207,14 @@ def match_outputs(backbone: str, model: Any, own: Any, label_names: Sequence[str
     data's get a new output layer.
     """
     names = [str(name) for _, name in sorted(own.id2label.items())]
-    if not label_names or all(re.fullmatch(r"LABEL_\d+", name) for name in names):
-        return
     theirs, ours = ([_plain(name) for name in some] for some in (names, label_names))
+    matched = set(theirs) == set(ours) and len(theirs) == len(set(theirs))
+    unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    if not label_names or (unnamed and not matched):
+        return
     layers = _output_layers(model, len(ours))
     with torch.no_grad():
-        if set(theirs) == set(ours) and len(theirs) == len(set(theirs)):
+        if matched:
             order = [theirs.index(name) for name in ours]
             for parameter in (p for layer in layers for p in layer.parameters()):
                 parameter.copy_(parameter[order].clone())
@@ -211,7 +227,7 @@ def match_outputs(backbone: str, model: Any, own: Any, label_names: Sequence[str
 
 
 def _plain(name: str) -> str:
-    return " ".join(str(name).casefold().split())
+    return " ".join(re.sub("[_-]", " ", name).casefold().split())
 
 
 def _output_layers(model: Any, num_labels: int) -> list[Any]:
@@ -248,12 +264,12 @@ def _check_tokenizer(backbone: str, tokenizer: Any) -> None:
 
 
 def _check_whole(backbone: str, report: Any, model: Any) -> None:
-    """That no numbered layer of the encoder has to be drawn."""
+    """That nothing of the encoder has to be drawn but a pooler, which pretraining may leave out."""
     heads = {name for name, _ in model.named_children()} - {model.base_model_prefix}
     heads = heads if hasattr(model, model.base_model_prefix) else set()
     missing = [key for key, *_ in report["mismatched_keys"]] + sorted(report["missing_keys"])
     paths = [key.split(".") for key in missing]
-    torn = [path for path in paths if path[0] not in heads and any(map(str.isdigit, path))]
+    torn = [path for path in paths if path[0] not in heads and not any("pool" in x for x in path)]
     if torn:
         raise ValueError(
             f"The backbone {backbone!r} is torn: its checkpoint has no weights that fit for "

@@ -7,20 +7,27 @@ is wrong is said in one line: which file, what is wrong with it, what to do.
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from plait.peers.federation import PeerSettings
 
 E = TypeVar("E", bound=x509.ExtensionType)
+
+HANDSHAKE_S = 5.0
+CURVES = (ec.SECP256R1, ec.SECP384R1)
 
 NEEDED_USAGES = {
     ExtendedKeyUsageOID.SERVER_AUTH: "serverAuth",
@@ -64,8 +71,7 @@ def read_credentials(settings: PeerSettings) -> tuple[bytes, Pair]:
             another name or for another use. There is no falling back to an insecure channel.
     """
     check_credentials(settings)
-    pair = Pair(settings.certificate.read_bytes(), settings.key.read_bytes())
-    return settings.ca.read_bytes(), pair
+    return _read(settings.ca), Pair(_read(settings.certificate), _read(settings.key))
 
 
 def check_credentials(settings: PeerSettings) -> dt.datetime:
@@ -96,9 +102,14 @@ def check_credentials(settings: PeerSettings) -> dt.datetime:
     return papers.chain[0].not_valid_after_utc
 
 
+def _read(path: Path) -> bytes:
+    """A PEM file, without the byte order mark that some editors put before it."""
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+
+
 def _certificates(path: Path, what: str) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
+        return x509.load_pem_x509_certificates(_read(path))
     except ValueError as error:
         raise ValueError(
             f"{path} holds no PEM certificate ({str(error).splitlines()[0]:.80}); put {what} "
@@ -107,7 +118,7 @@ def _certificates(path: Path, what: str) -> list[x509.Certificate]:
 
 
 def _public_key(path: Path) -> object:
-    data = path.read_bytes()
+    data = _read(path)
     try:
         return serialization.load_pem_private_key(data, None).public_key()
     except TypeError:  # a password is needed
@@ -135,11 +146,29 @@ def _key_of_another(papers: Papers) -> str:
     )
 
 
+def _another_kind(papers: Papers) -> str:
+    key = papers.key
+    if isinstance(key, rsa.RSAPublicKey) or (
+        isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, CURVES)
+    ):
+        return ""
+    kind = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else type(key).__name__
+    return (
+        f"{papers.settings.key} is a key of a kind that gRPC's TLS has no use for "
+        f"({kind.removesuffix('PublicKey')}); make one of the kind EC P-256: openssl genpkey "
+        "-algorithm EC -pkeyopt ec_paramgen_curve:P-256, and have its certificate signed."
+    )
+
+
 def _out_of_date(papers: Papers) -> str:
     files = papers.settings
+    top = _top(papers)
+    # An authority that was renewed may be there twice.
+    above = [one for one in papers.authorities if _issued(one, top) or one == top]
+    above = sorted(above or papers.authorities[:1], key=lambda one: one.not_valid_after_utc)
     for path, one in (
         *((files.certificate, one) for one in papers.chain),
-        *((files.ca, one) for one in papers.authorities[:1]),
+        *((files.ca, one) for one in above[-1:]),
     ):
         begin, end = one.not_valid_before_utc, one.not_valid_after_utc
         if begin <= papers.now <= end:
@@ -153,10 +182,7 @@ def _out_of_date(papers: Papers) -> str:
 
 
 def _another_authority(papers: Papers) -> str:
-    top = papers.chain[0]
-    for above in papers.chain[1:]:
-        if _issued(above, top):
-            top = above
+    top = _top(papers)
     if any(_issued(one, top) or one == top for one in papers.authorities):
         return ""
     files = papers.settings
@@ -196,13 +222,56 @@ def _another_use(papers: Papers) -> str:
     return ""
 
 
+def _another_chain(papers: Papers) -> str:
+    """What only shows in a handshake, such as an authority that may not sign for this name."""
+    files = papers.settings
+    wrong = _meets_itself(files.name, *map(_read, (files.ca, files.certificate, files.key)))
+    return wrong and (
+        f"{files.certificate} makes no connection under {files.ca} ({wrong}); have one signed by "
+        "an authority that may sign for it."
+    )
+
+
+def _meets_itself(name: str, ca: bytes, certificate: bytes, key: bytes) -> str:
+    """What TLS says where both sides have the same papers; empty if they understand each other."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    asked = grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
+    own = grpc.ssl_channel_credentials(ca, key, certificate)
+    options = [("grpc.ssl_target_name_override", name), ("grpc.enable_http_proxy", 0)]
+    try:
+        port = server.add_secure_port("127.0.0.1:0", asked)
+        server.start()
+        with grpc.secure_channel(f"127.0.0.1:{port}", own, options) as channel:
+            channel.unary_unary("/")(b"", timeout=HANDSHAKE_S)
+    except grpc.RpcError as error:
+        # Through it comes if there is no such method; a busy machine may be too slow for a verdict.
+        failed = error.code() is grpc.StatusCode.UNAVAILABLE
+        return error.details().rpartition("OPENSSL_internal:")[2][-120:] if failed else ""
+    except RuntimeError as error:  # a server can't be had with these
+        return str(error)[:120]
+    finally:
+        server.stop(None)
+    return ""
+
+
 CHECKS: tuple[Callable[[Papers], str], ...] = (
     _key_of_another,
+    _another_kind,
     _out_of_date,
     _another_name,
     _another_authority,
     _another_use,
+    _another_chain,
 )
+
+
+def _top(papers: Papers) -> x509.Certificate:
+    """The last certificate of the chain, in whatever order its file has them."""
+    top, left = papers.chain[0], [*papers.chain[1:]]
+    while above := next((one for one in left if _issued(one, top)), None):
+        left.remove(above)
+        top = above
+    return top
 
 
 def _issued(above: x509.Certificate, below: x509.Certificate) -> bool:

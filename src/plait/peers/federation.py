@@ -127,7 +127,7 @@ class Federation:
         peers: In the order of the clients.
         limits: Sizes and times.
         labels: The classes in their order, when peers bring data of their own.
-        model: The hashes of the frozen model and its tokenizer by name, where they are loaded.
+        read: What must be the same at all peers -> a hash of it, where it is read.
     """
 
     id: str
@@ -135,7 +135,7 @@ class Federation:
     peers: tuple[Member, ...]
     limits: Limits = Limits()
     labels: tuple[str, ...] | None = None
-    model: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    read: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a federation of nobody, or with two peers of one name."""
@@ -186,16 +186,17 @@ class Federation:
     def shared(self) -> dict[str, Any]:
         """What must be agreed on, flat and as JSON has it.
 
-        Settings that are a peer's own are left out, and where the peers are reached.
+        Settings that are a peer's own are left out, and where the peers are reached. Of plugins
+        what is in them counts, not where they lie.
         """
         config = self.config.decisive()
         shared = {
             "federation": self.id,
-            **{key: value for key, value in config.items() if key not in LOCAL_SETTINGS},
+            **{key: config[key] for key in config.keys() - LOCAL_SETTINGS - {"plugin"}},
+            **self.read,
             "peers": [(peer.name, peer.joins, peer.leaves) for peer in self.peers],
             "labels": self.labels,
             "symmetric_loss": self.limits.symmetric_loss,
-            **self.model,
         }
         return cast("dict[str, Any]", json.loads(json.dumps(shared)))
 
@@ -359,8 +360,9 @@ def _read(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
 def _labels(values: list[object] | None) -> tuple[str, ...] | None:
     if values is None:
         return None
-    if len({value for value in values if isinstance(value, str)}) != len(values) or not values:
-        raise ValueError(f'labels is {values!r}; write the classes, such as ["no", "yes"].')
+    names = {value for value in values if isinstance(value, str) and value.strip()}
+    if len(names) != len(values) or len(values) < 2:
+        raise ValueError(f'labels is {values!r}; write two classes or more, such as ["no", "yes"].')
     return tuple(map(str, values))
 
 

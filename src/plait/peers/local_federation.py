@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from plait.config import THIS_MACHINE, Config, Machine
-from plait.events import Evaluated, Started
+from plait.events import Evaluated, Started, together
 from plait.figures import taken
 from plait.machine.files import save_tensors, write_atomically
 from plait.methods import settled
@@ -180,12 +180,14 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         shutil.copytree(folder / "adapters" / name, adapters / name)
     _average(adapters, len(folders))
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
-    together = Evaluated(
-        round=federation.config.rounds - 1, rows=0, seconds=math.nan,
-        scores=[summary["accuracy"] for summary in summaries],
-        losses=[summary["loss"] for summary in summaries],
-        averaged_score=math.nan, averaged_loss=math.nan,  # which nobody has
-    )  # fmt: skip
+    said = [load_events(folder) for folder in folders]
+    ends = [[one for one in events if isinstance(one, Evaluated)][-1] for events in said]
+    nobody_has: dict[str, Any] = {
+        "averaged_score": math.nan,
+        "averaged_loss": math.nan,
+        "averaged_confusion": [],
+    }
+    end = replace(together(ends), seconds=math.nan, **nobody_has)
     shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
     incidents = {
         name: summary["incidents"]
@@ -193,12 +195,11 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         if summary["incidents"]
     }
     # What all peers have alike: the first event, and the base before the first round.
-    begin = [e for e in load_events(folders[0]) if isinstance(e, Started | Evaluated)][:2]
-    figures = taken([*begin, together])
+    begin = [event for event in said[0] if isinstance(event, Started | Evaluated)][:2]
     summary = {key: summaries[0][key] for key in shared} | {
         "clients": len(folders),
         "topology": federation.config.topology,
-        **{key: value for key, value in figures.items() if not math.isnan(value)},
+        **{key: value for key, value in taken([*begin, end]).items() if not math.isnan(value)},
         "sent_bytes": sum(summary["sent_bytes"] for summary in summaries),
         "incidents": incidents,
     }

@@ -18,7 +18,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from safetensors import SafetensorError
 from plait.config import Config
 from plait.data.tasks import Task, load_task
 from plait.engines.checkpoint import load_beside
-from plait.engines.fingerprints import fingerprints, of_model
+from plait.engines.fingerprints import FILES, fingerprints, of_model
 from plait.engines.job import Job, prepare
 from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
 from plait.figures import FIGURES, taken
 from plait.lora import Stack
+from plait.machine.files import held
 from plait.machine.process_settings import configure_process
 from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
@@ -149,13 +151,19 @@ class Process:
         self.member = federation.member(settings.name)
         load_plugins(settings.apply(federation.config).plugin)
         check_members(federation)
+        self._until_end = ExitStack()
+        taken_up = settings.out.exists()
+        if taken_up:
+            self._until_end.enter_context(held(settings.out))
         self.folder, read = open_folder(federation, settings)
         self.leave = leave
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
-        # Only now: a peer that can't run leaves nothing behind.
+        if not taken_up:  # only now: a peer that can't run leaves nothing behind
+            settings.out.mkdir(parents=True, exist_ok=True)
+            self._until_end.enter_context(held(settings.out))
         self.folder.create(settings.apply(federation.config), read, made_by(settings.machine))
-        self.federation = dataclasses.replace(federation, model=of_model(self.job.backbone))
+        self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
@@ -200,6 +208,7 @@ class Process:
         self.exchange.stop()
         self.transport.stop(0.5)
         self._metrics()
+        self._until_end.close()
 
     def run(self) -> bool:
         """All rounds, then the adapter, then a while for those who still need messages."""
@@ -384,6 +393,21 @@ def open_folder(federation: Federation, settings: PeerSettings) -> tuple[RunFold
     read = fingerprints(config, own_task(federation, settings))
     folder.check(lambda: read)
     return folder, read
+
+
+def with_what_was_read(federation: Federation, job: Job, read: Mapping[str, str]) -> Federation:
+    """The federation with hashes of what all peers must have read alike.
+
+    Args:
+        federation: As its file has it.
+        job: The prepared run.
+        read: What this peer read -> a hash of it.
+    """
+    names = [*FILES.keys() - {"backbone"}]
+    if federation.config.task not in ("file", "chat"):  # else peers may have rows of their own
+        names += ["training rows", "test rows"]
+    common = {name: read[name] for name in names if name in read}
+    return dataclasses.replace(federation, read=common | of_model(job.backbone))
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from plait.engines.simulate import Simulation
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import best_evaluation, has_stopped, summarize
 from plait.lookup import lookup
+from plait.machine.files import held
 from plait.model.loading import Loaded, load_for
 from plait.runs.answers import answer
 from plait.runs.made_by import made_by
@@ -116,11 +117,13 @@ class Run(Iterator[Event]):
             folder.describe(self._name, self._tags)
             yield from load_events(folder.path)
             return
-        with self._open(config, self.machine) as engine:
+        with self._open(config, self.machine) as engine, ExitStack() as until_end:
             self._engine = engine
             done: list[Event] = []
             if folder:
                 # Only now: a config that can't run leaves nothing behind.
+                folder.path.mkdir(parents=True, exist_ok=True)
+                until_end.enter_context(held(folder.path))
                 if folder.checkpoint_file.exists():
                     engine.restore(folder.checkpoint_file)
                 folder.create(config, self.fingerprints(), made_by(self.machine))

@@ -10,6 +10,7 @@
     samples.jsonl      what a language model writes, if that was asked for (samples.py)
     adapters/          a PEFT folder for each client and for the averaged model
     best/              the same after the best round, of a run that may stop early
+    .lock              held by the process that writes here
 
 Every file is written beside its place and renamed into it, so a run that dies leaves no half file.
 run.py is what writes them.
@@ -30,7 +31,7 @@ from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
 from plait.events import Evaluated, Event, from_line, to_line
 from plait.lora import Stack
-from plait.machine.files import write_atomically
+from plait.machine.files import LOCK, write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
@@ -141,7 +142,7 @@ class RunFolder:
             ValueError: It is in use, was made by another config, or can't go on.
         """
         if not (path / "config.json").exists():
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or {x.name for x in path.iterdir()} - {LOCK}):
                 raise ValueError(f"{path} is not an empty folder; take another --out.")
             return cls(path, config.rounds)
         if not resume:

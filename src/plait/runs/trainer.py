@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -225,7 +226,12 @@ class _Reader:
         _need(columns, rows[0], place)
         if self.tokenizer is None:
             raise ValueError(f"The rows of {place} are texts; give the model's tokenizer.")
-        texts = [tuple(str(row[column]) for column in columns) for row in rows]
+        texts = [tuple(row[column] for column in columns) for row in rows]
+        if strange := [text for pair in texts for text in pair if not isinstance(text, str)]:
+            raise ValueError(
+                f"The rows of {place} have {type(strange[0]).__name__} as text, where strings are "
+                "expected."
+            )
         return tokenize(texts, labels, self.tokenizer, self.config.most_tokens)
 
     def learned(self, dataset: Dataset, place: str) -> Texts:
@@ -239,8 +245,16 @@ class _Reader:
     def _labels(self, rows: Sequence[Row], place: str) -> np.ndarray:
         column = "labels" if "labels" in rows[0] else self.config.label_column
         _need([column], rows[0], place)
-        labels = [np.asarray(row[column]).item() for row in rows]
+        cells = [np.asarray(row[column]) for row in rows]
+        if several := [cell for cell in cells if cell.size != 1]:
+            raise ValueError(
+                f"The rows of {place} have {several[0].size} labels each, such as "
+                f"{several[0].tolist()}; models of several labels aren't trained here."
+            )
+        labels = [cell.item() for cell in cells]
         classes = self.objective.has_classes
+        if strange := [x for x in labels if not classes and not _is_score(x)]:
+            raise ValueError(f"The labels of {place} must be numbers; there is {strange[0]!r}.")
         if strange := [x for x in labels if classes and x not in range(self.num_labels)]:
             raise ValueError(
                 f"The labels of {place} must be whole numbers from 0 to {self.num_labels - 1}, as "
@@ -258,6 +272,10 @@ def _rows_of(dataset: Dataset, place: str) -> list[Row]:
             "train_dataset takes a list: one data set, of one row or more, for each client."
         )
     return rows
+
+
+def _is_score(label: object) -> bool:
+    return isinstance(label, int | float) and math.isfinite(label)
 
 
 def _need(columns: Sequence[str], row: Row, place: str) -> None:
