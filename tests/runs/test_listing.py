@@ -74,6 +74,18 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
     assert one.score == pytest.approx((ada.score + ben.score + cai.score) / 3)
 
 
+@pytest.mark.parametrize(("by", "first"), [("score", "new"), ("run", "deep"), ("rounds", "new")])
+def test_they_are_sorted_by_a_column(top, capsys, by, first):
+    assert main(["runs", str(top), "--sort", by]) == 0
+    said = capsys.readouterr().out
+    assert said.index(first) == min(said.index("new"), said.index("deep"))
+
+
+def test_a_column_that_is_not_there_is_named(top, capsys):
+    assert main(["runs", str(top), "--sort", "scores"]) == 1
+    assert "score" in capsys.readouterr().err
+
+
 def test_the_command_shows_them(top, capsys):
     assert main(["runs", str(top), "--filter", "method=adf"]) == 0
     said = capsys.readouterr().out
