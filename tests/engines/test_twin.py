@@ -16,8 +16,9 @@ from twin import ARCHITECTURES, PHASES, all_logits, setup, twin_evaluation, twin
 
 
 @pytest.mark.usefixtures("ways")
-@pytest.mark.parametrize("head", ["frozen", "mixed"])
-@pytest.mark.parametrize("train", PHASES, ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    ("train", "head"), [*((phase, "frozen") for phase in PHASES), (Factor.AB, "mixed")]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
     config = Config(
