@@ -44,8 +44,9 @@ AS_PLAIT := GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1 MALLOC_TRIM_THRESHOLD_=-
 PYTEST := $(BIN)/python -m pytest --cov -n auto --maxprocesses 8 --dist worksteal
 
 # GLUE_DIR names a folder in the layout of the GLUE archive: make bench GLUE_DIR=~/data/glue
-bench: $(STAMP) ## The engine beside PEFT, vmap and the hardware's limit; results in runs/bench
+bench: $(STAMP) ## The engine, on classifiers and language models, beside PEFT, vmap and the hardware's limit; results in runs/bench
 	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/engine.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
+	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/language.py
 
 bench-frameworks: $(STAMP) ## Flower and others doing the same work, each in an environment of its own
 	@$(AS_PLAIT) $(BIN)/python -W ignore benchmarks/frameworks/run.py $(if $(GLUE_DIR),--glue-dir "$(GLUE_DIR)")
