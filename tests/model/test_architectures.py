@@ -58,7 +58,7 @@ WAYS = {
     "distilbert": "InterfaceEncoder", "modernbert": "InterfaceEncoder",
     "llama": "InterfaceEncoder", "qwen2": "InterfaceEncoder", "gpt2": "InterfaceEncoder",
     "albert": "InterfaceEncoder", "deberta-v2": "OwnForward", "xlnet": "OwnForward",
-    "t5": "OwnForward", "bart": "OwnForward", "fnet": "OwnForward",
+    "t5": "OwnForward", "bart": "OwnForward", "fnet": "OwnForward", "convbert": "OwnForward",
 }  # fmt: skip
 """How some architectures are computed, in every run of the tests; the long tail is slow."""
 
