@@ -313,6 +313,27 @@ def test_a_missing_extra_is_said_before_anything_is_computed(
 
 
 @pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "--out=taken"], "taken already holds a run; take another --out, or --resume"),
+        (["run", "--out=full"], "full is not an empty folder"),
+        (["run", "--backbone=./nope"], "There is no model folder ./nope."),
+        (["compare", "--backbone=./nope"], "There is no model folder ./nope."),
+    ],
+)
+def test_what_is_in_the_way_is_said_before_anything_heavy_is_imported(
+    capsys, tmp_path, monkeypatch, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("taken", "config.json"), ("full", "mine.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
+    monkeypatch.setitem(sys.modules, "plait.runs.run", None)
+    monkeypatch.setitem(sys.modules, "plait.experiments.comparison", None)
+    assert message in complaint(capsys, args)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["run", "--out=o", "--task=file", "--train-file=t.csv"], "preparing o: file, 10 clients"),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors.torch import load as safe_load
 from safetensors.torch import save as safe_save
@@ -19,7 +20,6 @@ from xxhash import xxh3_128
 
 import plait.engines.steps as steps
 import plait.peers.round_loop as engine
-from plait.machine import files
 from plait.peers import process as peers
 from plait.peers import transport
 from plait.peers.codec import Ack, Answer, Message
@@ -108,7 +108,7 @@ def _after_mixing(round_: int) -> None:
 
 
 def _while_saving(round_: int) -> None:
-    original = files.save_file
+    original = safetensors.torch.save_file
 
     def save_file(tensors, path, metadata):
         original(tensors, path, metadata=metadata)
@@ -116,7 +116,7 @@ def _while_saving(round_: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    files.save_file = save_file
+    safetensors.torch.save_file = save_file
 
 
 def _after_saving(round_: int) -> None:

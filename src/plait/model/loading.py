@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from plait.config import Config
 from plait.data.objectives import LANGUAGE, Objective
-from plait.data.sources import say
+from plait.data.sources import check_folder, say
 from plait.model.embedded import EMBEDDED
 from plait.model.heads import MeanPooledClassifier
 from plait.rng import torch_stream
@@ -333,8 +333,7 @@ def source_of(backbone: str) -> str:
         raise ValueError(_names_its_base(path))
     if path.is_dir():
         return str(path)
-    if backbone.startswith((".", "/", "~")):
-        raise ValueError(f"There is no model folder {backbone}.")
+    check_folder(backbone)
     return backbone
 
 

@@ -23,6 +23,9 @@ from plait.peers.transport import GrpcTransport
 ASK_S = 5.0
 
 
+DONE = "done: "
+
+
 @dataclass(frozen=True)
 class PeerStatus:
     """What is known of a peer.
@@ -36,6 +39,11 @@ class PeerStatus:
     name: str
     facts: dict[str, Any]
     why: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether it doesn't answer because its run is over, as far as is known here."""
+        return self.why.startswith(DONE)
 
 
 class _Nobody:
@@ -104,7 +112,7 @@ def _why(refused: Refused, address: str, own: PeerSettings | None) -> str:
         return f"there is no host of the name in {address}"
     if "Connection refused" in refused.detail:
         if own and (own.out / "summary.json").is_file():
-            return f"done: {own.out / 'summary.json'}"
+            return f"{DONE}{own.out / 'summary.json'}"
         return f"nobody listens at {address}: not started yet, stopped, or done"
     return str(refused)
 

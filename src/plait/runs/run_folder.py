@@ -31,7 +31,7 @@ from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
 from plait.events import Evaluated, Event, from_line, to_line
 from plait.lora import Stack
-from plait.machine.files import LOCK, write_atomically
+from plait.machine.files import check_new, write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
@@ -141,14 +141,9 @@ class RunFolder:
         Raises:
             ValueError: It is in use, was made by another config, or can't go on.
         """
-        if not (path / "config.json").exists():
-            if path.exists() and (not path.is_dir() or {x.name for x in path.iterdir()} - {LOCK}):
-                raise ValueError(f"{path} is not an empty folder; take another --out.")
+        if not resume or not (path / "config.json").exists():
+            check_new(path)
             return cls(path, config.rounds)
-        if not resume:
-            raise ValueError(
-                f"{path} already holds a run; take another --out, or --resume to go on with it."
-            )
         there = load_config(path)
         before, now = there.resolved(), config.resolved()
         changed = [key for key in now if before[key] != now[key]]
