@@ -145,6 +145,10 @@ def test_a_decoder_needs_no_padding_token(kind, tmp_path):
     assert conform(kind, tmp_path, pad_token_id=None) == "InterfaceEncoder"
 
 
+def test_names_that_peft_takes_for_those_of_experts_are_refused(tmp_path):
+    assert "PEFT takes down_proj of a mixture of experts" in conform("hunyuan_v1_moe", tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TAIL)

@@ -308,12 +308,32 @@ def find_sites(model: Any, model_type: str, config: Config) -> tuple[Site, ...]:
     ]
     if not found:
         raise ValueError(f"No linear layer of the {model_type} model is named {targets}.")
+    _check_experts(model, found)
     deepest = 1 + max(layer_index(site.name) for site in found)
     layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", None) or deepest)
     lowest = layers - (config.top_layers or layers)
     # ALBERT's layers share their weights, and so are one.
     lowest = min(lowest, deepest - 1)
     return tuple(site for site in found if layer_index(site.name) >= lowest)
+
+
+def _check_experts(model: Any, sites: Sequence[Site]) -> None:
+    """That PEFT takes no site's name for that of weights of all experts in one tensor.
+
+    Raises:
+        ValueError: It does, and would put an adapter there instead.
+    """
+    fused = {
+        name.rpartition(".")[2]
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and parameter.dim() == 3
+    }
+    names = fused | {"gate_proj", "up_proj"} if "gate_up_proj" in fused else fused
+    if taken := sorted(names & {site.name.rpartition(".")[2] for site in sites}):
+        raise ValueError(
+            f"PEFT takes {', '.join(taken)} of a mixture of experts for the experts' own, which "
+            "aren't adapted here; name others with --target-modules, such as q_proj,v_proj."
+        )
 
 
 def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
