@@ -76,9 +76,8 @@ def kinds(play, name, kind):
 # -- a peer dies
 
 
-@pytest.mark.parametrize("at", STAGES)
-def test_kill_9_and_restart(stage, faultless, at):
-    play = stage()
+def killed_and_back(play, at, faultless):
+    """A peer dies in its third round, comes back, and all end as if nothing had happened."""
     victim = play.start("cai", "killed", at, 2)
     for name in ("ada", "ben"):
         play.start(name)
@@ -89,18 +88,15 @@ def test_kill_9_and_restart(stage, faultless, at):
     everyone_equals(play, faultless)
 
 
+@pytest.mark.parametrize("at", STAGES)
+def test_kill_9_and_restart(stage, faultless, at):
+    killed_and_back(stage(), at, faultless)
+
+
 def test_kill_9_of_a_language_models_peer_and_restart(stage, config, tmp_path):
     chat = chat_files(tmp_path / "chat")
     faultless = Faultless.of(dataclasses.replace(config, **chat), tmp_path / "simulated")
-    play = stage(**chat)
-    victim = play.start("cai", "killed", "after mixing", 2)
-    for name in ("ada", "ben"):
-        play.start(name)
-    victim.join(90)
-    assert victim.exitcode == -signal.SIGKILL
-    play.start("cai")
-    play.all_end()
-    everyone_equals(play, faultless)
+    killed_and_back(stage(**chat), "after mixing", faultless)
 
 
 def test_killed_for_good(stage, faultless):

@@ -145,9 +145,10 @@ def status(args: list[str]) -> int:
     from plait.peers.status import status as ask
 
     peers = ask(given.config, given.name, given.insecure_loopback)
+    code = int(any(one.why and not one.done for one in peers))
     if given.json:
         print(json.dumps([vars(one) for one in peers], indent=2))
-        return int(any(one.why and not one.done for one in peers))
+        return code
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "refused here"):
         table.add_column(head, justify="left" if head in ("peer", "refused here") else "right")
@@ -165,7 +166,7 @@ def status(args: list[str]) -> int:
             ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
         )
     Console().print(table, highlight=False)
-    return int(any(one.why and not one.done for one in peers))
+    return code
 
 
 def init_federation(args: list[str]) -> int:
