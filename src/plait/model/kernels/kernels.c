@@ -317,14 +317,14 @@ struct heads {
 INLINE number *head_of(struct heads x, long token, long head) { return x.at + token * x.row + head * x.head; }
 
 /* Room for one text's keys and values and their gradients, and for a block of queries. */
-struct causal_room {
+struct interval_room {
     float *k, *v, *grad_k, *grad_v, *q, *g, *across, *result, *weights, *changes;
 };
 
-static struct causal_room causal_room(long longest, long d) {
+static struct interval_room interval_room(long longest, long d) {
     long L = longest * whole(d), block = QUERIES * whole(d), square = longest * QUERIES;
     float *at = aligned_alloc(4 * LANES, 4 * (4 * L + 4 * block + 2 * square)), *blocks = at + 4 * L;
-    return (struct causal_room){at, at + L, at + 2 * L, at + 3 * L, blocks, blocks + block, blocks + 2 * block,
+    return (struct interval_room){at, at + L, at + 2 * L, at + 3 * L, blocks, blocks + block, blocks + 2 * block,
                                 blocks + 3 * block, blocks + 4 * block, blocks + 4 * block + square};
 }
 
@@ -386,7 +386,7 @@ void interval_attention(number *out, number *q, long row_q, long head_q, number 
     struct heads Q = {q, row_q, head_q}, K = {k, row_k, head_k}, V = {v, row_v, head_v}, to = {out, H * d, d};
     PARALLEL {
         long D = whole(d);
-        struct causal_room own = causal_room(longest, d);
+        struct interval_room own = interval_room(longest, d);
         SHARED for (long job = 0; job < texts * G; job++) {
             long start = starts[job / G], L = lengths[job / G], group = job % G;
             gather(own.k, head_of(K, start, group), K.row, L, d, D, 1, K.row);
@@ -416,7 +416,7 @@ void interval_attention_gradient(number *grad_q, number *grad_k, number *grad_v,
     struct heads to_k = {grad_k, G * d, d}, to_v = {grad_v, G * d, d};
     PARALLEL {
         long D = whole(d);
-        struct causal_room own = causal_room(longest, d);
+        struct interval_room own = interval_room(longest, d);
         SHARED for (long job = 0; job < texts * G; job++) {
             long start = starts[job / G], L = lengths[job / G], group = job % G;
             gather(own.k, head_of(K, start, group), K.row, L, d, D, 1, K.row);
