@@ -133,7 +133,7 @@ def start(
 
 
 def watch(processes: Mapping[str, subprocess.Popen[bytes]], federation_file: Path) -> Iterator[str]:
-    """Wait until all have ended, or one has failed; a line whenever the slowest has done a round."""
+    """Wait until all have ended or one has failed; a line for each round of the slowest."""
     places = {name: load_peer(federation_file, name).out / "events.jsonl" for name in processes}
     rounds = load_federation(federation_file).config.rounds
     said = -1
