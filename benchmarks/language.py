@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import operator
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -130,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of the race; 0 for none")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 10, 100],
+                        help="numbers of clients whose memory is measured")  # fmt: skip
     args = parser.parse_args(argv)
     # A language model has more tensors than a process may be handed as open files.
     torch.multiprocessing.set_sharing_strategy("file_system")
@@ -141,8 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     model, tokens = _loaded(config) if args.backbone else (random_model(), random_rows(args))
     work = dataclasses.replace(work_of(model, tokens, config, args.clients), objective="language")
-    result = race(work, args.repeats)
-    console.print(table(args.backbone or "Qwen2-like, random", result))
+    title = args.backbone or "Qwen2-like, random"
+    result = race(work, args.repeats) if args.repeats else {}
+    if result:
+        console.print(table(title, result))
+    result["peak_mb"] = {str(n): peak_mb(work, n) for n in args.sizes}
+    console.print(f"{title}, MB at most by number of clients: {result['peak_mb']}")
     save(args.out / "language.json", {"machine": machine(), "language": result})
 
 
@@ -201,6 +208,28 @@ def race(work: Work, repeats: int) -> dict[str, Any]:
         "client_steps_per_second": speed, "losses_apart": apart,
         "gemm_fraction": {name: one * needed.flop() / rate for name, one in speed.items()},
     }  # fmt: skip
+
+
+def peak_mb(work: Work, clients: int) -> float:
+    """What a process has at most in which so many clients do a step of a text each."""
+    config = dataclasses.replace(work.config, clients=clients, batch_size=1)
+    alike = work_of(work.model, work.tokens, config, clients)
+    with ExitStack() as stack:
+        one = dataclasses.replace(alike, objective=work.objective)
+        (worker,) = workers(stack, torch.get_num_threads(), _peak_of, [(one,)])
+        worker.ask()
+        return float(worker.answer())
+
+
+def _peak_of(work: Work) -> Any:
+    """For a worker: its peak in MB after a step."""
+    steps = plait_steps(work)
+
+    def measure() -> float:
+        steps(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    return measure
 
 
 def table(title: str, result: dict[str, Any]) -> Table:
