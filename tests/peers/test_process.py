@@ -219,7 +219,9 @@ def test_prometheus_reads_round_lag_bytes_and_incidents():
     counts = Counts()
     counts.sent_bytes["p1"] = 12
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    stop = serve_metrics(address, desk, SimpleNamespace(counts=counts))
+    ends = {"certificate": 1893456000}
+    transport = SimpleNamespace(counts=counts, expires=lambda: ends)
+    stop = serve_metrics(address, desk, transport)
     try:
         with urllib.request.urlopen(f"http://{address}/metrics") as answer:
             text = answer.read().decode()
@@ -230,6 +232,7 @@ def test_prometheus_reads_round_lag_bytes_and_incidents():
         'plait_lag_rounds{peer="p1"} -4.0',
         'plait_incidents_total{kind="refused",peer="p1",reason="NOT_FINITE"} 1.0',
         'plait_sent_bytes_total{peer="p1"} 12.0',
+        'plait_certificate_expires_seconds{of="certificate"} 1.893456e+09',
     ):
         assert line in text
     serve_metrics(None, desk, SimpleNamespace())()

@@ -60,7 +60,7 @@ class Up(Start):
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Show who is alive in a federation: round, lag, bytes, refused messages."""
+    """Show who is alive in a federation: round, lag, bytes, certificates, refused messages."""
 
     config: Path
     """The federation's file, federation.toml."""
@@ -141,7 +141,7 @@ def status(args: list[str]) -> int:
     """`plait status`: 0 when all peers answer or are done, 1 when one does not."""
     given = parse(Status, "status", args)
     _need_packages()
-    from plait.peers.status import lag
+    from plait.peers.status import first_end, lag
     from plait.peers.status import status as ask
 
     peers = ask(given.config, given.name, given.insecure_loopback)
@@ -150,11 +150,11 @@ def status(args: list[str]) -> int:
         print(json.dumps([vars(one) for one in peers], indent=2))
         return code
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "refused here"):
+    for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "expires", "refused here"):
         table.add_column(head, justify="left" if head in ("peer", "refused here") else "right")
     for one in peers:
         if one.why:
-            table.add_row(one.name, "-", "-", "-", "-", "-", one.why)
+            table.add_row(one.name, *"------", one.why)
             continue
         facts = one.facts
         table.add_row(
@@ -163,6 +163,7 @@ def status(args: list[str]) -> int:
             str(lag(peers, one)),
             str(facts["missing"]),
             *(f"{facts.get(key, 0) / 1e6:.1f}" for key in ("sent_bytes", "received_bytes")),
+            first_end(facts.get("expires")),
             ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
         )
     Console().print(table, highlight=False)

@@ -34,6 +34,7 @@ IDLE_S = 300.0
 
 STATUS = {
     Reason.WRONG_SENDER: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.REVOKED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.NO_ANSWER: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -49,6 +50,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         self,
         members: Collection[str],
         certified: Callable[[Any], Names],
+        revoked: Callable[[Any], bool],
         call_timeout_s: float,
         refused: Callable[[str, Reason, str], None],
     ) -> None:
@@ -57,10 +59,11 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         Args:
             members: Who may call.
             certified: Context of a call -> the names in the caller's certificate.
+            revoked: Context of a call -> whether that certificate counts no more.
             call_timeout_s: The longest that a call may last.
             refused: Told (caller, reason, detail) of each refusal.
         """
-        self._members, self._certified = frozenset(members), certified
+        self._members, self._certified, self._revoked = frozenset(members), certified, revoked
         self._call_timeout_s, self._refused = call_timeout_s, refused
         self._open: Counter[str] = Counter()
 
@@ -78,6 +81,8 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         caller = "|".join(sorted(names or ())) or str(context.peer())
         if names is not None and not names & self._members:
             await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
+        if self._revoked(context):
+            await self._end(context, caller, Reason.REVOKED, f"a certificate of {caller:.200}")
         if self._open[caller] >= OPEN_CALLS:
             detail = f"more than {OPEN_CALLS} calls at a time"
             await self._end(context, caller, Reason.BUSY, detail)

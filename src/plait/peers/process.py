@@ -180,7 +180,8 @@ class Process:
         )  # fmt: skip
         counts = self.transport.counts
         self.desk.live = lambda: {
-            name: sum(counter.values()) for name, counter in vars(counts).items()
+            "expires": self.transport.expires(),
+            **{name: sum(counter.values()) for name, counter in vars(counts).items()},
         }
         self.exchange = Exchange(
             self.desk,

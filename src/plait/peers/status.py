@@ -6,6 +6,7 @@ lets it ask.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,3 +121,18 @@ def _why(refused: Refused, address: str, own: PeerSettings | None) -> str:
 def lag(peers: Iterable[PeerStatus], peer: PeerStatus) -> int:
     """How many rounds a peer is behind the first."""
     return max(int(p.facts.get("round", 0)) for p in peers) - int(peer.facts.get("round", 0))
+
+
+def first_end(expires: object) -> str:
+    """The day on which a peer's certificate ends, or that of its authority if that is sooner.
+
+    Example:
+        >>> first_end({"certificate": 1893456000, "authority": 1890000000})
+        '2029-11-22, authority'
+    """
+    try:
+        what, end = min(expires.items(), key=lambda item: item[1])  # type: ignore[attr-defined]
+        day = f"{dt.datetime.fromtimestamp(end, dt.UTC):%Y-%m-%d}"
+    except (AttributeError, ValueError, TypeError, OverflowError, OSError):  # a peer's own words
+        return "-"
+    return day if what == "certificate" else f"{day}, {what:.20}"

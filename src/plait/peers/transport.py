@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,6 @@ from torch import Tensor
 from plait.factors import VALUE, Slot
 from plait.lora import Layout
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
-from plait.peers.credentials import read_credentials
 from plait.peers.envelope import (
     Assembly,
     read_ack,
@@ -49,6 +48,7 @@ from plait.peers.guard import (
     Names,
     most_connections,
 )
+from plait.peers.keyring import LOOK_S, Keyring
 from plait.peers.refusals import Reason, Refused
 
 Options = list[tuple[str, int | str]]
@@ -179,7 +179,7 @@ class GrpcTransport:
         )
         self._listen = settings.listen
         self._addresses = {peer.name: peer.address for peer in federation.peers}
-        self._credentials = None if insecure_loopback else read_credentials(settings)
+        self._keyring = None if insecure_loopback else Keyring(settings, self._addresses)
         if insecure_loopback:
             for address in (self._listen, *self._addresses.values()):
                 _check_loopback(address)
@@ -187,6 +187,7 @@ class GrpcTransport:
         self._call_timeout_s = limits.round_timeout_s
         self._channels: dict[str, aio.Channel] = {}
         self._server: aio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what the round protocol calls, from any thread
 
@@ -196,6 +197,8 @@ class GrpcTransport:
         Raises:
             ValueError: The address is in use, or not of this machine.
         """
+        if self._keyring:
+            self._keyring.look()
         BACKGROUND.acquire()
         try:
             if serve:
@@ -223,6 +226,10 @@ class GrpcTransport:
         """Whether a peer's health service says that it serves."""
         return BACKGROUND.run(self._alive(to, deadline_s)).result()
 
+    def expires(self) -> dict[str, int]:
+        """Until when this peer's `certificate` and `authority` are valid, seconds since 1970."""
+        return self._keyring.expires() if self._keyring else {}
+
     def stop(self, grace_s: float) -> None:
         """Let open calls end, for so long, and stop."""
         BACKGROUND.run(self._stop(grace_s)).result()
@@ -233,7 +240,11 @@ class GrpcTransport:
     async def _serve(self) -> None:
         # A call gets a little longer than what it is for, so that the caller still hears why.
         guard = Guard(
-            self._addresses, self._certified, self._call_timeout_s + WORD_S, self._desk.refused
+            self._addresses,
+            self._certified,
+            self._revoked,
+            self._call_timeout_s + WORD_S,
+            self._desk.refused,
         )
         server = aio.server(
             options=[*OPTIONS, *server_options()],
@@ -249,16 +260,10 @@ class GrpcTransport:
                 (grpc.method_handlers_generic_handler(service, {name: handler}),)
             )
         try:
-            if self._credentials is None:
+            if self._keyring is None:
                 port = server.add_insecure_port(self._listen)
             else:
-                authority, own = self._credentials
-                port = server.add_secure_port(
-                    self._listen,
-                    grpc.ssl_server_credentials(
-                        [(own.key, own.certificate)], authority, require_client_auth=True
-                    ),
-                )
+                port = server.add_secure_port(self._listen, self._keyring.for_server())
         except RuntimeError as error:
             raise ValueError(
                 f"Can't listen on {self._listen}: {error}. Stop what uses it, or change `listen` "
@@ -267,6 +272,8 @@ class GrpcTransport:
         assert port
         await server.start()
         self._server = server
+        if self._keyring:
+            self._do(self._keep_current(self._keyring))
 
     async def _deliver(self, _stream: Any, context: Any) -> None:
         """The handler of a delivery."""
@@ -307,10 +314,16 @@ class GrpcTransport:
 
     def _certified(self, context: Any) -> Names:
         """The names in the certificate of whoever calls; None without TLS."""
-        if self._credentials is None:
+        if self._keyring is None:
             return None
         names = context.auth_context().get("x509_subject_alternative_name", ())
         return frozenset(name.decode(errors="replace") for name in names)
+
+    def _revoked(self, context: Any) -> bool:
+        """Whether the certificate of whoever calls counts no more."""
+        if self._keyring is None:
+            return False
+        return any(map(self._keyring.is_revoked, context.auth_context()["x509_pem_cert"]))
 
     def _check(self, header: Header | Question, certified: Names) -> None:
         self.identity.check(header, certified)
@@ -379,30 +392,46 @@ class GrpcTransport:
         return Reply(facts=facts, header=header, factors=factors)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
-        check = self._channel(to).unary_unary(HEALTH)
         try:
+            check = self._channel(to).unary_unary(HEALTH)
             asked = health_pb2.HealthCheckRequest().SerializeToString()
             answer = health_pb2.HealthCheckResponse.FromString(
                 await check(asked, timeout=deadline_s)
             )
-        except aio.AioRpcError:
+        except (aio.AioRpcError, Refused):
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _channel(self, to: str) -> aio.Channel:
         if to not in self._channels:
             address = self._addresses[to]
-            if self._credentials is None:
+            if self._keyring is None:
                 self._channels[to] = aio.insecure_channel(address, OPTIONS)
             else:
-                authority, own = self._credentials
-                credentials = grpc.ssl_channel_credentials(authority, own.key, own.certificate)
+                credentials = self._keyring.for_channel(to)
                 # Whatever the address is, the certificate must have the neighbour's name.
                 named: Options = [("grpc.ssl_target_name_override", to)]
                 self._channels[to] = aio.secure_channel(address, credentials, OPTIONS + named)
         return self._channels[to]
 
+    async def _keep_current(self, keyring: Keyring) -> None:
+        """Look for new certificates, and have the next calls made with them."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if await asyncio.to_thread(keyring.look):
+                old, self._channels = self._channels, {}
+                for channel in old.values():  # what is on its way over them may yet arrive
+                    self._do(channel.close(self._call_timeout_s))
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Something beside the calls, until the transport stops."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _stop(self, grace_s: float) -> None:
+        for task in self._tasks:
+            task.cancel()
         for channel in self._channels.values():
             await channel.close(grace_s)
         self._channels.clear()
