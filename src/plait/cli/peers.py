@@ -85,6 +85,8 @@ class InitFederation(Start):
     """The classes, comma-separated, when peers bring data of their own."""
     id: str = "trial"
     """The federation's name."""
+    no_keys: Flag = False
+    """Make no peer's key: each makes its own with `plait cert request`."""
 
 
 # -- the commands
@@ -186,13 +188,15 @@ def init_federation(args: list[str]) -> int:
     path = write(
         given.directory, names, given.settings, federation_id=given.id,
         addresses=addresses if all(addresses) else None, labels=split(given.labels),
-        machine=given.machine,
+        machine=given.machine, keys=not given.no_keys,
     )  # fmt: skip
     print(
         f"{path}: addresses and settings, the same at every peer\n"
-        f"{given.directory}/NAME: what each peer has of its own; its key stays with it\n"
-        f"Start each with: plait peer --config {path} --name NAME"
+        f"{given.directory}/NAME: what each peer has of its own; its key stays with it"
     )
+    if given.no_keys:
+        print(f"Each makes its key: plait cert request --name NAME --out {given.directory}/NAME")
+    print(f"Start each with: plait peer --config {path} --name NAME")
     if given.settings.task in ("file", "chat"):
         print(
             f"Before that, name each peer's rows in {given.directory}/NAME/peer.toml, under "

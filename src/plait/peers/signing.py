@@ -20,7 +20,6 @@ from plait.peers.federation import check_name
 from plait.peers.pem import (
     Pair,
     certificates_in,
-    dns_names,
     extension,
     private_key,
     read_pem,
@@ -128,12 +127,11 @@ def named_in(request: x509.CertificateSigningRequest) -> str:
     Raises:
         ValueError: It is for none, for several, or for what can't be a peer.
     """
-    names = extension(request, x509.SubjectAlternativeName)
+    names = [*(extension(request, x509.SubjectAlternativeName) or ())]
     common = [str(one.value) for one in request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    found = [*(str(one.value) for one in names or ())]
-    name = found[0] if found else ""
-    if dns_names(request) != [name] or common not in ([], [name]):
-        said = ", ".join(dict.fromkeys([*common, *found])) or "no name"
+    name = str(names[0].value) if names else ""
+    if names != [x509.DNSName(name)] or common not in ([], [name]):
+        said = ", ".join(dict.fromkeys([*common, *(str(one.value) for one in names)])) or "no name"
         raise ValueError(
             f"The request is for {said:.200}; a peer's has one DNS name, its own, and nothing else."
         )
