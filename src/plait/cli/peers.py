@@ -37,6 +37,9 @@ class PeerCommand:
     """Which peer this is."""
     insecure_loopback: Flag = False
     """No TLS, for trials on one machine: any other address is refused."""
+    check: Flag = False
+    """Don't start: look at certificate, key, ports, disk and rows, and try each other peer that is
+    there: address, TLS, certificate, clock, and whether settings and frozen model are the same."""
     trust: str | None = None
     """Take this peer's word on the round, and its state, where no majority can be had: with two
     peers, or when too few others are there. Only for a peer that lost its folder, joins, or was
@@ -101,6 +104,12 @@ def peer(args: list[str]) -> int:
     """`plait peer`: 0 when it is done, or was told to leave."""
     given = parse(PeerCommand, "peer", args)
     _need_packages()
+    if given.check:
+        from plait.cli.doctor import say
+        from plait.cli.doctor_peer import check_peer
+
+        say(check_peer(given.config.parent / given.name / "peer.toml"))
+        return 0
     from plait.peers.process import run_peer
 
     run_peer(given.config, given.name, given.insecure_loopback, given.trust)

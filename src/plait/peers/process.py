@@ -411,6 +411,14 @@ def with_what_was_read(federation: Federation, job: Job, read: Mapping[str, str]
     return dataclasses.replace(federation, read=common | of_model(job.backbone))
 
 
+def as_read(federation: Federation, settings: PeerSettings) -> Federation:
+    """`with_what_was_read` before a run: reads all of it, and loads the model."""
+    config = settings.apply(federation.config)
+    load_plugins(config.plugin)
+    read = fingerprints(config, own_task(federation, settings))
+    return with_what_was_read(federation, prepare_peer(federation, settings), read)
+
+
 def noise_of(folder: RunFolder, config: Config) -> Noise:
     """The noise of a peer: from a key of its own, made when its folder is begun, kept for restarts.
 

@@ -7,8 +7,9 @@ lets it ask.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.codec import Answer, Header, Message, Question
-from plait.peers.federation import PeerSettings, load_federation, load_peer
+from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
 from plait.peers.mailbox import OBSERVER
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import GrpcTransport
@@ -87,10 +88,6 @@ def status(
     if name is None and not here:
         raise ValueError(f"No peer.toml lies beside {federation_file}; give --name of yours.")
     settings = load_peer(federation_file, name or here[0])
-    transport = GrpcTransport(
-        federation, settings, Layout((), 1, 1.0), _Nobody(), insecure_loopback=insecure_loopback
-    )
-    transport.start(serve=False)
 
     def ask(peer: str) -> PeerStatus:
         try:
@@ -100,9 +97,28 @@ def status(
             return PeerStatus(peer, {}, _why(refused, federation.member(peer).address, own))
         return PeerStatus(peer, reply.facts)
 
+    with (
+        asking(federation, settings, insecure_loopback) as transport,
+        ThreadPoolExecutor(len(federation.names)) as pool,
+    ):
+        return list(pool.map(ask, federation.names))
+
+
+@contextmanager
+def asking(
+    federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+) -> Iterator[GrpcTransport]:
+    """What can ask the members as one of them, without being reached itself.
+
+    Raises:
+        ValueError: The peer's certificate is missing or unfit.
+    """
+    transport = GrpcTransport(
+        federation, settings, Layout((), 1, 1.0), _Nobody(), insecure_loopback=insecure_loopback
+    )
+    transport.start(serve=False)
     try:
-        with ThreadPoolExecutor(len(federation.names)) as pool:
-            return list(pool.map(ask, federation.names))
+        yield transport
     finally:
         transport.stop(0.0)
 
