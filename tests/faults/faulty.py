@@ -190,6 +190,12 @@ def slow(seconds: float) -> None:
     engine.train_round = train_round
 
 
+def watchful(seconds: float) -> None:
+    """The peer looks for new certificates all the time, and is slow enough to meet some."""
+    transport.LOOK_S = 0.1
+    slow(seconds)
+
+
 def diverging(round_: int) -> None:
     """The loss of a round is not a number."""
     original = steps.local_phase
@@ -350,6 +356,7 @@ ATTACKS: dict[str, Callable[..., list[Message]]] = {
 FAULTS: dict[str, Fault] = {
     "killed": killed_at,
     "slow": slow,
+    "watchful": watchful,
     "diverging": diverging,
     "lying": lying,
     "ahead": ahead,

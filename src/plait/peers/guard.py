@@ -82,7 +82,9 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         if names is not None and not names & self._members:
             await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
         if self._revoked(context):
-            await self._end(context, caller, Reason.REVOKED, f"a certificate of {caller:.200}")
+            await self._end(
+                context, caller, Reason.REVOKED, f"{caller:.200}'s certificate is revoked"
+            )
         if self._open[caller] >= OPEN_CALLS:
             detail = f"more than {OPEN_CALLS} calls at a time"
             await self._end(context, caller, Reason.BUSY, detail)
