@@ -121,7 +121,7 @@ def test_three_machines_from_nothing_to_an_adapter(machines, tmp_path, monkeypat
     peers = {}
     for name in NAMES:
         with (tmp_path / f"{name}.log").open("w") as log:
-            words = command(name, "plait peer")
+            words = command(name, "plait peer --config")
             peers[name] = subprocess.Popen(words, cwd=tmp_path / name, stderr=log)
     try:
         for _ in itertools.takewhile(lambda _: peers["ben"].poll() is None, range(600)):
