@@ -14,7 +14,7 @@ from plait.peers import keyring
 from plait.peers.codec import Ack, Question
 from plait.peers.pem import Pair
 from plait.peers.refusals import Reason, Refused
-from plait.peers.revocation import fingerprint_of, read_revoked, shown
+from plait.peers.revocation import Route, fingerprint_of, read_revoked, shown
 from plait.peers.signing import make_authority, make_certificate
 
 
@@ -52,7 +52,8 @@ def revoke(network: Network, name: str, pair: Pair) -> None:
 
 def shows(network: Network, name: str) -> bytes:
     """The certificate that a peer's server shows now."""
-    return shown(network.federation.member(name).address, name, network.authority.certificate)
+    route = Route(network.federation.member(name).address)
+    return shown(route, name, network.authority.certificate)
 
 
 def send(network: Network, sender: str, to: str) -> Ack:

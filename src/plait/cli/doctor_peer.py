@@ -161,7 +161,7 @@ def _meet(about: str, own: PeerSettings, transport: GrpcTransport, member: Membe
     from plait.peers.refusals import Refused
 
     name, where = member.name, f"{member.name} at {member.address}"
-    found = [_shown(about, own, member)]
+    found = [_shown(about, own, transport, member)]
     if found[0].mark != "ok":
         return Met(name, found)
     try:
@@ -180,28 +180,34 @@ def _meet(about: str, own: PeerSettings, transport: GrpcTransport, member: Membe
     return Met(name, found, settings)
 
 
-def _shown(about: str, own: PeerSettings, member: Member) -> Finding:
+def _shown(about: str, own: PeerSettings, transport: GrpcTransport, member: Member) -> Finding:
     """The address leads to somebody who has a certificate of that name."""
-    from plait.peers.pem import read_pem
-    from plait.peers.revocation import fingerprint_of, read_revoked, shown
+    from plait.peers.refusals import Refused
+    from plait.peers.revocation import fingerprint_of, read_revoked
 
-    where = f"{member.name} at {member.address}"
+    where = f"{member.name} at {member.address or 'a stream of its own'}"
     try:
-        pem = shown(member.address, member.name, read_pem(own.ca))
+        pem = transport.shows(member.name)
     except socket.gaierror as error:
         fix = "mend its address in federation.toml"
         return Finding(about, "bad", f"{where} can't be found: {error.strerror}", fix)
     except ssl.SSLError as error:
+        if isinstance(error, ssl.SSLEOFError):  # it hung up: whoever passes calls on found nobody
+            return _absent(about, where, error)
         text = f"{where} shows no good certificate: {getattr(error, 'verify_message', error)}"
         fix = "have its operator run plait peer --check, and compare ca.pem, address and clock"
         return Finding(about, "bad", text, fix)
-    except OSError as error:
-        fix = "none is needed if it hasn't been started; else let its port through"
-        return Finding(about, "note", f"{where} is not there yet: {error}", fix)
+    except (OSError, Refused) as error:
+        return _absent(about, where, error)
     if fingerprint_of(pem) in read_revoked(own.revoked):
         text = f"{where} shows a certificate that is revoked"
         return Finding(about, "bad", text, "it needs a new one: plait cert request")
     return Finding(about, "ok", f"{where} answers, with its certificate")
+
+
+def _absent(about: str, where: str, error: Exception) -> Finding:
+    fix = "none is needed if it hasn't been started; else let its port through"
+    return Finding(about, "note", f"{where} is not there yet: {error}", fix)
 
 
 def _clock(about: str, name: str, theirs: object, here: float) -> Finding:

@@ -10,7 +10,8 @@ somebody on the way.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -19,9 +20,10 @@ import grpc
 
 from plait.peers.credentials import Credentials, read_credentials
 from plait.peers.federation import PeerSettings
-from plait.peers.mailbox import LOG
 from plait.peers.refusals import Reason, Refused
-from plait.peers.revocation import fingerprint_of, read_revoked, shown
+from plait.peers.revocation import fingerprint_of, read_revoked
+
+LOG = logging.getLogger("plait.peer")
 
 LOOK_S = 5.0
 """Pause between two looks at the files."""
@@ -84,17 +86,21 @@ def _mark(path: Path) -> object:
 class Keyring:
     """A peer's credentials and its list of revoked certificates, as its files have them now."""
 
-    def __init__(self, settings: PeerSettings, addresses: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: PeerSettings, others: Collection[str], show: Callable[[str], bytes]
+    ) -> None:
         """Read the files.
 
         Args:
             settings: Which files they are.
-            addresses: Where the members are reached, by name.
+            others: Who may be called.
+            show: The name of one of them -> the certificate, PEM, that its server shows; an
+                `OSError` or `Refused` of who can't be reached, or shows none.
 
         Raises:
             ValueError: A file is missing or unfit.
         """
-        self.settings, self._addresses = settings, addresses
+        self.settings, self._others, self._show = settings, frozenset(others), show
         papers = (settings.ca, settings.certificate, settings.key)
         self._papers = Watched(papers, lambda: read_credentials(settings))
         self._revoked = Watched([settings.revoked], lambda: read_revoked(settings.revoked))
@@ -142,6 +148,11 @@ class Keyring:
             raise Refused(Reason.UNREACHABLE, detail)
         return grpc.ssl_channel_credentials(trusted, papers.own.key, papers.own.certificate)
 
+    @property
+    def authority(self) -> bytes:
+        """Whose certificates are trusted, PEM."""
+        return self._papers.now.authority
+
     def is_revoked(self, pem: bytes) -> bool:
         """Whether a certificate counts no more."""
         return fingerprint_of(pem) in self._revoked.now
@@ -167,9 +178,8 @@ class Keyring:
 
     def _see(self) -> bool:
         """Look at what those on the list show, to trust that alone; whether it is news."""
-        others = self._addresses.keys() - {self.settings.name}
-        listed, before = sorted(others & set(self._revoked.now.values())), self._pins
-        with ThreadPoolExecutor(len(others)) as pool:
+        listed, before = sorted(self._others & set(self._revoked.now.values())), self._pins
+        with ThreadPoolExecutor(len(listed) or 1) as pool:
             found = pool.map(self._certificate_of, listed)
         self._pins = dict(zip(listed, found, strict=True))
         return self._pins != before
@@ -177,8 +187,8 @@ class Keyring:
     def _certificate_of(self, name: str) -> bytes | None:
         """What a member shows, or of one that can't be reached showed; None if it is revoked."""
         try:
-            found: bytes | None = shown(self._addresses[name], name, self._papers.now.authority)
-        except OSError:
+            found: bytes | None = self._show(name)
+        except (OSError, Refused):
             found = self._pins.get(name)
         return found if found and not self.is_revoked(found) else None
 

@@ -6,12 +6,17 @@ A list is a text with a line for each: SHA-256 fingerprint, name, and what else 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import socket
 import ssl
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -77,7 +82,33 @@ def _entry(line: str, where: str) -> tuple[str, str]:
     return ":".join(re.findall("..", digits)), parts["name"]
 
 
-def shown(address: str, name: str, authority: bytes) -> bytes:
+@dataclass(frozen=True)
+class Route:
+    """How a server is reached: `host:port`, or `unix:PATH` of this machine, and through a proxy."""
+
+    address: str
+    proxied: bool = False
+
+    def connect(self) -> socket.socket:
+        """A connection; the proxy is the one that gRPC takes from the environment."""
+        if self.address.startswith("unix:"):
+            near = socket.socket(socket.AF_UNIX)
+            near.settimeout(SHOW_S)
+            near.connect(self.address.removeprefix("unix:"))
+            return near
+        host, port = split_address(self.address)
+        named = [os.environ.get(name) for name in ("grpc_proxy", "https_proxy", "http_proxy")]
+        proxy = next(filter(None, named), None)
+        if not self.proxied or proxy is None or proxy_bypass(host):
+            return socket.create_connection((host, port), timeout=SHOW_S)
+        there = urlsplit(proxy)
+        by = HTTPConnection(there.hostname or "", there.port or 80, timeout=SHOW_S)
+        by.set_tunnel(host, port)
+        by.connect()
+        return by.sock
+
+
+def shown(route: Route, name: str, authority: bytes) -> bytes:
     """The certificate, PEM, that a server shows who calls it by `name`.
 
     It is one of the authority's, for this name, and the server has its key. That is known before
@@ -90,7 +121,7 @@ def shown(address: str, name: str, authority: bytes) -> bytes:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=authority.decode("ascii", "ignore"))
     with (
-        socket.create_connection(split_address(address), timeout=SHOW_S) as plain,
+        route.connect() as plain,
         context.wrap_socket(plain, server_hostname=name) as secured,
     ):
         der = secured.getpeercert(binary_form=True)
