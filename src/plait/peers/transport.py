@@ -10,6 +10,7 @@ declared. gRPC's own limits, on metadata and on a piece, hold for whatever comes
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
