@@ -42,7 +42,7 @@ from plait.peers.process import (
 )
 from plait.peers.prometheus import serve_metrics
 from plait.peers.refusals import Reason
-from plait.peers.status import PeerStatus, lag
+from plait.peers.status import PeerStatus, first_end, lag
 from plait.peers.status import status as ask_all
 from plait.peers.transport import Counts, GrpcTransport
 from plait.runs.run_folder import RunFolder
@@ -249,6 +249,23 @@ def test_prometheus_reads_round_lag_bytes_and_incidents():
     ):
         assert line in text
     serve_metrics(None, desk, SimpleNamespace())()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"certificate": 1893456000, "authority": 2093456000}, "2030-01-01"),
+        ({"certificate": 1893456000, "authority": 1893355200}, "2029-12-30, authority"),
+        ({"certificate": 10**400}, "-"),
+        ({"certificate": "[/x]"}, "-"),
+        ({"certificate": None, "authority": 3}, "-"),
+        ({}, "-"),
+        ("soon", "-"),
+        (None, "-"),
+    ],
+)
+def test_whatever_a_peer_says_of_its_certificate_the_status_has_a_day_or_nothing(told, said):
+    assert first_end(told) == said
 
 
 def test_a_log_line_is_json():

@@ -114,6 +114,8 @@ def peer(args: list[str]) -> int:
     """`plait peer`: 0 when it is done, or was told to leave."""
     given = parse(PeerCommand, "peer", args)
     _need_packages()
+    if given.check and given.insecure_loopback:
+        raise ValueError("--check looks at certificates; leave it out with --insecure-loopback.")
     if given.check:
         from plait.cli.doctor import say
         from plait.cli.doctor_peer import check_peer
