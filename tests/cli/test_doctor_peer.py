@@ -200,6 +200,12 @@ def test_another_peer_that_does_not_fit(peer, change, said):
     assert (one.mark, bool(one.fix)) == ("bad", True)
 
 
+def test_a_certificate_of_its_own_that_is_revoked(peer):
+    folder = peer(365)
+    listed(folder.parent)
+    assert found(folder, "is on the list").mark == "bad"
+
+
 def test_another_peer_whose_certificate_is_revoked_here(peer):
     folder = peer(365)
     with there(folder):

@@ -341,7 +341,7 @@ def test_all_certificates_are_renewed_and_the_old_ones_revoked(stage, faultless)
     old = {name: Pair(*((folder / name / f"{file}.pem").read_bytes() for file in ("cert", "key")))
            for name in NAMES}  # fmt: skip
     for name in NAMES:
-        play.start(name, "watchful", 0.5)
+        play.start(name, "watchful", 1.0)
     play.wait_for(lambda: min(map(play.rounds_done, NAMES)) >= 1)
     for name in NAMES:
         replace_certificate(folder / name, make_certificate(play.authority(), name))

@@ -77,11 +77,16 @@ def check_peer(file: Path) -> Iterator[Finding]:
 def _papers(about: str, own: PeerSettings) -> Finding:
     """A peer's certificate, key and authority, as it looks at them itself when it starts."""
     from plait.peers.credentials import read_credentials
-    from plait.peers.revocation import read_revoked
+    from plait.peers.pem import certificates_in
+    from plait.peers.revocation import fingerprint, read_revoked
 
     try:
-        read_revoked(own.revoked)
-        what, end = min(read_credentials(own).expires.items(), key=lambda item: item[1])
+        read = read_credentials(own)
+        shown = certificates_in(read.own.certificate, own.certificate, "a certificate")[0]
+        if fingerprint(shown) in read_revoked(own.revoked):
+            text = f"{own.certificate} is on the list {own.revoked}"
+            return Finding(about, "bad", text, "ask for a new one: plait cert request")
+        what, end = min(read.expires.items(), key=lambda item: item[1])
     except ValueError as error:
         found, _, remedy = str(error).partition("; ")
         return Finding(about, "bad", found, remedy)

@@ -119,6 +119,7 @@ def shown(route: Route, name: str, authority: bytes) -> bytes:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC does
     context.load_verify_locations(cadata=authority.decode("ascii", "ignore"))
     with (
         route.connect() as plain,
