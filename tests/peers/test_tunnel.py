@@ -228,6 +228,10 @@ def test_messages_go_through_the_proxy_of_the_environment_unless_switched_off(
         with made.stopping:
             assert made.send("ben", "ada").accepted
             assert set(asked) == {made.federation.member("ada").address}
+            del asked[:]
+            own = (made.path.parent / "ada" / "cert.pem").read_bytes()
+            assert made.peers["ben"].shows("ada") == own
+            assert asked == [made.federation.member("ada").address]
             made.peers["cai"].stop(0)
             del asked[:]
             settings = dataclasses.replace(load_peer(made.path, "cai"), http_proxy=False)
