@@ -31,6 +31,8 @@ LOOK_S = 5.0
 SOON = dt.timedelta(days=30)
 """Whatever ends sooner is said each day."""
 
+UNFIT = {"kind": "unfit"}
+
 Read = TypeVar("Read")
 
 
@@ -70,9 +72,6 @@ class Watched(Generic[Read]):
     def _marks(self) -> object:
         """What is another when a file was written, replaced or removed."""
         return [_mark(path) for path in self._paths]
-
-
-UNFIT = {"kind": "unfit"}
 
 
 def _mark(path: Path) -> object:
