@@ -1,14 +1,25 @@
-"""`plait doctor --federation`: what it finds in a peer's files, on its disk and of the others."""
+"""`plait peer --check`: what it finds in a peer's files, on its disk and of the others."""
 
 from __future__ import annotations
 
+import shutil
 import socket
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from threading import Thread
 
 import pytest
 
 from plait.cli import doctor_peer as doctor
 from plait.cli.main import main
-from plait.peers.federation import load_federation, split_address
+from plait.lora import Layout
+from plait.peers.codec import Answer
+from plait.peers.federation import load_federation, load_peer, split_address
+from plait.peers.revocation import fingerprint_of
+from plait.peers.signing import make_authority, make_certificate
+from plait.peers.status import _Nobody
+from plait.peers.transport import GrpcTransport
 
 
 @pytest.fixture(autouse=True)
@@ -89,17 +100,158 @@ def found(folder, part: str) -> doctor.Finding:
     return one
 
 
-def test_others_that_answer_that_do_not_and_that_are_nowhere(peer):
+class Desk(_Nobody):
+    """Answers as a peer does that has these settings, and a clock that is so much ahead."""
+
+    def __init__(self, settings=None, ahead: float = 0.0) -> None:
+        self.settings, self.ahead = settings or {}, ahead
+
+    def answer(self, question):
+        if question.kind == "settings":
+            return Answer(self.settings)
+        return Answer({"time": time.time() + self.ahead})
+
+
+@contextmanager
+def there(folder, desk=None, change=lambda path: None):
+    """The other peer, p1, as a server; `change` is done to a copy of its files before."""
+    copy = folder.parent.with_name("theirs")
+    shutil.copytree(folder.parent, copy)
+    change(copy)
+    file = copy / "federation.toml"
+    transport = GrpcTransport(
+        load_federation(file), load_peer(file, "p1"), Layout((), 1, 1.0), desk or Desk()
+    )
+    transport.start()
+    try:
+        yield
+    finally:
+        transport.stop(0)
+        shutil.rmtree(copy)
+
+
+@pytest.fixture
+def as_read(monkeypatch):
+    """No model is loaded: what was read of it is given."""
+    given = {"weights_hash": "0123", "tokenizer_hash": "4567"}
+    monkeypatch.setattr(
+        "plait.peers.process.as_read", lambda federation, _: replace(federation, read=given)
+    )
+    return lambda folder: replace(load_federation(folder.parent / "federation.toml"), read=given)
+
+
+def test_another_peer_that_is_there_and_runs_the_same(peer, as_read):
+    folder = peer(365)
+    assert found(folder, "p1 at").mark == "note"
+    assert "not there yet" in found(folder, "p1 at").text
+    with there(folder, Desk(as_read(folder).shared())):
+        of_p1 = [one for one in doctor.check_peer(folder / "peer.toml") if "p1" in one.text]
+    assert [one.mark for one in of_p1] == ["ok", "ok", "ok"]
+    assert "weights (0123)" in of_p1[2].text
+
+
+@pytest.mark.parametrize("what", ["weights_hash", "tokenizer_hash", "labels", "lr"])
+def test_another_peer_with_something_else_is_named_with_both(peer, as_read, what):
+    folder = peer(365)
+    with there(folder, Desk(as_read(folder).shared() | {what: "other"})):
+        one = found(folder, "another setting")
+    assert one.mark == "bad"
+    assert f"{what} is" in one.text
+    assert "'other' at p1" in one.text
+
+
+def test_clocks_that_differ(peer, as_read):
+    folder = peer(365)
+    with there(folder, Desk(as_read(folder).shared(), ahead=-300)):
+        one = found(folder, "clock of p1")
+    assert (one.mark, "300 s back" in one.text, "NTP" in one.fix) == ("bad", True, True)
+
+
+def another_authority(files) -> None:
+    root = make_authority("another")
+    pair = make_certificate(root, "p1")
+    (files / "ca.pem").write_bytes(root.certificate)
+    (files / "p1" / "cert.pem").write_bytes(pair.certificate)
+    (files / "p1" / "key.pem").write_bytes(pair.key)
+
+
+def listed(files) -> None:
+    pem = (files / "p0" / "cert.pem").read_bytes()
+    (files / "revoked.txt").write_text(f"{fingerprint_of(pem)} p0\n")
+
+
+def another_federation(files) -> None:
+    path = files / "federation.toml"
+    path.write_text(path.read_text().replace('"trial"', '"other"'))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (another_authority, "shows no good certificate: unable to get local issuer"),
+        (listed, "revoked certificate"),
+        (another_federation, "federation is 'trial'"),
+    ],
+)
+def test_another_peer_that_does_not_fit(peer, change, said):
+    folder = peer(365)
+    with there(folder, change=change):
+        one = found(folder, said)
+    assert (one.mark, bool(one.fix)) == ("bad", True)
+
+
+def test_a_certificate_of_its_own_that_is_revoked(peer):
+    folder = peer(365)
+    listed(folder.parent)
+    assert found(folder, "is on the list").mark == "bad"
+
+
+def test_another_peer_whose_certificate_is_revoked_here(peer):
+    folder = peer(365)
+    with there(folder):
+        pem = (folder.parent / "p1" / "cert.pem").read_bytes()
+        (folder.parent / "revoked.txt").write_text(f"{fingerprint_of(pem)} p1\n")
+        assert found(folder, "p1 at").mark == "bad"
+        assert "is revoked" in found(folder, "p1 at").text
+
+
+def test_an_address_that_leads_nowhere_or_to_something_else(peer):
     folder = peer(365)
     shared = folder.parent / "federation.toml"
     address = load_federation(shared).member("p1").address
-    assert found(folder, "p1 at").mark == "note"
-    with socket.create_server(split_address(address)):
-        assert found(folder, "p1 at").text == f"p1 at {address} answers"
+    with socket.create_server(split_address(address)) as server:
+
+        def greet() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b"220 mail.example.org\r\n" * 9)
+
+        thread = Thread(target=greet)
+        thread.start()
+        assert found(folder, "p1 at").mark == "bad"
+        thread.join()
     shared.write_text(shared.read_text().replace(address, "no-such-host.invalid:7600"))
     assert (found(folder, "p1 at").mark, "federation.toml" in found(folder, "p1 at").fix) == (
         "bad", True,
     )  # fmt: skip
+
+
+def test_peer_check_says_all_of_it_and_starts_nothing(peer, capsys):
+    folder = peer(365)
+    command = [
+        "peer",
+        "--config",
+        str(folder.parent / "federation.toml"),
+        "--name",
+        "p0",
+        "--check",
+    ]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("the certificate is valid", "is free", "not there yet"))
+    assert not (folder / "out").exists()
+    (folder / "cert.pem").write_bytes(b"")
+    assert main(command) == 1
+    assert "holds no PEM certificate" in capsys.readouterr().out
 
 
 def test_rows_of_its_own_and_what_is_wrong_with_them(peer):

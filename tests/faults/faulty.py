@@ -20,10 +20,10 @@ from xxhash import xxh3_128
 
 import plait.engines.steps as steps
 import plait.peers.round_loop as engine
+from plait.peers import keyring, transport
 from plait.peers import process as peers
-from plait.peers import transport
 from plait.peers.codec import Ack, Answer, Message
-from plait.peers.credentials import Pair
+from plait.peers.credentials import Credentials, Pair
 from plait.peers.exchange import Exchange
 from plait.peers.inbox import Inbox
 from plait.peers.mailbox import Desk
@@ -190,6 +190,12 @@ def slow(seconds: float) -> None:
     engine.train_round = train_round
 
 
+def watchful(seconds: float) -> None:
+    """The peer looks for new certificates all the time, and is slow enough to meet some."""
+    transport.LOOK_S = 0.1
+    slow(seconds)
+
+
 def diverging(round_: int) -> None:
     """The loss of a round is not a number."""
     original = steps.local_phase
@@ -206,21 +212,15 @@ def careless_about_certificates() -> None:
 
     def read(settings):
         pair = Pair(settings.certificate.read_bytes(), settings.key.read_bytes())
-        return settings.ca.read_bytes(), pair
+        return Credentials(settings.ca.read_bytes(), pair, {})
 
-    transport.read_credentials = read
+    keyring.read_credentials = read
 
 
 def without_certificate() -> None:
     """A client that shows no certificate at all."""
-
-    def read(settings):
-        return settings.ca.read_bytes(), Pair(
-            settings.certificate.read_bytes(), settings.key.read_bytes()
-        )
-
     original = transport.grpc.ssl_channel_credentials
-    transport.read_credentials = read
+    careless_about_certificates()
     transport.grpc.ssl_channel_credentials = lambda ca, *_: original(ca)
 
 
@@ -356,6 +356,7 @@ ATTACKS: dict[str, Callable[..., list[Message]]] = {
 FAULTS: dict[str, Fault] = {
     "killed": killed_at,
     "slow": slow,
+    "watchful": watchful,
     "diverging": diverging,
     "lying": lying,
     "ahead": ahead,

@@ -17,6 +17,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,6 +30,7 @@ from stage import LIMITS, NAMES, Faultless, Play, chat_files, tiny_files
 from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.credentials import Pair
 from plait.peers.federation import load_federation
+from plait.peers.revocation import fingerprint_of
 
 pytestmark = pytest.mark.faults
 
@@ -321,6 +323,62 @@ def test_a_peer_with_a_bad_certificate_says_so_and_does_not_start(stage, kind):
     play.start("cai")
     assert play.end("cai", 60) == 1
     assert kind in play.said("cai")[-1]["message"]
+
+
+def taken(play, name):
+    """How often a peer has taken something new of its certificates."""
+    return sum(line.get("kind") == "renewed" for line in play.said(name))
+
+
+def revoke(play, *certificates: tuple[str, bytes]) -> None:
+    with (play.config_file.parent / "revoked.txt").open("a") as file:
+        file.writelines(f"{fingerprint_of(pem)} {name}\n" for name, pem in certificates)
+
+
+def test_all_certificates_are_renewed_and_the_old_ones_revoked(stage, faultless):
+    play = stage()
+    folder = play.config_file.parent
+    old = {name: Pair(*((folder / name / f"{file}.pem").read_bytes() for file in ("cert", "key")))
+           for name in NAMES}  # fmt: skip
+    for name in NAMES:
+        play.start(name, "watchful", 1.0)
+    play.wait_for(lambda: min(map(play.rounds_done, NAMES)) >= 1)
+    for name in NAMES:
+        replace_certificate(folder / name, make_certificate(play.authority(), name))
+    play.wait_for(lambda: all(taken(play, name) == 1 for name in NAMES))
+    revoke(play, *((name, pair.certificate) for name, pair in old.items()))
+    play.wait_for(lambda: all(taken(play, name) == 2 for name in NAMES))
+    assert says_of(play, "ada", old["cai"]) is grpc.StatusCode.UNAUTHENTICATED
+    assert max(map(play.rounds_done, NAMES)) < 6, "all of that was during the run"
+    play.all_end()
+    everyone_equals(play, faultless)
+    assert kinds(play, "ada", "refused") == {("cai", "REVOKED")}
+
+
+def says_of(play, name: str, shown: Pair) -> grpc.StatusCode:
+    """What a peer says to a call with somebody's certificate."""
+    authority = play.authority().certificate
+    own = grpc.ssl_channel_credentials(authority, shown.key, shown.certificate)
+    named = [("grpc.ssl_target_name_override", name)]
+    address = load_federation(play.config_file).member(name).address
+    with grpc.secure_channel(address, own, named) as channel:
+        call = channel.unary_unary("/plait.v1.Peer/Ask").future(b"", timeout=5)
+        return call.code()
+
+
+def test_a_certificate_is_revoked_while_its_owner_runs(stage, faultless):
+    play = stage(SHORT)
+    for name in NAMES:
+        play.start(name, "watchful", 0.3)
+    play.wait_for(lambda: min(map(play.rounds_done, NAMES)) >= 1)
+    revoke(play, ("cai", (play.config_file.parent / "cai" / "cert.pem").read_bytes()))
+    assert play.end("cai") == 1
+    assert "cai's certificate is revoked" in play.said("cai")[-1]["message"]
+    play.all_end(("ada", "ben"))
+    near(play, faultless, ("ada", "ben"))
+    for name in ("ada", "ben"):
+        assert ("cai", "REVOKED") in kinds(play, name, "refused")
+        assert ("cai", "") in kinds(play, name, "absent")
 
 
 REASONS = {

@@ -82,6 +82,18 @@ def machines():
         subprocess.run(["ip", "link", "del", bridge], check=False)
 
 
+def certify(tmp_path, name: str) -> None:
+    """The peer makes a key and a request; where the authority is it becomes a certificate."""
+    place, machine = Path("fed") / name, tmp_path / name
+    named = [[word.replace("ada", name) for word in said(f"plait cert {what}")]
+             for what in ("request", "approve")]  # fmt: skip
+    run(*named[0], cwd=machine)
+    shutil.copy(machine / place / "request.pem", tmp_path / place)
+    run(*named[1], cwd=tmp_path)
+    shutil.copy(tmp_path / place / "cert.pem", machine / place)
+    assert not (tmp_path / place / "key.pem").exists()
+
+
 def test_three_machines_from_nothing_to_an_adapter(machines, tmp_path, monkeypatch):
     tiny = tiny_files(tmp_path / "tiny")
     settings = [f"--{name.replace('_', '-')}={getattr(tiny, name)}" for name in TINY]
@@ -91,9 +103,10 @@ def test_three_machines_from_nothing_to_an_adapter(machines, tmp_path, monkeypat
     for k, name in enumerate(NAMES):
         machine = tmp_path / name / "fed"
         machine.mkdir(parents=True)
-        for file in ("federation.toml", "ca.pem"):
+        for file in ("federation.toml", "ca.pem", "revoked.txt"):
             shutil.copy(tmp_path / "fed" / file, machine)
         shutil.copytree(tmp_path / "fed" / name, machine / name)
+        certify(tmp_path, name)
         local = re.search(r"^\[local\]\n.*?(?=```)", PAGE, re.DOTALL | re.MULTILINE)
         with (machine / name / "peer.toml").open("a") as file:
             file.write(local[0])
@@ -108,7 +121,7 @@ def test_three_machines_from_nothing_to_an_adapter(machines, tmp_path, monkeypat
     peers = {}
     for name in NAMES:
         with (tmp_path / f"{name}.log").open("w") as log:
-            words = command(name, "plait peer")
+            words = command(name, "plait peer --config")
             peers[name] = subprocess.Popen(words, cwd=tmp_path / name, stderr=log)
     try:
         for _ in itertools.takewhile(lambda _: peers["ben"].poll() is None, range(600)):

@@ -42,7 +42,7 @@ from plait.peers.process import (
 )
 from plait.peers.prometheus import serve_metrics
 from plait.peers.refusals import Reason
-from plait.peers.status import PeerStatus, lag
+from plait.peers.status import PeerStatus, first_end, lag
 from plait.peers.status import status as ask_all
 from plait.peers.transport import Counts, GrpcTransport
 from plait.runs.run_folder import RunFolder
@@ -232,7 +232,9 @@ def test_prometheus_reads_round_lag_bytes_and_incidents():
     counts = Counts()
     counts.sent_bytes["p1"] = 12
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    stop = serve_metrics(address, desk, SimpleNamespace(counts=counts))
+    ends = {"certificate": 1893456000}
+    transport = SimpleNamespace(counts=counts, expires=lambda: ends)
+    stop = serve_metrics(address, desk, transport)
     try:
         with urllib.request.urlopen(f"http://{address}/metrics") as answer:
             text = answer.read().decode()
@@ -243,9 +245,27 @@ def test_prometheus_reads_round_lag_bytes_and_incidents():
         'plait_lag_rounds{peer="p1"} -4.0',
         'plait_incidents_total{kind="refused",peer="p1",reason="NOT_FINITE"} 1.0',
         'plait_sent_bytes_total{peer="p1"} 12.0',
+        'plait_certificate_expires_seconds{of="certificate"} 1.893456e+09',
     ):
         assert line in text
     serve_metrics(None, desk, SimpleNamespace())()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"certificate": 1893456000, "authority": 2093456000}, "2030-01-01"),
+        ({"certificate": 1893456000, "authority": 1893355200}, "2029-12-30, authority"),
+        ({"certificate": 10**400}, "-"),
+        ({"certificate": "[/x]"}, "-"),
+        ({"certificate": None, "authority": 3}, "-"),
+        ({}, "-"),
+        ("soon", "-"),
+        (None, "-"),
+    ],
+)
+def test_whatever_a_peer_says_of_its_certificate_the_status_has_a_day_or_nothing(told, said):
+    assert first_end(told) == said
 
 
 def test_a_log_line_is_json():

@@ -60,8 +60,7 @@ class Two:
 
     def deliver(self, pieces: Iterator[bytes]) -> Ack:
         """What alice's program would send to bob."""
-        authority, own = self.alice._credentials
-        secret = grpc.ssl_channel_credentials(authority, own.key, own.certificate)
+        secret = self.alice._keyring.for_channel("bob")
         named = [*OPTIONS, ("grpc.ssl_target_name_override", "bob")]
         metadata = ((HEADER, write_header(self.message.header, "bob")),)
         with grpc.secure_channel(self.federation.member("bob").address, secret, named) as channel:

@@ -21,8 +21,11 @@ from plait.peers.codec import Question, encode
 from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import load_federation, load_peer
 from plait.peers.guard import TUNNELS
+from plait.peers.pem import Pair
 from plait.peers.refusals import Reason
 from plait.peers.relay import Relay
+from plait.peers.revocation import fingerprint_of
+from plait.peers.signing import make_certificate
 from plait.peers.transport import GrpcTransport
 
 
@@ -119,6 +122,39 @@ def test_without_tls_it_would(office, monkeypatch):
     assert marked[VALUE, Factor.B].numpy().tobytes()[:16] in b"".join(seen)
 
 
+def test_certificates_are_renewed_and_revoked_behind_streams_and_the_relay(tmp_path, monkeypatch):
+    monkeypatch.setattr("plait.peers.transport.LOOK_S", 0.05)
+    office = Office(tmp_path, relay=True)
+    with office.stopping:
+        assert office.send("ben", "cai").accepted
+        folder = office.path.parent
+        authority = Pair((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
+        rings = {name: one._keyring for name, one in office.peers.items()}
+        lines, new = [], {}
+        for name in (*office.peers, "relay"):
+            old, new[name] = folder / name / "cert.pem", make_certificate(authority, name)
+            lines.append(f"{fingerprint_of(old.read_bytes())} {name}\n")
+            old.write_bytes(new[name].certificate)
+            (folder / name / "key.pem").write_bytes(new[name].key)
+        soon(lambda: all(rings[name]._papers.now.own == new[name] for name in rings))
+        for _ in range(2):
+            office.relay.look()
+        (folder / "revoked.txt").write_text("".join(lines))
+        shown = {name: pair.certificate for name, pair in new.items()}
+        others = {name: {k: v for k, v in shown.items() if k != name} for name in rings}
+        soon(lambda: all(rings[name]._pins == others[name] for name in rings))
+        for sender, to in itertools.permutations(office.peers, 2):
+            ack = office.send(sender, to)
+            assert ack.accepted, (sender, to, ack)
+
+
+def soon(what) -> None:
+    end = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def watched(monkeypatch) -> list[bytes]:
     """What a switchboard passes on, from now on."""
     seen, pour = [], tunnel._pour
@@ -192,6 +228,10 @@ def test_messages_go_through_the_proxy_of_the_environment_unless_switched_off(
         with made.stopping:
             assert made.send("ben", "ada").accepted
             assert set(asked) == {made.federation.member("ada").address}
+            del asked[:]
+            own = (made.path.parent / "ada" / "cert.pem").read_bytes()
+            assert made.peers["ben"].shows("ada") == own
+            assert asked == [made.federation.member("ada").address]
             made.peers["cai"].stop(0)
             del asked[:]
             settings = dataclasses.replace(load_peer(made.path, "cai"), http_proxy=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import tyro
 from rich.console import Console
+
+from plait.cli.doctor_checks import Finding
 
 STYLES = {"ok": "green", "note": "yellow", "bad": "red"}
 
@@ -17,8 +20,7 @@ class Doctor:
     """Check what this machine has for plait, and say what to do about what it has not."""
 
     federation: Path | None = None
-    """A peer's folder, or one with several: check what they need, too: certificates,
-    keys, ports, disk, rows, and whether the others can be reached."""
+    """A peer's folder, or one with several: do for each what `plait peer --check` does, too."""
 
 
 def doctor(args: list[str]) -> None:
@@ -31,10 +33,19 @@ def doctor(args: list[str]) -> None:
     from plait.cli.doctor_checks import examine
     from plait.cli.doctor_peer import examine_peers
 
+    peers = [] if given.federation is None else examine_peers(given.federation)
+    say(chain(examine(), peers))
+
+
+def say(findings: Iterable[Finding]) -> None:
+    """Print what was found as it is found.
+
+    Raises:
+        ValueError: Something of it is bad.
+    """
     console = Console()
     bad = 0
-    peers = [] if given.federation is None else examine_peers(given.federation)
-    for found in chain(examine(), peers):
+    for found in findings:
         console.print(
             f"[{STYLES[found.mark]}]{found.mark:4}[/]  {found.about:8}", end="", highlight=False
         )

@@ -1,15 +1,21 @@
-"""What a peer of a federation needs, and what to do about what it has not: `plait doctor`."""
+"""What a peer needs before it is started, and what to do about what it has not.
+
+`plait peer --check` does this for a peer, `plait doctor --federation` for all whose files are here.
+"""
 
 from __future__ import annotations
 
 import socket
+import ssl
 import stat
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plait.cli.doctor_checks import Finding, room
 from plait.machine.extras import PEER_PACKAGES, installed
@@ -17,8 +23,12 @@ from plait.presets import as_settings
 
 if TYPE_CHECKING:
     from plait.peers.federation import Federation, Member, PeerSettings
+    from plait.peers.transport import GrpcTransport
 
 NEIGHBOUR_S = 2.0
+CLOCKS_S = 60.0
+"""Certificates begin and end by a peer's own clock, and logs are compared."""
+
 SOON = timedelta(days=30)
 
 
@@ -38,7 +48,10 @@ def examine_peers(folder: Path) -> Iterator[Finding]:
 
 
 def check_peer(file: Path) -> Iterator[Finding]:
-    """A peer's certificate, key, ports, disk, rows and neighbours, as its files name them."""
+    """A peer's certificate, key, ports, disk, rows and neighbours, as its files name them.
+
+    Neighbours that have not been started are a note; the model is only loaded to compare it.
+    """
     about = file.resolve().parent.name
     if not all(map(installed, PEER_PACKAGES)):
         yield Finding(about, "bad", f"{file} can't be checked", "pip install 'plait[peer]'")
@@ -56,23 +69,28 @@ def check_peer(file: Path) -> Iterator[Finding]:
         yield room(about, own.out, "make room, or change `out` in peer.toml")
         federation = load_federation(shared)
         yield _rows(about, federation, own)
-        others = [member for member in federation.peers if member.name != about]
-        with ThreadPoolExecutor(len(others)) as pool:
-            yield from pool.map(partial(_neighbour, about), others)
+        yield from _others(about, federation, own)
     except (OSError, ValueError) as error:
         yield Finding(about, "bad", f"{error}", "mend it, or write it anew")
 
 
 def _papers(about: str, own: PeerSettings) -> Finding:
     """A peer's certificate, key and authority, as it looks at them itself when it starts."""
-    from plait.peers.credentials import check_credentials
+    from plait.peers.credentials import read_credentials
+    from plait.peers.pem import certificates_in
+    from plait.peers.revocation import fingerprint, read_revoked
 
     try:
-        end = check_credentials(own)
+        read = read_credentials(own)
+        shown = certificates_in(read.own.certificate, own.certificate, "a certificate")[0]
+        if fingerprint(shown) in read_revoked(own.revoked):
+            text = f"{own.certificate} is on the list {own.revoked}"
+            return Finding(about, "bad", text, "ask for a new one: plait cert request")
+        what, end = min(read.expires.items(), key=lambda item: item[1])
     except ValueError as error:
         found, _, remedy = str(error).partition("; ")
         return Finding(about, "bad", found, remedy)
-    text = f"{own.certificate.name} is valid until {end:%Y-%m-%d}"
+    text = f"the {what} is valid until {end:%Y-%m-%d}"
     if end - datetime.now(UTC) < SOON:
         return Finding(about, "note", text, "have a new one signed before that day")
     return Finding(about, "ok", text)
@@ -116,17 +134,111 @@ def _rows(about: str, federation: Federation, own: PeerSettings) -> Finding:
     return Finding(about, "ok", text)
 
 
-def _neighbour(about: str, member: Member) -> Finding:
-    """Another peer can be reached; before it is started nobody can."""
-    from plait.peers.federation import split_address
+def _others(about: str, federation: Federation, own: PeerSettings) -> Iterator[Finding]:
+    """Each other peer that is there: reached, known by its certificate, on time, of one mind."""
+    from plait.peers.status import asking
 
-    where = f"{member.name} at {member.address}"
+    others = [member for member in federation.peers if member.name != about]
     try:
-        socket.create_connection(split_address(member.address), timeout=NEIGHBOUR_S).close()
+        with asking(federation, own) as transport, ThreadPoolExecutor(len(others)) as pool:
+            met = list(pool.map(partial(_meet, about, own, transport), others))
+    except ValueError:
+        return  # its own papers are unfit, and that was said
+    for one in met:
+        yield from one.found
+    if there := [one for one in met if one.settings is not None]:
+        yield from _agreed(about, federation, own, there)
+
+
+@dataclass
+class Met:
+    """What was found out about another peer: findings, and its settings if it told them."""
+
+    name: str
+    found: list[Finding]
+    settings: dict[str, Any] | None = None
+
+
+def _meet(about: str, own: PeerSettings, transport: GrpcTransport, member: Member) -> Met:
+    """Try another peer, from its address to its clock; before it is started there is none."""
+    from plait.peers.codec import Question
+    from plait.peers.mailbox import OBSERVER
+    from plait.peers.refusals import Refused
+
+    name, where = member.name, f"{member.name} at {member.address}"
+    found = [_shown(about, own, transport, member)]
+    if found[0].mark != "ok":
+        return Met(name, found)
+    try:
+        begin = time.time()
+        facts = transport.ask(
+            name, Question(kind="status", asker_round=OBSERVER), NEIGHBOUR_S
+        ).facts
+        found.append(_clock(about, name, facts.get("time"), (begin + time.time()) / 2))
+        settings = transport.ask(name, Question(kind="settings"), NEIGHBOUR_S).facts
+    except Refused as refused:
+        fix = (
+            f"if it isn't just stopping, have its operator compare ca.pem, federation.toml, "
+            f"revoked.txt, plait's version and the clock with what {about} has"
+        )
+        return Met(name, [*found, Finding(about, "bad", f"{where} has none of it: {refused}", fix)])
+    return Met(name, found, settings)
+
+
+def _shown(about: str, own: PeerSettings, transport: GrpcTransport, member: Member) -> Finding:
+    """The address leads to somebody who has a certificate of that name."""
+    from plait.peers.refusals import Refused
+    from plait.peers.revocation import fingerprint_of, read_revoked
+
+    where = f"{member.name} at {member.address or 'a stream of its own'}"
+    try:
+        pem = transport.shows(member.name)
     except socket.gaierror as error:
         fix = "mend its address in federation.toml"
         return Finding(about, "bad", f"{where} can't be found: {error.strerror}", fix)
-    except OSError as error:
-        fix = "none is needed if it hasn't been started; else let its port through"
-        return Finding(about, "note", f"{where} doesn't answer: {error}", fix)
-    return Finding(about, "ok", f"{where} answers")
+    except ssl.SSLError as error:
+        if isinstance(error, ssl.SSLEOFError):  # it hung up: whoever passes calls on found nobody
+            return _absent(about, where, error)
+        text = f"{where} shows no good certificate: {getattr(error, 'verify_message', error)}"
+        fix = "have its operator run plait peer --check, and compare ca.pem, address and clock"
+        return Finding(about, "bad", text, fix)
+    except (OSError, Refused) as error:
+        return _absent(about, where, error)
+    if fingerprint_of(pem) in read_revoked(own.revoked):
+        text = f"{where} shows a certificate that is revoked"
+        return Finding(about, "bad", text, "it needs a new one: plait cert request")
+    return Finding(about, "ok", f"{where} answers, with its certificate")
+
+
+def _absent(about: str, where: str, error: Exception) -> Finding:
+    fix = "none is needed if it hasn't been started; else let its port through"
+    return Finding(about, "note", f"{where} is not there yet: {error}", fix)
+
+
+def _clock(about: str, name: str, theirs: object, here: float) -> Finding:
+    """How far two machines' clocks are apart."""
+    if not isinstance(theirs, int | float) or not abs(theirs - here) < 1e9:
+        return Finding(about, "note", f"{name} doesn't say what time it is", "update plait there")
+    text = (
+        f"the clock of {name} is {abs(theirs - here):.0f} s {'ahead' if theirs > here else 'back'}"
+    )
+    if abs(theirs - here) > CLOCKS_S:
+        return Finding(about, "bad", text, "have both machines set their clocks by NTP")
+    return Finding(about, "ok", text)
+
+
+def _agreed(
+    about: str, federation: Federation, own: PeerSettings, there: list[Met]
+) -> Iterator[Finding]:
+    """Whether peers have the same settings, frozen weights, tokenizer, template and labels."""
+    from plait.peers.exchange import differences
+    from plait.peers.process import as_read
+
+    ours = as_read(federation, own).shared()
+    for one in there:
+        if wrong := differences(ours, one.settings or {}, one.name):
+            fix = "all need the same federation.toml, frozen model, tokenizer and rows in common"
+            yield Finding(about, "bad", f"{one.name} has another setting: {wrong}", fix)
+        else:
+            text = f"{one.name} has the same settings, frozen weights ({ours['weights_hash']}), "
+            yield Finding(about, "ok", text + "tokenizer and labels")

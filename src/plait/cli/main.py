@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from plait.cli import cert as cli_cert
 from plait.cli import data as cli_data
 from plait.cli import doctor as cli_doctor
 from plait.cli import lists as cli_lists
@@ -243,6 +244,9 @@ COMMANDS: dict[str, CommandRow] = {
     ),
     "init-federation": CommandRow(
         cli_peers.init_federation, "write the files of a new federation", cli_peers.InitFederation
+    ),
+    "cert": CommandRow(
+        cli_cert.cert, "ask for, approve or show a peer's certificate", cli_cert.Cert
     ),
     "peer": CommandRow(
         cli_peers.peer, "take part in a federation, as one of its peers", cli_peers.PeerCommand

@@ -37,6 +37,9 @@ class PeerCommand:
     """Which peer this is."""
     insecure_loopback: Flag = False
     """No TLS, for trials on one machine: any other address is refused."""
+    check: Flag = False
+    """Don't start: look at certificate, key, ports, disk and rows, and try each other peer that is
+    there: address, TLS, certificate, clock, and whether settings and frozen model are the same."""
     trust: str | None = None
     """Take this peer's word on the round, and its state, where no majority can be had: with two
     peers, or when too few others are there. Only for a peer that lost its folder, joins, or was
@@ -68,7 +71,7 @@ class Up(Start):
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Show who is alive in a federation: round, lag, bytes, refused messages."""
+    """Show who is alive in a federation: round, lag, bytes, certificates, refused messages."""
 
     config: Path
     """The federation's file, federation.toml."""
@@ -95,6 +98,8 @@ class InitFederation(Start):
     """The classes, comma-separated, when peers bring data of their own."""
     id: str = "trial"
     """The federation's name."""
+    no_keys: Flag = False
+    """Make no peer's key: each makes its own with `plait cert request`."""
 
 
 # -- the commands
@@ -109,6 +114,14 @@ def peer(args: list[str]) -> int:
     """`plait peer`: 0 when it is done, or was told to leave."""
     given = parse(PeerCommand, "peer", args)
     _need_packages()
+    if given.check and given.insecure_loopback:
+        raise ValueError("--check looks at certificates; leave it out with --insecure-loopback.")
+    if given.check:
+        from plait.cli.doctor import say
+        from plait.cli.doctor_peer import check_peer
+
+        say(check_peer(given.config.parent / given.name / "peer.toml"))
+        return 0
     from plait.peers.process import run_peer
 
     run_peer(given.config, given.name, given.insecure_loopback, given.trust)
@@ -161,7 +174,7 @@ def status(args: list[str]) -> int:
     """`plait status`: 0 when all peers answer or are done, 1 when one does not."""
     given = parse(Status, "status", args)
     _need_packages()
-    from plait.peers.status import lag
+    from plait.peers.status import first_end, lag
     from plait.peers.status import status as ask
 
     peers = ask(given.config, given.name, given.insecure_loopback)
@@ -170,11 +183,11 @@ def status(args: list[str]) -> int:
         print(json.dumps([vars(one) for one in peers], indent=2))
         return code
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "refused here"):
+    for head in ("peer", "round", "lag", "missed", "MB sent", "MB got", "expires", "refused here"):
         table.add_column(head, justify="left" if head in ("peer", "refused here") else "right")
     for one in peers:
         if one.why:
-            table.add_row(one.name, "-", "-", "-", "-", "-", one.why)
+            table.add_row(one.name, *"------", one.why)
             continue
         facts = one.facts
         table.add_row(
@@ -183,6 +196,7 @@ def status(args: list[str]) -> int:
             str(lag(peers, one)),
             str(facts["missing"]),
             *(f"{facts.get(key, 0) / 1e6:.1f}" for key in ("sent_bytes", "received_bytes")),
+            first_end(facts.get("expires")),
             ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
         )
     Console().print(table, highlight=False)
@@ -203,13 +217,15 @@ def init_federation(args: list[str]) -> int:
     path = write(
         given.directory, names, given.settings, federation_id=given.id,
         addresses=addresses if any(addresses) else None, relay=given.relay,
-        labels=split(given.labels), machine=given.machine,
+        labels=split(given.labels), machine=given.machine, keys=not given.no_keys,
     )  # fmt: skip
     print(
         f"{path}: addresses and settings, the same at every peer\n"
-        f"{given.directory}/NAME: what each peer has of its own; its key stays with it\n"
-        f"Start each with: plait peer --config {path} --name NAME"
+        f"{given.directory}/NAME: what each peer has of its own; its key stays with it"
     )
+    if given.no_keys:
+        print(f"Each makes its key: plait cert request --name NAME --out {given.directory}/NAME")
+    print(f"Start each with: plait peer --config {path} --name NAME")
     if given.settings.task in ("file", "chat"):
         print(
             f"Before that, name each peer's rows in {given.directory}/NAME/peer.toml, under "

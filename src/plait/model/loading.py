@@ -50,14 +50,14 @@ class Loaded:
     def weights_hash(self) -> str:
         """Sixteen hex digits that are equal for equal weights, in whatever files and precision.
 
-        The first entries of each tensor count; those of what was drawn here don't.
+        Every entry counts, rounded to bfloat16; what was drawn here doesn't.
         """
         drawn = ("classifier",) if isinstance(self.model, MeanPooledClassifier) else self.fresh
         found = hashlib.sha256()
         for name, value in self.model.named_parameters():
             if name.rpartition(".")[0] not in drawn:
-                some = value.detach().flatten()[:1024].to(torch.bfloat16).cpu()
-                found.update(some.view(torch.uint8).numpy().tobytes())
+                rounded = value.detach().cpu().to(torch.bfloat16).flatten()
+                found.update(rounded.view(torch.uint8).numpy())
         return found.hexdigest()[:16]
 
 

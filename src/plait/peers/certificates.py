@@ -1,13 +1,11 @@
-"""Certificates for trying a federation out, and the files of a new one.
+"""The files of a new federation, with certificates for trying it out where they are wanted.
 
-The authority made here is for tests and first steps: its key lies beside the configs. A federation
-between organisations brings its own authority, and each peer makes its own key; any certificate
-will do that has the peer's name as a DNS name among its subject alternative names.
+Their authority's key lies beside the configs. Between organisations each peer makes a key of its
+own, and asks for a certificate (signing.py).
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import random
 import socket
@@ -15,13 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
 from plait.config import THIS_MACHINE, Config, Machine
-from plait.peers.credentials import Pair
 from plait.peers.federation import (
     RELAY,
     Federation,
@@ -31,47 +23,15 @@ from plait.peers.federation import (
     split_address,
 )
 from plait.peers.membership import check_members
+from plait.peers.pem import Pair
+from plait.peers.revocation import NOBODY_YET
+from plait.peers.signing import make_authority, make_certificate
 
 METRICS_PORT = 9600
 """Where a peer on a machine of its own shows its figures, on 127.0.0.1."""
 
 PORTS = range(20_000, 32_000)
 """Where a federation on one machine finds its ports."""
-
-DAY = dt.timedelta(days=1)
-KEY_USAGES = (
-    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
-    *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
-)
-
-
-def make_authority(name: str, days: float = 3650) -> Pair:
-    """A certificate authority for `days`."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = _named(f"{name} test authority")
-    builder = _builder(subject, subject, key.public_key(), days)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    builder = builder.add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
-    return _signed(builder, key, key)
-
-
-def make_certificate(authority: Pair, name: str, days: float = 365) -> Pair:
-    """A certificate for a peer, which is a server and a client; expired if `days` is negative."""
-    signer = x509.load_pem_x509_certificate(authority.certificate)
-    signer_key = serialization.load_pem_private_key(authority.key, None)
-    assert isinstance(signer_key, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP256R1())
-    both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    builder = _builder(_named(name), signer.subject, key.public_key(), days)
-    for extension, critical in (
-        (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.SubjectAlternativeName([x509.DNSName(name)]), False),
-        (_usage("digital_signature"), True),
-        (x509.ExtendedKeyUsage(both), False),
-        (x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key()), False),
-    ):
-        builder = builder.add_extension(extension, critical=critical)
-    return _signed(builder, key, signer_key)
 
 
 def init_federation(
@@ -85,8 +45,9 @@ def init_federation(
     labels: Sequence[str] = (),
     limits: Limits | None = None,
     machine: Machine = THIS_MACHINE,
+    keys: bool = True,
 ) -> Path:
-    """Write the files of a new federation: configs, a test CA, certificates.
+    """Write the files of a new federation: configs, an authority, certificates.
 
     Without addresses all peers are on this machine. With them each listens on its address's port,
     on all of its machine's interfaces unless the address is of the machine itself. Peers of one
@@ -103,6 +64,7 @@ def init_federation(
         labels: The classes, when peers bring data of their own.
         limits: Sizes and times.
         machine: Where and how fast each peer computes; it may change its own.
+        keys: Whether to make each peer's key and certificate, too: for a trial.
 
     Returns:
         The path of `federation.toml`.
@@ -135,13 +97,15 @@ def init_federation(
     authority = make_authority(federation_id)
     (directory / "ca.pem").write_bytes(authority.certificate)
     write_secret(directory / "ca.key", authority.key)
+    (directory / "revoked.txt").write_text(NOBODY_YET, encoding="utf-8")
     path = directory / "federation.toml"
     path.write_text(federation_toml(federation), encoding="utf-8")
     for member, here in zip(members, metrics, strict=True):
-        _write_peer(directory / member.name, member, authority, here, machine)
+        _write_peer(directory / member.name, member, here, machine)
     if relay:
-        place = Member(name=RELAY, address=relay)
-        _write_peer(directory / RELAY, place, authority, None, THIS_MACHINE)
+        _write_peer(directory / RELAY, Member(name=RELAY, address=relay), None, THIS_MACHINE)
+    for name in [member.name for member in members if keys] + [RELAY] * bool(relay and keys):
+        _write_pair(directory / name, make_certificate(authority, name))
     return path
 
 
@@ -184,6 +148,11 @@ def write_secret(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def _write_pair(folder: Path, pair: Pair) -> None:
+    (folder / "cert.pem").write_bytes(pair.certificate)
+    write_secret(folder / "key.pem", pair.key)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports on this machine that nobody listens on now.
 
@@ -200,15 +169,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _write_peer(
-    folder: Path, member: Member, authority: Pair, metrics: str | None, machine: Machine
-) -> None:
-    pair = make_certificate(authority, member.name)
+def _write_peer(folder: Path, member: Member, metrics: str | None, machine: Machine) -> None:
     address = member.address or f"127.0.0.1:{free_ports(1)[0]}"
     host, port = split_address(address)
     folder.mkdir()
-    (folder / "cert.pem").write_bytes(pair.certificate)
-    write_secret(folder / "key.pem", pair.key)
     lines = {
         "listen": address if is_loopback(host) else f"0.0.0.0:{port}",
         "ca": "../ca.pem",
@@ -216,6 +180,7 @@ def _write_peer(
         "key": "key.pem",
         "out": "out",
         **({"metrics": metrics} if metrics else {}),
+        "revoked": "../revoked.txt",
     }
     local = {k: v for k, v in vars(machine).items() if v != getattr(THIS_MACHINE, k)}
     table = ["", "[local]", *_lines(local)] if local else []
@@ -236,41 +201,3 @@ def _toml(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     return repr(value)
-
-
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: float
-) -> x509.CertificateBuilder:
-    end = dt.datetime.now(dt.UTC) + days * DAY
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        # Clocks differ: valid from yesterday on, or from the day before its end.
-        .not_valid_before(min(dt.datetime.now(dt.UTC), end) - DAY)
-        .not_valid_after(end)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*usages: str) -> x509.KeyUsage:
-    return x509.KeyUsage(**{usage: usage in usages for usage in KEY_USAGES})
-
-
-def _signed(
-    builder: x509.CertificateBuilder,
-    key: ec.EllipticCurvePrivateKey,
-    signer_key: ec.EllipticCurvePrivateKey,
-) -> Pair:
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    certificate = builder.sign(signer_key, hashes.SHA256())
-    return Pair(
-        certificate.public_bytes(pem),
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain),
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-import grpc
 from grpc import aio
 
 from plait.peers.federation import (
@@ -16,8 +15,10 @@ from plait.peers.federation import (
     is_loopback,
     split_address,
 )
-from plait.peers.grpc_server import OPTIONS, Credentials, Options
+from plait.peers.grpc_server import OPTIONS, Options
+from plait.peers.keyring import Keyring
 from plait.peers.refusals import Reason, Refused
+from plait.peers.revocation import Route
 from plait.peers.tunnel import Doors, Ends, Switchboard, call_through, wait_at
 
 
@@ -29,23 +30,25 @@ class Channels:
     """
 
     def __init__(
-        self, federation: Federation, settings: PeerSettings, credentials: Credentials
+        self, federation: Federation, settings: PeerSettings, keyring: Keyring | None
     ) -> None:
         """Nothing is opened yet.
 
         Args:
             federation: Who takes part, and where.
             settings: Of this peer.
-            credentials: For mutual TLS.
+            keyring: For mutual TLS; None without.
         """
         self.board = Switchboard()
         self._federation, self._settings = federation, settings
-        self._credentials = credentials
+        self._keyring = keyring
         self._serves = False
         self._open: dict[str, aio.Channel] = {}
         self._opening = asyncio.Lock()
         self._doors = Doors()
+        self._routes: dict[str, Route] = {}
         self._waiting: list[asyncio.Task[None]] = []
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def to(self, name: str) -> aio.Channel:
         """The channel to a member, or to the relay.
@@ -55,7 +58,7 @@ class Channels:
         """
         async with self._opening:
             if name not in self._open:
-                self._open[name] = self._channel(await self._address(name), name)
+                self._open[name] = self._channel(await self.route(name), name)
             return self._open[name]
 
     async def serve(self) -> None:
@@ -66,14 +69,23 @@ class Channels:
         host, port = split_address(local(self._settings.listen))
         names = [one.name for one in self._federation.peers if one.reachable]
         for name in [*names, *([RELAY] if self._federation.relay else [])]:
-            waiting = wait_at(await self.to(name), self._own.name, host, port)
+            waiting = wait_at(partial(self.to, name), self._own.name, host, port)
             self._waiting.append(asyncio.create_task(waiting))
+
+    def renew(self, grace_s: float) -> None:
+        """Make new channels for what comes; what is on its way over the old ones may yet arrive."""
+        for channel in self._open.values():
+            closing = asyncio.create_task(channel.close(grace_s))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self._open.clear()
 
     async def close(self, grace_s: float) -> None:
         """Let open calls end, for so long, and close all."""
-        for task in self._waiting:
+        tasks = [*self._waiting, *self._closing]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._waiting, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for channel in self._open.values():
             await channel.close(grace_s)
         self._open.clear()
@@ -82,6 +94,18 @@ class Channels:
     @property
     def _own(self) -> Member:
         return self._federation.member(self._settings.name)
+
+    async def route(self, name: str) -> Route:
+        """Where a connection to a member, or to the relay, is opened.
+
+        Raises:
+            Refused: There is no way to it.
+        """
+        if name not in self._routes:
+            address = await self._address(name)
+            near = address.startswith("unix:") or is_loopback(split_address(address)[0])
+            self._routes[name] = Route(address, self._settings.http_proxy and not near)
+        return self._routes[name]
 
     async def _address(self, name: str) -> str:
         if name == RELAY and self._federation.relay:
@@ -106,16 +130,14 @@ class Channels:
         host = RELAY if self._federation.relay else self._own.name
         await call_through(await self.to(host), self._own.name, name, ends)
 
-    def _channel(self, address: str, name: str) -> aio.Channel:
-        near = address.startswith("unix:") or is_loopback(split_address(address)[0])
-        proxied: Options = [("grpc.enable_http_proxy", int(self._settings.http_proxy and not near))]
-        if self._credentials is None:
-            return aio.insecure_channel(address, OPTIONS + proxied)
-        authority, own = self._credentials
-        credentials = grpc.ssl_channel_credentials(authority, own.key, own.certificate)
+    def _channel(self, route: Route, name: str) -> aio.Channel:
+        proxied: Options = [("grpc.enable_http_proxy", int(route.proxied))]
+        if self._keyring is None:
+            return aio.insecure_channel(route.address, OPTIONS + proxied)
+        credentials = self._keyring.for_channel(name)
         # Whatever the address is, the certificate must have the neighbour's name.
         named: Options = [("grpc.ssl_target_name_override", name)]
-        return aio.secure_channel(address, credentials, OPTIONS + proxied + named)
+        return aio.secure_channel(route.address, credentials, OPTIONS + proxied + named)
 
 
 def local(listen: str) -> str:

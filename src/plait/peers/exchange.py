@@ -28,7 +28,7 @@ MIN_PUSH_S = 1.0
 
 GONE = frozenset({Reason.UNREACHABLE, Reason.NO_ANSWER})
 
-FOR_GOOD = FOREIGN | {Reason.TOO_LARGE, Reason.WRONG_SHAPE}
+FOR_GOOD = FOREIGN | {Reason.TOO_LARGE, Reason.WRONG_SHAPE, Reason.REVOKED}
 """Refusals that the next round will not change."""
 
 

@@ -2,6 +2,7 @@
 
     federation.toml    the same at every peer: id, members, limits, the settings of the run
     ca.pem             whose certificates are trusted
+    revoked.txt        which of them are not any more
     <name>/peer.toml   a few lines of one peer: where it listens, its certificate, its data
     <name>/cert.pem, key.pem
 
@@ -48,6 +49,12 @@ HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
 Table = TypeVar("Table")
 
 
+def check_name(name: str) -> None:
+    """Refuse, with a `ValueError`, what can't be a peer's name."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"A peer is named {name!r}; take up to 63 of a-z, 0-9 and inner hyphens.")
+
+
 def in_common(config: Config) -> Config:
     """The settings that all peers share, what a peer may set for itself at its default."""
     default = Config()
@@ -77,10 +84,7 @@ class Member:
 
     def __post_init__(self) -> None:
         """Refuse a name or an address that can't be one."""
-        if not NAME.fullmatch(self.name):
-            raise ValueError(
-                f"A peer is named {self.name!r}; take up to 63 of a-z, 0-9 and inner hyphens."
-            )
+        check_name(self.name)
         if self.reachable and not self.address:
             raise ValueError(
                 f'{self.name} has no address; write address = "host:port" under [[peers]], or '
@@ -234,6 +238,7 @@ class PeerSettings:
         key: The key of it.
         out: Its run folder.
         metrics: Where Prometheus reads its figures, `host:port`, or nowhere.
+        revoked: The list of certificates that count no more, if there is one.
         http_proxy: Whether connections go through the proxy that the environment names
             (`https_proxy`, `no_proxy`), as other programs' do.
         local: Settings of the run in which it differs, such as its data, its device, or where its
@@ -247,6 +252,7 @@ class PeerSettings:
     key: Path
     out: Path
     metrics: str | None = None
+    revoked: Path | None = None
     http_proxy: bool = True
     local: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -312,10 +318,11 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
         OSError: It can't be read.
     """
     path = federation_file.parent / name / "peer.toml"
-    paths = ("ca", "certificate", "key", "out")
+    needed = ("ca", "certificate", "key", "out")
+    paths = (*needed, "revoked")
     kinds = {"listen": str, **dict.fromkeys(paths, str), "metrics": str, "http_proxy": bool}
     values = _read(path, kinds | {"local": dict})
-    missing = sorted({"listen", *paths} - values.keys())
+    missing = sorted({"listen", *needed} - values.keys())
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}.")
     local = values.get("local", {})
@@ -323,7 +330,7 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
     try:
         for kind, names in ((Config, local.keys() - OF_MACHINE), (Machine, OF_MACHINE)):
             _check_types(kind, {k: v for k, v in local.items() if k in names}, "[local]")
-        places = {key: path.parent / values[key] for key in paths}
+        places = {key: path.parent / values[key] for key in paths if key in values}
         local |= {key: str(path.parent / local[key]) for key in relative}
         return PeerSettings(name=name, **(values | places | {"local": local}))
     except ValueError as error:

@@ -9,7 +9,6 @@ import grpc
 from grpc import aio
 
 from plait.peers.codec import PIECE_BYTES
-from plait.peers.credentials import Pair
 from plait.peers.guard import (
     HANDSHAKE_S,
     IDLE_S,
@@ -19,11 +18,9 @@ from plait.peers.guard import (
     Names,
     most_connections,
 )
+from plait.peers.keyring import Keyring
 
 Options = list[tuple[str, int | str]]
-Credentials = tuple[bytes, Pair] | None
-"""The authority's certificate and one's own pair; None without TLS."""
-
 Method = Callable[[Any, Any], Awaitable[None]]
 """(stream, context) -> nothing: it reads from the context and writes to it."""
 
@@ -49,7 +46,7 @@ OPTIONS: Options = [
 
 async def serve(
     listen: str,
-    credentials: Credentials,
+    keyring: Keyring | None,
     guard: Guard,
     methods: Mapping[str, Method],
     num_members: int,
@@ -61,7 +58,7 @@ async def serve(
 
     Args:
         listen: `host:port`.
-        credentials: For mutual TLS.
+        keyring: For mutual TLS; None without.
         guard: In front of all methods.
         methods: `/service/name` -> who handles it.
         num_members: How many may call.
@@ -81,14 +78,10 @@ async def serve(
             (grpc.method_handlers_generic_handler(service, {name: handler}),)
         )
     try:
-        if credentials is None:
+        if keyring is None:
             port = server.add_insecure_port(listen)
         else:
-            authority, own = credentials
-            secret = grpc.ssl_server_credentials(
-                [(own.key, own.certificate)], authority, require_client_auth=True
-            )
-            port = server.add_secure_port(listen, secret)
+            port = server.add_secure_port(listen, keyring.for_server())
     except RuntimeError as error:
         raise ValueError(
             f"Can't listen on {listen}: {error}. Stop what uses it, or change `listen` in "
@@ -115,3 +108,10 @@ def certified(context: Any, secure: bool) -> Names:
         return None
     names = context.auth_context().get("x509_subject_alternative_name", ())
     return frozenset(name.decode(errors="replace") for name in names)
+
+
+def revoked(context: Any, keyring: Keyring | None) -> bool:
+    """Whether the certificate of whoever calls counts no more."""
+    if keyring is None:
+        return False
+    return any(map(keyring.is_revoked, context.auth_context()["x509_pem_cert"]))

@@ -40,6 +40,7 @@ IDLE_S = 300.0
 
 STATUS = {
     Reason.WRONG_SENDER: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.REVOKED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.NO_ANSWER: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -55,6 +56,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         self,
         members: Collection[str],
         certified: Callable[[Any], Names],
+        revoked: Callable[[Any], bool],
         call_timeout_s: float,
         refused: Callable[[str, Reason, str], None],
     ) -> None:
@@ -63,10 +65,11 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         Args:
             members: Who may call.
             certified: Context of a call -> the names in the caller's certificate.
+            revoked: Context of a call -> whether that certificate counts no more.
             call_timeout_s: The longest that a call may stand still, but for `CARRY`.
             refused: Told (caller, reason, detail) of each refusal.
         """
-        self._members, self._certified = frozenset(members), certified
+        self._members, self._certified, self._revoked = frozenset(members), certified, revoked
         self._call_timeout_s, self._refused = call_timeout_s, refused
         self._open: Counter[tuple[str, bool]] = Counter()
 
@@ -89,6 +92,9 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         caller = "|".join(sorted(names or ())) or str(context.peer())
         if names is not None and not names & self._members:
             await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
+        if self._revoked(context):
+            detail = f"{caller:.200}'s certificate is revoked"
+            await self._end(context, caller, Reason.REVOKED, detail)
         kind, most = (caller, lasts), TUNNELS if lasts else OPEN_CALLS
         if self._open[kind] >= most:
             await self._end(context, caller, Reason.BUSY, f"more than {most} calls at a time")

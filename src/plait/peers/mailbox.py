@@ -147,6 +147,7 @@ class Desk:
             "seen": {self.names[peer]: round_ for peer, round_ in sorted(self.seen.items())},
             "refused": dict(refused),
             "missing": sum(n for (kind, *_), n in self.counts.items() if kind == "missing"),
+            "time": time.time(),
             "up_seconds": round(time.monotonic() - self._began, 1),
             **self.facts,
             **self.live(),

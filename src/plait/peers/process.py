@@ -164,7 +164,8 @@ class Process:
         )  # fmt: skip
         counts = self.transport.counts
         self.desk.live = lambda: {
-            name: sum(counter.values()) for name, counter in vars(counts).items()
+            "expires": self.transport.expires(),
+            **{name: sum(counter.values()) for name, counter in vars(counts).items()},
         }
         self.exchange = Exchange(
             self.desk,
@@ -392,6 +393,14 @@ def with_what_was_read(federation: Federation, job: Job, read: Mapping[str, str]
         names += ["training rows", "test rows"]
     common = {name: read[name] for name in names if name in read}
     return dataclasses.replace(federation, read=common | of_model(job.backbone))
+
+
+def as_read(federation: Federation, settings: PeerSettings) -> Federation:
+    """`with_what_was_read` before a run: reads all of it, and loads the model."""
+    config = settings.apply(federation.config)
+    load_plugins(config.plugin)
+    read = fingerprints(config, own_task(federation, settings))
+    return with_what_was_read(federation, prepare_peer(federation, settings), read)
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a peer: its round, its neighbours, its bytes, what it refused."""
+"""What Prometheus reads from a peer: round, neighbours, bytes, refusals, ends of certificates."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ class Figures(Collector):
         for labels, count in counts.items():
             incidents.add_metric(list(labels), count)
         yield incidents
+        expires = GaugeMetricFamily(
+            "plait_certificate_expires_seconds", "End, in seconds since 1970", labels=["of"]
+        )
+        for what, end in self.transport.expires().items():
+            expires.add_metric([what], end)
+        yield expires
         for name, counter in vars(self.transport.counts).items():
             figure = CounterMetricFamily(f"plait_{name}", "Bytes of factors", labels=["peer"])
             for peer, count in dict(counter).items():

@@ -15,6 +15,7 @@ class Reason(Enum):
     WRONG_CONFIG = "wrong config"
     WRONG_SENDER = "wrong sender"
     WRONG_RECEIVER = "wrong receiver"
+    REVOKED = "revoked certificate"
     NOT_A_NEIGHBOUR = "not a neighbour"
     WRONG_PHASE = "wrong phase"
     STALE_ROUND = "stale round"

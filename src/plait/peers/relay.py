@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 from grpc import aio
 
-from plait.peers.credentials import read_credentials
 from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import RELAY, Federation, PeerSettings, load_federation, load_peer
-from plait.peers.grpc_server import Credentials, certified, serve
+from plait.peers.grpc_server import certified, revoked, serve
 from plait.peers.guard import CARRY, Guard
 from plait.peers.json_log import log_to_stderr
+from plait.peers.keyring import LOOK_S, Keyring
 from plait.peers.refusals import Reason
 from plait.peers.tunnel import Carrier, Switchboard
 
@@ -48,7 +49,7 @@ class Relay:
             )
         self.board = Switchboard()
         self._federation, self._settings = federation, settings
-        self._credentials: Credentials = None if insecure else read_credentials(settings)
+        self._keyring = None if insecure else Keyring(settings, (), lambda _: b"")
         self._server: aio.Server | None = None
 
     def start(self) -> None:
@@ -64,6 +65,11 @@ class Relay:
             BACKGROUND.release()
             raise
 
+    def look(self) -> None:
+        """Take what is new of its certificates, and of those that count no more."""
+        if self._keyring:
+            self._keyring.look()
+
     def stop(self) -> None:
         """Hang up on everybody."""
         if self._server:
@@ -72,11 +78,11 @@ class Relay:
 
     async def _serve(self) -> None:
         names = self._federation.names
-        who = partial(certified, secure=self._credentials is not None)
+        who = partial(certified, secure=self._keyring is not None)
         carrier = Carrier(self.board, who, lambda _caller, wanted: wanted in names)
-        guard = Guard(names, who, 0.0, _refused)
+        guard = Guard(names, who, partial(revoked, keyring=self._keyring), 0.0, _refused)
         self._server = await serve(
-            self._settings.listen, self._credentials, guard, {CARRY: carrier.carry}, len(names)
+            self._settings.listen, self._keyring, guard, {CARRY: carrier.carry}, len(names)
         )
 
 
@@ -97,11 +103,12 @@ def run_relay(federation_file: Path) -> None:
     relay = Relay(load_federation(federation_file), settings)
     relay.start()
     LOG.info("listening on %s", settings.listen)
-    said: list[str] = []
-    while not leave.wait(SAY_S):
-        if (there := relay.board.present()) != said:
+    said, due = [""], 0.0
+    while not leave.wait(LOOK_S):
+        relay.look()
+        if time.monotonic() > due and (there := relay.board.present()) != said:
             LOG.info("waiting to be called: %s", ", ".join(there) or "nobody")
-            said = there
+            said, due = there, time.monotonic() + SAY_S
     relay.stop()
 
 

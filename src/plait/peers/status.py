@@ -6,8 +6,10 @@ lets it ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import datetime as dt
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,13 @@ from typing import Any
 from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.codec import Answer, Header, Message, Question
-from plait.peers.federation import Member, PeerSettings, load_federation, load_peer
+from plait.peers.federation import (
+    Federation,
+    Member,
+    PeerSettings,
+    load_federation,
+    load_peer,
+)
 from plait.peers.mailbox import OBSERVER
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import GrpcTransport
@@ -89,10 +97,6 @@ def status(
     if name is None and not here:
         raise ValueError(f"No peer.toml lies beside {federation_file}; give --name of yours.")
     settings = load_peer(federation_file, name or here[0])
-    transport = GrpcTransport(
-        federation, settings, Layout((), 1, 1.0), _Nobody(), insecure_loopback=insecure_loopback
-    )
-    transport.start(serve=False)
 
     def ask(peer: str) -> PeerStatus:
         try:
@@ -102,9 +106,28 @@ def status(
             return PeerStatus(peer, {}, _why(refused, federation.member(peer), own))
         return PeerStatus(peer, reply.facts)
 
+    with (
+        asking(federation, settings, insecure_loopback) as transport,
+        ThreadPoolExecutor(len(federation.names)) as pool,
+    ):
+        return list(pool.map(ask, federation.names))
+
+
+@contextmanager
+def asking(
+    federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+) -> Iterator[GrpcTransport]:
+    """What can ask the members as one of them, without being reached itself.
+
+    Raises:
+        ValueError: The peer's certificate is missing or unfit.
+    """
+    transport = GrpcTransport(
+        federation, settings, Layout((), 1, 1.0), _Nobody(), insecure_loopback=insecure_loopback
+    )
+    transport.start(serve=False)
     try:
-        with ThreadPoolExecutor(len(federation.names)) as pool:
-            return list(pool.map(ask, federation.names))
+        yield transport
     finally:
         transport.stop(0.0)
 
@@ -124,3 +147,18 @@ def _why(refused: Refused, member: Member, own: PeerSettings | None) -> str:
 def lag(peers: Iterable[PeerStatus], peer: PeerStatus) -> int:
     """How many rounds a peer is behind the first."""
     return max(int(p.facts.get("round", 0)) for p in peers) - int(peer.facts.get("round", 0))
+
+
+def first_end(expires: object) -> str:
+    """The day on which a peer's certificate ends, or that of its authority if that is sooner.
+
+    Example:
+        >>> first_end({"certificate": 1893456000, "authority": 1890000000})
+        '2029-11-22, authority'
+    """
+    try:
+        what, end = min(expires.items(), key=lambda item: item[1])  # type: ignore[attr-defined]
+        day = f"{dt.datetime.fromtimestamp(end, dt.UTC):%Y-%m-%d}"
+    except (AttributeError, ValueError, TypeError, OverflowError, OSError):  # a peer's own words
+        return "-"
+    return day if what == "certificate" else f"{day}, {what:.20}"

@@ -10,6 +10,7 @@ declared. gRPC's own limits, on metadata and on a piece, hold for whatever comes
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,6 @@ from plait.factors import VALUE, Slot
 from plait.lora import Layout
 from plait.peers.channels import Channels
 from plait.peers.codec import Ack, Answer, Header, Identity, Message, Question, decode
-from plait.peers.credentials import read_credentials
 from plait.peers.envelope import (
     Assembly,
     read_ack,
@@ -39,11 +39,13 @@ from plait.peers.envelope import (
     write_refusal,
 )
 from plait.peers.event_loop import BACKGROUND
-from plait.peers.federation import Federation, PeerSettings, is_loopback, split_address
-from plait.peers.grpc_server import certified, serve
+from plait.peers.federation import RELAY, Federation, PeerSettings, is_loopback, split_address
+from plait.peers.grpc_server import certified, revoked, serve
 from plait.peers.guard import CARRY, REASONS, Guard, Names
+from plait.peers.keyring import LOOK_S, Keyring
 from plait.peers.pace import SLOWEST, moved, paced
 from plait.peers.refusals import Reason, Refused
+from plait.peers.revocation import shown
 from plait.peers.tunnel import Carrier
 
 WORD_S = 1.0
@@ -164,7 +166,8 @@ class GrpcTransport:
         )
         self._listen = settings.listen
         self._names = frozenset(federation.names)
-        self._credentials = None if insecure_loopback else read_credentials(settings)
+        others = {*self._names, RELAY} - {settings.name}
+        self._keyring = None if insecure_loopback else Keyring(settings, others, self.shows)
         self._certified = partial(certified, secure=not insecure_loopback)
         if insecure_loopback:
             for address in (
@@ -174,9 +177,10 @@ class GrpcTransport:
                 _check_loopback(address)
         self._desk = desk
         self._call_timeout_s = limits.round_timeout_s
-        self._channels = Channels(federation, settings, self._credentials)
+        self._channels = Channels(federation, settings, self._keyring)
         self._kept: dict[str, Kept] = {}
         self._server: aio.Server | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     # -- what the round protocol calls, from any thread
 
@@ -188,6 +192,8 @@ class GrpcTransport:
         """
         BACKGROUND.acquire()
         try:
+            if self._keyring:
+                self._keyring.look()
             if serve:
                 BACKGROUND.run(self._serve()).result()
         except BaseException:
@@ -213,6 +219,21 @@ class GrpcTransport:
         """Whether a peer's health service says that it serves."""
         return BACKGROUND.run(self._alive(to, deadline_s)).result()
 
+    def expires(self) -> dict[str, int]:
+        """Until when this peer's `certificate` and `authority` are valid, seconds since 1970."""
+        return self._keyring.expires() if self._keyring else {}
+
+    def shows(self, name: str) -> bytes:
+        """The certificate, PEM, that a member shows whoever connects to it.
+
+        Raises:
+            Refused: There is no way to it.
+            OSError: It isn't there, or shows none that counts (`ssl.SSLError`).
+        """
+        assert self._keyring, "without TLS there are none"
+        route = BACKGROUND.run(self._channels.route(name)).result()
+        return shown(route, name, self._keyring.authority)
+
     def stop(self, grace_s: float) -> None:
         """Let open calls end, for so long, and stop."""
         BACKGROUND.run(self._stop(grace_s)).result()
@@ -223,7 +244,11 @@ class GrpcTransport:
     async def _serve(self) -> None:
         # A call gets a little longer than what it is for, so that the caller still hears why.
         guard = Guard(
-            self._names, self._certified, self._call_timeout_s + WORD_S, self._desk.refused
+            self._names,
+            self._certified,
+            partial(revoked, keyring=self._keyring),
+            self._call_timeout_s + WORD_S,
+            self._desk.refused,
         )
         own = self.identity.name
         carrier = Carrier(self._channels.board, self._certified, lambda caller, _: caller == own)
@@ -233,10 +258,10 @@ class GrpcTransport:
             HEALTH: _healthy,
             CARRY: carrier.carry,
         }
-        self._server = await serve(
-            self._listen, self._credentials, guard, methods, len(self._names)
-        )
+        self._server = await serve(self._listen, self._keyring, guard, methods, len(self._names))
         await self._channels.serve()
+        if self._keyring:
+            self._watch = asyncio.create_task(self._keep_current(self._keyring))
 
     async def _deliver(self, _stream: Any, context: Any) -> None:
         """The handler of a delivery."""
@@ -379,17 +404,26 @@ class GrpcTransport:
                 self._kept[sender] = Kept(header.digest, assembly)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
-        check = (await self._channels.to(to)).unary_unary(HEALTH)
         try:
+            check = (await self._channels.to(to)).unary_unary(HEALTH)
             asked = health_pb2.HealthCheckRequest().SerializeToString()
             answer = health_pb2.HealthCheckResponse.FromString(
                 await check(asked, timeout=deadline_s)
             )
-        except aio.AioRpcError:
+        except (aio.AioRpcError, Refused):
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
+    async def _keep_current(self, keyring: Keyring) -> None:
+        """Look for new certificates, and have the next calls made with them."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if await asyncio.to_thread(keyring.look):
+                self._channels.renew(self._call_timeout_s)
+
     async def _stop(self, grace_s: float) -> None:
+        if self._watch:
+            self._watch.cancel()
         await self._channels.close(grace_s)
         if self._server:
             await self._server.stop(grace_s)

@@ -233,11 +233,11 @@ async def call_through(channel: aio.Channel, own: str, to: str, ends: Ends) -> N
         await pipe(ends, of_call(call))
 
 
-async def wait_at(channel: aio.Channel, own: str, host: str, port: int) -> None:
+async def wait_at(to: Callable[[], Awaitable[aio.Channel]], own: str, host: str, port: int) -> None:
     """Be reachable through whoever is at the other end of a channel, until cancelled.
 
     Args:
-        channel: To a member or the relay.
+        to: The channel to a member or the relay, as it is then.
         own: This peer's name.
         host: Where this peer's own server listens.
         port: Its port.
@@ -248,7 +248,7 @@ async def wait_at(channel: aio.Channel, own: str, host: str, port: int) -> None:
         while True:
             await free.acquire()
             called: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            serving = group.create_task(_serve_one(channel, own, host, port, called))
+            serving = group.create_task(_serve_one(to, own, host, port, called))
             serving.add_done_callback(lambda _: free.release())
             if await called:  # another one waits from now on
                 pause = PAUSES_S[0]
@@ -258,11 +258,15 @@ async def wait_at(channel: aio.Channel, own: str, host: str, port: int) -> None:
 
 
 async def _serve_one(
-    channel: aio.Channel, own: str, host: str, port: int, called: asyncio.Future[bool]
+    to: Callable[[], Awaitable[aio.Channel]],
+    own: str,
+    host: str,
+    port: int,
+    called: asyncio.Future[bool],
 ) -> None:
     """Wait for one caller, and bring its connection to this peer's own server."""
     try:
-        async with _carried(channel, (NAME, own)) as call:
+        async with _carried(await to(), (NAME, own)) as call:
             first = await of_call(call).read()
             if not first:
                 return
@@ -272,7 +276,7 @@ async def _serve_one(
                 server = of_socket(reader, writer)
                 await server.write(first)
                 await pipe(of_call(call), server)
-    except (aio.AioRpcError, OSError):
+    except (aio.AioRpcError, Refused, OSError):
         pass  # the stream broke; the next one is opened after a pause
     finally:
         if not called.done():
