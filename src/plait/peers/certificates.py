@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.machine.files import sync
 from plait.peers.credentials import Pair
 from plait.peers.federation import (
     Federation,
@@ -171,6 +172,8 @@ def write_secret(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read, from its first byte on."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
+    sync(path)
+    sync(path.parent)
 
 
 def free_ports(count: int) -> list[int]:

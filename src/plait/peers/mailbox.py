@@ -88,8 +88,8 @@ class Desk:
 
     def take(self, header: Header, rows: FactorRows) -> None:
         """Take a message that was checked; raises `Refused` when its round has closed meanwhile."""
-        self.admit(header)
         with self.condition:
+            self.admit(header)
             sender = self._number(header.sender)
             self.inbox.take(sender, header.round, Letter(rows, header.digest))
             self._took.add(sender)

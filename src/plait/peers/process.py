@@ -37,7 +37,7 @@ from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
 from plait.figures import FIGURES, taken
 from plait.lora import Stack
-from plait.machine.files import held
+from plait.machine.files import held, make_lasting
 from plait.machine.process_settings import configure_process
 from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
@@ -160,11 +160,12 @@ class Process:
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
         if not taken_up:  # only now: a peer that can't run leaves nothing behind
-            settings.out.mkdir(parents=True, exist_ok=True)
+            make_lasting(settings.out)
             self._until_end.enter_context(held(settings.out))
         self.folder.create(settings.apply(federation.config), read, made_by(settings.machine))
         self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
+        noise = noise_of(self.folder, self.job.config)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
@@ -193,7 +194,6 @@ class Process:
             neighbours_of(turn, rounds),
         )
         self.exchange.leave = self.leave
-        noise = noise_of(self.folder, self.job.config)
         self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
         self.end = min(rounds, self.member.leaves or rounds)
 
@@ -414,11 +414,21 @@ def noise_of(folder: RunFolder, config: Config) -> Noise:
     """The noise of a peer: from a key of its own, made when its folder is begun, kept for restarts.
 
     A key that was cut off while it was written has not been used yet.
+
+    Raises:
+        ValueError: The key is gone, and rounds were done with it.
     """
     if config.dp_clip is None:
         return seeded_noise(config.seed)
     path = folder.path / "noise.key"
     if not path.exists() or path.stat().st_size != KEY_BYTES:
+        if folder.checkpoint_file.exists():
+            raise ValueError(
+                f"{path} is not there any more, or cut short, and rounds were done with its noise: "
+                "with another key what is sent again would tell more than it may. Put it back, or "
+                f"move {folder.path} away to begin anew; what was sent so far comes on top of the "
+                "epsilon that the new folder will name."
+            )
         path.unlink(missing_ok=True)
         write_secret(path, secrets.token_bytes(KEY_BYTES))
     return secret_noise(path.read_bytes())
