@@ -1,6 +1,6 @@
 """A disk that forgets what was not synced: the folders that a power cut may leave, at every moment.
 
-Of a file its synced bytes are sure, of a folder its synced names; the rest may or may not be there.
+Of a file its synced bytes are sure, of a folder its synced names; the rest may be there or not.
 After each step the worst of it is kept: nothing of the rest, all of it, the bytes or the names alone,
 and each changed name by itself.
 """
@@ -53,7 +53,7 @@ class Disk:
         return call
 
     def _sync(self, descriptor: int) -> None:
-        path, status = os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor)
+        path, status = str(Path(f"/proc/self/fd/{descriptor}").readlink()), os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             self._names[path] = self._listed(path)
         else:

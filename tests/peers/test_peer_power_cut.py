@@ -88,7 +88,7 @@ def test_a_peer_without_its_noise_does_not_go_on(tmp_path, process):
         (tmp_path / "out" / "noise.key").unlink(missing_ok=True)
         if left:
             (tmp_path / "out" / "noise.key").write_bytes(left)
-        with pytest.raises(ValueError, match="noise.key is not there any more, or cut short"):
+        with pytest.raises(ValueError, match=r"noise\.key is not there any more, or cut short"):
             process(tmp_path / "out")
     RunFolder(tmp_path / "out").checkpoint_file.unlink()
     again = process(tmp_path / "out")

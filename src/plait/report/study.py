@@ -201,8 +201,8 @@ def _readable(paths: Iterable[Path], known: dict[Path, Track], unread: list[str]
         track.read()
         if track.unread_lines:
             unread.append(
-                f"Of {track.path}/events.jsonl {track.unread_lines} of the lines can't be read here "
-                "and are left out."
+                f"Of {track.path}/events.jsonl {track.unread_lines} of the lines can't be read "
+                "here and are left out."
             )
     return tracks
 
@@ -210,7 +210,7 @@ def _readable(paths: Iterable[Path], known: dict[Path, Track], unread: list[str]
 def _each_read(
     read: Callable[[Path], Read], paths: Iterable[Path], unread: list[str]
 ) -> list[Read]:
-    found = []
+    found: list[Read] = []
     for path in paths:
         try:
             found.append(read(path))
