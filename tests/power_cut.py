@@ -1,8 +1,8 @@
 """A disk that forgets what was not synced: the folders that a power cut may leave, at every moment.
 
-Of a file its synced bytes are sure, of a folder its synced names; the rest may be there or not.
-After each step the worst of it is kept: nothing of the rest, all of it, the bytes or the names alone,
-and each changed name by itself.
+Of a file its synced bytes are sure, of a folder its synced names; the rest may be there or not. Of
+that the worst is kept after each step: nothing, all, the bytes or the names alone, and each changed
+name by itself.
 """
 
 from __future__ import annotations

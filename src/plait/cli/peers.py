@@ -165,7 +165,7 @@ def status(args: list[str]) -> int:
             *(f"{facts.get(key, 0) / 1e6:.1f}" for key in ("sent_bytes", "received_bytes")),
             ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
         )
-    Console().print(table, highlight=False)
+    Console(markup=False).print(table, highlight=False)
     return code
 
 

@@ -40,7 +40,7 @@ class Desk:
         inbox: The messages; use it under `condition`.
         names: The peers' names, in the order of their numbers.
         condition: Held while the inbox is used; notified when something came.
-        seen: Peer -> the round that it last said it is in.
+        seen: Peer -> the round that it last said it is in, no more than the run has.
         absent: Neighbours that are not waited for until they are heard of again.
         counts: (kind of incident, peer, reason) -> how often.
         resting: The peer's own state between two rounds, for one that lost its own.
@@ -203,9 +203,9 @@ class Desk:
             return self.quorum.reached(self.claims())
 
     def claims(self) -> dict[int, int]:
-        """Peer -> the round that it says it is in; a run has no more than its rounds."""
+        """Peer -> the round that it says it is in."""
         with self.condition:
-            return {peer: min(round_, self.inbox.rounds) for peer, round_ in self.seen.items()}
+            return dict(self.seen)
 
     def ahead(self) -> set[int]:
         """Those who say they are further than the messages that are kept for them."""
@@ -235,7 +235,7 @@ class Desk:
         return state
 
     def _hear(self, peer: int, round_: int) -> None:
-        self.seen[peer] = max(0, round_)
+        self.seen[peer] = min(max(0, round_), self.inbox.rounds)
         self.foreign.pop(peer, None)
         if peer in self.absent:
             self.absent.discard(peer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import math
 import secrets
 import signal
 import sys
@@ -296,7 +297,7 @@ class Process:
     def _tell(self, **facts: float) -> None:
         """Say how it goes to neighbours who ask; with differential privacy that is not theirs."""
         if self.job.config.dp_clip is None:
-            self.desk.facts |= facts
+            self.desk.facts |= {name: x for name, x in facts.items() if math.isfinite(x)}
 
     def _remember(self, round_: int) -> None:
         """Have this peer's message of its last round again: a neighbour may still wait for it."""

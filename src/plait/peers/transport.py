@@ -47,6 +47,7 @@ from plait.peers.guard import (
     REASONS,
     Guard,
     Names,
+    caller_of,
     most_connections,
 )
 from plait.peers.refusals import Reason, Refused
@@ -321,7 +322,7 @@ class GrpcTransport:
         self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
     ) -> Refused | None:
         """Do a peer's bidding within a time. A refusal is counted."""
-        caller = "|".join(sorted(certified or ())) or str(context.peer())
+        caller = caller_of(certified, self._addresses, context)
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 await work()

@@ -285,8 +285,8 @@ class RunFolder:
             until = "before the first round" if last is None else f"after round {last}"
             raise ValueError(
                 f"{self.events_file} ends {until}, and the checkpoint beside it is after round "
-                f"{end - 1}: lines were lost, as by a disk that forgets what it said it had. Put back "
-                f"a copy of {self.path}, or move it away to begin anew."
+                f"{end - 1}: lines were lost, as by a disk that forgets what it said it had. Put "
+                f"back a copy of {self.path}, or move it away to begin anew."
             )
         return kept
 
