@@ -57,7 +57,7 @@ class Disk:
         if stat.S_ISDIR(status.st_mode):
             self._names[path] = self._listed(path)
         else:
-            self._synced[status.st_ino] = self._bytes(descriptor)
+            self._synced[status.st_ino] = Path(path).read_bytes()
 
     def _cut(self) -> None:
         now = {folder: self._listed(folder) for folder, _, _ in os.walk(self.root)}

@@ -13,6 +13,7 @@ from fake_runs import evaluated, events
 from plait.config import Config
 from plait.events import RoundDone
 from plait.peers import process as peers
+from plait.peers.audit_check import PeersBook
 from plait.peers.certificates import init_federation
 from plait.peers.federation import load_federation, load_peer
 from plait.runs.run_folder import RunFolder
@@ -53,6 +54,7 @@ def go(process, rounds) -> None:
         mine = {slot: process.stack.state[slot][0] for slot in process.job.shared(round_)}
         active = process.desk.inbox.turn(round_).active
         process.desk.inbox.send(process.write(mine, round_, active, "round"))
+        process.desk.note("made", process.desk.inbox.mine(), round=round_)
         process.desk.inbox.close()
         process._see(said[round_])
         if process.peer.evaluates_after(round_):
@@ -76,6 +78,10 @@ def test_after_a_power_cut_a_peer_goes_on_from_its_checkpoint(tmp_path, monkeypa
         assert rounds == [0, 1, 2]
         begun.append(again.first_round)
         again._until_end.close()
+        book = PeersBook.read(tmp_path / f"{number}" / "out")
+        assert not book.chain.wrong
+        assert sorted(book.made) == [0, 1, 2]
+        assert not list(book.lines("lost"))
     assert set(begun) == {0, 1, 2, 3}
     disk.close()
 

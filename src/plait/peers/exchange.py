@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from plait.peers.codec import Message, Question
-from plait.peers.inbox import FactorRows, Letter, LinkTask, Turn
+from plait.peers.inbox import FactorRows, LinkTask, Turn
 from plait.peers.mailbox import EXPECTED, FOREIGN, LOG, Desk
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import Reply, Transport
@@ -106,6 +106,7 @@ class Exchange:
         self._begin = time.monotonic()
         for peer in turn.heard_by:
             self._start(peer, LinkTask.PUSH)
+        self.desk.note("made", message, round=message.header.round)
 
     def wait(self) -> None:
         """Until every neighbour's row is there or its time is over; those that are late are asked.
@@ -312,6 +313,7 @@ class Exchange:
             return
         self._gone.discard(peer)
         self._refusing.pop(peer, None)
+        self.desk.note("sent", message, peer=name, what="round", round=message.header.round)
         with self.desk.condition:
             self.inbox.delivered(peer, message.header.round)
             self.desk.condition.notify_all()
@@ -338,7 +340,7 @@ class Exchange:
                     raise Refused(Reason.STALE_ROUND, f"asked for round {round_}")
                 if not self.inbox.has(peer, round_, head.digest):
                     self.inbox.admit(peer, round_, head.active, head.factors, head.digest)
-                    self.inbox.take(peer, round_, Letter(reply.factors, head.digest))
+                    self.desk.keep(peer, head, reply.factors)
             agreed = reply.facts.get("agreed")
             if isinstance(agreed, bool):
                 self.inbox.decided(peer, round_, agreed)

@@ -1,8 +1,8 @@
 """The facts in a peer's answer: a few words and numbers of somebody else, believed no further.
 
 They end in a terminal, a log, Prometheus and comparisons of rounds. So they are looked at once,
-where they come in: numbers are finite and of 53 bits, text is plain, and what has a name here is what
-that name says. Whoever shows them needs no check of its own.
+where they come in: numbers are finite and of 53 bits, text is plain, and what has a name here is
+what that name says. Whoever shows them needs no check of its own.
 """
 
 from __future__ import annotations

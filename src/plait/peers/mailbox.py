@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from plait.events import Incident
+from plait.peers.audit import Note, no_note
 from plait.peers.codec import Answer, Header, Message, Question
 from plait.peers.inbox import FactorRows, Inbox, Letter
 from plait.peers.quorum import Quorum
-from plait.peers.refusals import Reason, Refused
+from plait.peers.refusals import Reason, Refused, plain
 
 LOG = logging.getLogger("plait.peer")
 
@@ -49,6 +50,7 @@ class Desk:
         foreign: Neighbours that don't run the same, and what they or this peer said of it.
         facts: What else the status says, set by the engine.
         live: As `facts`, looked up when somebody asks.
+        note: Adds a line to the audit book.
     """
 
     def __init__(self, inbox: Inbox, names: Sequence[str], quorum: Quorum | None = None) -> None:
@@ -64,10 +66,11 @@ class Desk:
         self.resting: Callable[[], Message] | None = None
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
+        self.note: Note = no_note
         self._took: set[int] = set()
         self._gave: dict[int, Message] = {}
         self._incidents: list[Incident] = []
-        self._reported: set[tuple[int, str, str, str]] = set()
+        self._said: set[tuple[int | str, ...]] = set()
         self._began = time.monotonic()
 
     @property
@@ -91,9 +94,14 @@ class Desk:
         with self.condition:
             self.admit(header)
             sender = self._number(header.sender)
-            self.inbox.take(sender, header.round, Letter(rows, header.digest))
+            self.keep(sender, header, rows)
             self._took.add(sender)
             self.condition.notify_all()
+
+    def keep(self, sender: int, header: Header, rows: FactorRows) -> None:
+        """Keep a row that was admitted. To be called under `condition`."""
+        if self.inbox.take(sender, header.round, Letter(rows, header.digest)):
+            self.note("took", rows, peer=self.names[sender], what="round", round=header.round)
 
     def answer(self, question: Question) -> Answer:
         """Answer a neighbour; raises `Refused`."""
@@ -106,15 +114,19 @@ class Desk:
             if question.kind == "status":
                 return Answer(self.status())
             if question.kind == "state":
-                return Answer({"round": self.inbox.round}, self._state(asker, question.asker_round))
+                state = self._asked_for_state(asker, question.asker_round)
+                return Answer({"round": self.inbox.round}, state)
             word = self.inbox.answer(asker, question.round)
             return Answer({"round": self.inbox.round, "agreed": word.agreed}, word.message)
 
     def gave(self, asker: str, message: Message) -> None:
         """Note that an answer's message has gone out whole."""
         with self.condition:
-            if message.header.kind == "round":
-                self.inbox.pulled(self._number(asker), message.header.round)
+            what, round_ = message.header.kind, message.header.round
+            if what == "round":
+                self.inbox.pulled(self._number(asker), round_)
+            if self._is_first(self.inbox.round, "gave", asker, f"{what} {round_}"):
+                self.note("gave", message, peer=asker, what=what, round=round_)
             self.condition.notify_all()
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
@@ -157,10 +169,10 @@ class Desk:
         with self.condition:
             self.counts[kind, peer, reason] += 1
             round_ = self.inbox.round if round_ is None else round_
-            if (round_, kind, peer, reason) in self._reported:
+            if not self._is_first(round_, kind, peer, reason):
                 return
-            self._reported = {key for key in self._reported if key[0] == round_}
-            self._reported.add((round_, kind, peer, reason))
+            if kind == "refused":
+                self.note(kind, peer=peer, reason=reason, round=round_, detail=plain(detail, 500))
             self._incidents.append(
                 Incident(round=round_, kind=kind, peer=peer, reason=reason, detail=detail[:500])
             )
@@ -212,6 +224,27 @@ class Desk:
         with self.condition:
             limit = self.inbox.round + self.inbox.keep_rounds
             return {peer for peer, round_ in self.claims().items() if round_ > limit}
+
+    def _is_first(self, round_: int, *what: str) -> bool:
+        """Whether it is the first of its kind in a round; what was said in others is forgotten."""
+        key = (round_, *what)
+        if key in self._said:
+            return False
+        self._said = {one for one in self._said if one[0] == round_} | {key}
+        return True
+
+    def _asked_for_state(self, asker: int, asker_round: int) -> Message:
+        """As `_state`, and whoever asked is noted, with what it got."""
+        reason = "given"
+        try:
+            return self._state(asker, asker_round)
+        except Refused as refused:
+            reason = refused.reason.name
+            raise
+        finally:
+            here, name = self.inbox.round, self.names[asker]
+            if self._is_first(here, "asked", name, reason):
+                self.note("asked", peer=name, what="state", round=here, reason=reason)
 
     def _state(self, asker: int, asker_round: int) -> Message:
         """The state for one that needs it: a neighbour, now or soon, that lost its own or joins.

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from plait.machine.files import held, make_lasting
 from plait.machine.process_settings import configure_process
 from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
+from plait.peers.audit import BOOK, Book
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
 from plait.peers.exchange import Exchange, Left, Terms
@@ -60,6 +62,7 @@ from plait.peers.mailbox import Desk, Few, JsonLines
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
+from plait.peers.refusals import plain
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.plugins import load_plugins
@@ -74,8 +77,9 @@ LOG = logging.getLogger("plait.peer")
 
 MOST_TURNS = 1000
 KEY_BYTES = 32
-SENT = "sent"
-"""In a checkpoint, the body of the last message, (bytes,) uint8."""
+SENT, NOTED = "sent", "noted"
+"""In a checkpoint, the body of the last message and the hash of the audit book's last line before
+it, (bytes,) uint8."""
 
 
 def run_peer(
@@ -176,6 +180,11 @@ class Process:
         quorum = Quorum(voters=voters_of(federation.peers, self.me), trusted=trusted)
         self.desk = Desk(inbox, federation.names, quorum)
         self.desk.settings = self.federation.shared()
+        noted = load_beside(self.folder.checkpoint_file, NOTED)
+        vouched = None if noted is None else noted.numpy().tobytes().hex()
+        self.book = Book(self.folder.path, vouched)
+        self._until_end.callback(self.book.close)
+        self.desk.note = self.book.note
         self.transport = GrpcTransport(
             self.federation, settings, self.job.backbone.layout, self.desk,
             kinds=self.job.method.kinds, insecure_loopback=insecure_loopback,
@@ -247,6 +256,11 @@ class Process:
 
         A new process a few rounds behind does them all: it comes out where it would have been.
         """
+        self.desk.note(
+            "started", by=self.settings.name, federation=plain(self.federation.id, 80),
+            config=self.federation.digest(), round=self.first_round,
+            keep=self.desk.inbox.keep_rounds, version=version("plait"),
+        )  # fmt: skip
         with self.desk.condition:
             self.desk.inbox.skip_to(self.first_round)
             self._remember(self.first_round - 1)
@@ -314,9 +328,11 @@ class Process:
     def _save(self, rounds_done: int) -> None:
         """Write the state, and what was sent in the round that led there."""
         message = self.desk.inbox.mine(rounds_done - 1)
-        sent = {SENT: torch.tensor(np.frombuffer(message.body, np.uint8))} if message else {}
+        beside = {SENT: message.body} if message else {}
         try:
-            with_descriptors(lambda: self.folder.save(self.stack, rounds_done, **sent))
+            beside[NOTED] = bytes.fromhex(self.book.sync())
+            kept = {name: torch.tensor(np.frombuffer(x, np.uint8)) for name, x in beside.items()}
+            with_descriptors(lambda: self.folder.save(self.stack, rounds_done, **kept))
         except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
@@ -329,6 +345,8 @@ class Process:
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
         summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
+        self.desk.note("finished", round=self.end)
+        LOG.info("the last line of %s has the hash %s", BOOK, self.book.sync())
         self.folder.finish(summary)
         spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
         LOG.info("done: %s%s", adapter, spent)

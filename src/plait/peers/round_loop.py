@@ -157,6 +157,7 @@ class Peer:
             self.exchange.wait()
         mixing = time.perf_counter()
         heard = self.exchange.close()
+        self.desk.note("mixed", round=round_, peers=[self.desk.names[peer] for peer in heard])
         before, pairs_apart = self._mix(round_, turn, heard)
         self._rest()
         return round_done(
