@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -248,8 +248,8 @@ def test_what_strangers_do_fills_no_book(tmp_path):
 
 def test_a_book_that_cant_be_written_stops_its_peer(tmp_path):
     book = Book(tmp_path)
-    book._file.close()
-    book._file = Path("/dev/full").open("ab")  # noqa: SIM115
+    os.close(book._file)
+    book._file = os.open("/dev/full", os.O_WRONLY)
     started(book)
     with pytest.raises(OSError, match="No space"):
         book.sync()

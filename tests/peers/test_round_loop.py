@@ -199,7 +199,8 @@ def test_a_neighbour_that_is_absent_or_too_late_is_not_waited_for(symmetric, why
 def test_a_row_that_was_acknowledged_is_mixed(kind):
     """The round may not close between the look at a header and the taking of its rows."""
     desk = Desk(inbox(), tuple("abcd"))
-    admit, heard = desk.inbox.admit, {}
+    looks = desk if kind == "pushed" else desk.inbox
+    admit, heard = looks.admit, {}
 
     def close():
         with desk.condition:
@@ -211,7 +212,7 @@ def test_a_row_that_was_acknowledged_is_mixed(kind):
         thread.join(0.05)
 
     thread = threading.Thread(target=close)
-    desk.inbox.admit = admit_slowly
+    looks.admit = admit_slowly
     header = SimpleNamespace(
         sender="a", round=0, kind="round", active="A", factors="AB", digest=b"x"
     )

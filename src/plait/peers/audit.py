@@ -20,12 +20,12 @@ takes lines about the round that will be done again, and nothing else goes unnot
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Book:
         lost = vouched is not None and vouched not in chain.hashes
         if lost and data:
             path.replace(_free(folder))
-        self._file = path.open("ab")
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         sync(folder)
         self._count, self._last = (0, START) if lost else (len(chain.lines), chain.last)
         self._error: OSError | None = None
@@ -78,7 +78,7 @@ class Book:
         if lost:
             self.note("lost", after=vouched)
         elif len(data) > chain.size:
-            self._file.truncate(chain.size)
+            os.ftruncate(self._file, chain.size)
             self.note("torn", bytes=len(data) - chain.size)
 
     def note(self, kind: str, rows: Rows = None, **facts: Any) -> None:
@@ -102,8 +102,7 @@ class Book:
     def close(self) -> None:
         """Write what is left."""
         self._pool.shutdown()
-        with suppress(OSError):  # which `sync` has said
-            self._file.close()
+        os.close(self._file)
 
     def _write(self, now: float, kind: str, rows: Rows, facts: dict[str, Any]) -> None:
         if self._error:  # half a line may be there: nothing follows on it
@@ -114,8 +113,8 @@ class Book:
             line["digest"] = rows.values_digest if isinstance(rows, Message) else digest_of(rows)
         text = json.dumps(line).encode()
         try:
-            self._file.write(text + b"\n")
-            self._file.flush()
+            if os.write(self._file, text + b"\n") <= len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._error = error
             return
@@ -124,7 +123,7 @@ class Book:
     def _sync(self) -> str:
         if self._error:
             raise self._error
-        os.fsync(self._file.fileno())
+        os.fsync(self._file)
         return self._last
 
 

@@ -69,7 +69,7 @@ class Desk:
         self._took: set[int] = set()
         self._gave: dict[int, Message] = {}
         self._incidents: list[Incident] = []
-        self._said: set[tuple[int | str, ...]] = set()
+        self._said: set[tuple[object, ...]] = set()
         self._began = time.monotonic()
 
     @property

@@ -272,7 +272,7 @@ class GrpcTransport:
         self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
     ) -> Refused | None:
         """Do a peer's bidding within a time. A refusal is counted."""
-        caller = caller_of(certified, self._addresses, context)
+        caller = caller_of(certified, self._names, context)
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 await work()
