@@ -261,6 +261,23 @@ def test_a_neighbour_that_answers_costs_what_may_still_come_of_it(reason, delive
     exchange.stop()
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_neighbour_whose_message_is_coming_is_waited_for_and_not_asked(moves):
+    desk = Desk(inbox(), tuple("abcd"))
+    exchange = Exchange(desk, transport=None, terms=Terms())  # type: ignore[arg-type]
+    begun = []
+    exchange._start = lambda peer, task: begun.append((peer, task))  # type: ignore[method-assign]
+    desk.inbox.send(message())
+    exchange._begin -= exchange.terms.round_timeout_s - 0.5
+    exchange.terms = Terms(start_timeout_s=0.0)
+    if moves:
+        desk.moving("a", time.monotonic() + 1.0)
+    begin = time.monotonic()
+    exchange.wait()
+    assert (time.monotonic() - begin > 0.9) == moves
+    assert ((0, LinkTask.ASK) in begun) != moves
+
+
 # -- peers together
 
 

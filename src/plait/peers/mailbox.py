@@ -66,6 +66,7 @@ class Desk:
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
         self.note: Note = no_note
+        self._moving: dict[int, float] = {}
         self._took: set[int] = set()
         self._gave: dict[int, Message] = {}
         self._incidents: list[Incident] = []
@@ -126,6 +127,12 @@ class Desk:
                 self.inbox.pulled(self._number(asker), round_)
             if self._is_first(self.inbox.round, "gave", asker, f"{what} {round_}"):
                 self.note("gave", message, peer=asker, what=what, round=round_)
+            self.condition.notify_all()
+
+    def moving(self, sender: str, until: float) -> None:
+        """Note that a message is coming, and by when its next piece is here."""
+        with self.condition:
+            self._moving[self._number(sender)] = until
             self.condition.notify_all()
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
@@ -207,6 +214,11 @@ class Desk:
         with self.condition:
             self.foreign.setdefault(peer, detail)
         self.set_absent(peer, "it does not run the same")
+
+    def is_moving(self, peer: int) -> bool:
+        """Whether a message of a neighbour is coming in."""
+        with self.condition:
+            return time.monotonic() < self._moving.get(peer, 0.0)
 
     def target(self) -> int:
         """The round that the others have reached by the word of a majority of them."""
