@@ -197,9 +197,10 @@ def test_what_books_lack_is_found(tmp_path, of_p0, of_p1, text, wrong):
     assert (text in one.text, one.wrong) == (True, wrong), one.text
 
 
-def test_states_are_compared_too(tmp_path):
+@pytest.mark.parametrize("said", ["asked", "gave"])
+def test_states_are_compared_too(tmp_path, said):
     state = {"what": "state", "round": 2, "digest": ROW}
-    gave = book_of(tmp_path, "p0", ("gave", {"peer": "p1", **state}))
+    gave = book_of(tmp_path, "p0", (said, {"peer": "p1", **state}))
     assert findings([gave, book_of(tmp_path, "p1", ("took", {"peer": "p0", **state}))]) == []
     other = ("took", {"peer": "p0", **state, "digest": "b" * 64})
     [one] = findings([gave, book_of(tmp_path, "p1", other)])

@@ -73,7 +73,8 @@ class PeersBook:
         found: dict[Row, list[str]] = defaultdict(list)
         for kind in kinds:
             for line in self.lines(kind):
-                found[line["peer"], line["what"], line["round"]].append(line["digest"])
+                if "digest" in line:
+                    found[line["peer"], line["what"], line["round"]].append(line["digest"])
         return found
 
     @cached_property
@@ -151,7 +152,7 @@ def _of_two(a: PeersBook, b: PeersBook) -> Iterator[Finding]:
 
 def _taken(sender: PeersBook, receiver: PeersBook) -> Iterator[Finding]:
     """What one took of the other, by the other's book."""
-    gave = sender.rows("gave")
+    gave = sender.rows("asked", "gave")  # whoever has it all may hang up before `gave` is sure
     for (peer, what, round_), digests in receiver.took.items():
         if peer != sender.owner:
             continue

@@ -236,7 +236,7 @@ class Desk:
             limit = self.inbox.round + self.inbox.keep_rounds
             return {peer for peer, round_ in self.claims().items() if round_ > limit}
 
-    def _is_first(self, round_: int, *what: str) -> bool:
+    def _is_first(self, round_: int, *what: object) -> bool:
         """Whether it is the first of its kind in a round; what was said in others is forgotten."""
         key = (round_, *what)
         if key in self._said:
@@ -246,16 +246,17 @@ class Desk:
 
     def _asked_for_state(self, asker: int, asker_round: int) -> Message:
         """As `_state`, and whoever asked is noted, with what it got."""
-        reason = "given"
+        here, asked = self.inbox.round, {"peer": self.names[asker], "what": "state"}
         try:
-            return self._state(asker, asker_round)
+            state = self._state(asker, asker_round)
         except Refused as refused:
             reason = refused.reason.name
+            if self._is_first(here, "asked", asker, reason):
+                self.note("asked", round=here, reason=reason, **asked)
             raise
-        finally:
-            here, name = self.inbox.round, self.names[asker]
-            if self._is_first(here, "asked", name, reason):
-                self.note("asked", peer=name, what="state", round=here, reason=reason)
+        if self._is_first(here, "asked", asker):
+            self.note("asked", state, round=state.header.round, reason="given", **asked)
+        return state
 
     def _state(self, asker: int, asker_round: int) -> Message:
         """The state for one that needs it: a neighbour, now or soon, that lost its own or joins.
