@@ -155,7 +155,8 @@ class Process:
         self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
         noise = noise_of(self.folder, self.job.config)
-        self.done, self.first_round = take_up(self.folder, self.stack)
+        done, self.first_round = take_up(self.folder, self.stack)
+        self.done = [*map(slim, done)]
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
         rounds = self.job.config.rounds
@@ -273,7 +274,7 @@ class Process:
 
     def _see(self, event: Event) -> None:
         """Record an event, and save the state where a round is complete."""
-        self.done.append(event)
+        self.done.append(slim(event))
         with_descriptors(lambda: self.folder.record(event))
         match event:
             case RoundDone():
@@ -357,6 +358,13 @@ class Process:
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
         }
+
+
+def slim(event: Event) -> Event:
+    """An event as a peer remembers it for its summary: of a round, no layer and no pair."""
+    if isinstance(event, RoundDone):
+        return dataclasses.replace(event, before=[], pairs_apart=[])
+    return event
 
 
 def with_descriptors(write: Callable[[], None]) -> None:
