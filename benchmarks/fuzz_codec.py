@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import random
 import resource
 import struct
@@ -20,6 +21,7 @@ import torch
 
 from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
+from plait.peers.audit_lines import START, hash_of, read_chain
 from plait.peers.codec import Answer, Identity, Question, decode, encode
 from plait.peers.envelope import (
     Assembly,
@@ -136,6 +138,34 @@ def resent_body(rng: random.Random) -> None:
     receive(write_header(header, "bob"), [body])
 
 
+def a_book() -> bytes:
+    """An audit book of a few lines."""
+    lines, before = [], START
+    row = {"peer": "alice", "what": "round", "round": 3, "digest": "a" * 64}
+    for kind, facts in (
+        ("started", {"by": "bob", "federation": "f", "config": "c", "round": 0, "keep": 8}),
+        ("took", row),
+        ("mixed", {"round": 3, "peers": ["alice"]}),
+        ("refused", {"peer": "alice", "reason": "REPLAY", "round": 3, "detail": "twice"}),
+    ):
+        line = json.dumps({"n": len(lines), "before": before, "kind": kind, **facts}).encode()
+        lines.append(line + b"\n")
+        before = hash_of(line)
+    return b"".join(lines)
+
+
+BOOK = a_book()
+
+
+def changed_book(rng: random.Random) -> None:
+    """An audit book with changes: all are found but those of the last line."""
+    data = mutated(BOOK, rng) if rng.random() < 0.9 else rng.randbytes(rng.randint(0, 200))
+    chain = read_chain(data)
+    sure = BOOK.splitlines(keepends=True)[: max(0, len(chain.lines) - 1)]
+    assert data.startswith(b"".join(sure))
+    assert chain.wrong or chain.size == len(data)
+
+
 def random_bytes(rng: random.Random) -> None:
     """Noise, for every reader."""
     data = rng.randbytes(rng.randint(0, 200))
@@ -153,7 +183,7 @@ def changed_small(rng: random.Random) -> None:
     read(mutated(data, rng))
 
 
-KINDS = (changed_pieces, changed_body, resent_body, random_bytes, changed_small)
+KINDS = (changed_pieces, changed_body, resent_body, random_bytes, changed_small, changed_book)
 
 
 def main() -> None:

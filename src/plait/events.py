@@ -162,12 +162,16 @@ def to_line(event: Event) -> str:
 
 
 def from_line(line: str) -> Event:
-    """The event of `to_line`."""
+    """The event of `to_line`; fields that a later plait has added are passed over.
+
+    Raises:
+        ValueError, TypeError, KeyError: It is none.
+    """
     values = json.loads(line)
     kind = KINDS[values.pop("event")]
     if kind is RoundDone:
         for moment in ("before", "after"):
-            values[moment] = [LayerState(**layer) for layer in values[moment]]
+            values[moment] = [_made(LayerState, layer) for layer in values[moment]]
         for triples in ("edges", "pairs_apart"):
             values[triples] = [tuple(triple) for triple in values.get(triples, [])]
     if kind is Started:
@@ -175,7 +179,13 @@ def from_line(line: str) -> Event:
             values[names] = tuple(values.get(names, ()))
         # Runs of plait before 0.2 didn't say; there only scores had no names.
         values.setdefault("objective", "classification" if values["label_names"] else "regression")
-    return kind(**values)
+    event: Event = _made(kind, values)
+    return event
+
+
+def _made(kind: type[Any], values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in known})
 
 
 def together(parts: Sequence[Evaluated]) -> Evaluated:

@@ -27,6 +27,7 @@ from faulty import ATTACKS, STAGES
 from proxy import Proxy
 from stage import LIMITS, NAMES, Faultless, Play, chat_files, tiny_files
 
+from plait.peers.audit_check import PeersBook, findings
 from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.credentials import Pair
 from plait.peers.federation import load_federation
@@ -64,11 +65,19 @@ def stage(config, tmp_path):
 
 def everyone_equals(play, faultless, names=NAMES):
     assert {name: faultless.far(play, name) for name in names} == dict.fromkeys(names, 0.0)
+    books_agree(play, names)
 
 
 def near(play, faultless, names):
     for name in names:
         assert play.score(name) >= faultless.scores[name] - 0.15
+    books_agree(play, names)
+
+
+def books_agree(play, names):
+    """Whatever happened, the honest ones' audit books do not contradict one another."""
+    found = findings([PeersBook.read(play.out(name)) for name in names])
+    assert not [one.text for one in found if one.wrong]
 
 
 def kinds(play, name, kind):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -21,7 +22,7 @@ from plait.peers.certificates import make_certificate
 from plait.peers.codec import Question
 from plait.peers.envelope import write_question
 from plait.peers.grpc_server import OPTIONS
-from plait.peers.guard import HANDSHAKE_S, OPEN_CALLS
+from plait.peers.guard import HANDSHAKE_S, OPEN_CALLS, caller_of
 from plait.peers.refusals import Reason
 from plait.peers.transport import ASK
 
@@ -187,3 +188,18 @@ def test_the_health_service_has_nothing_to_watch(network, who):
         else:
             assert check(asked, timeout=SOON_S)
     assert network.peers["alice"].ask("bob", Question(kind="status"), SOON_S).facts
+
+
+@pytest.mark.parametrize(
+    ("names", "caller"),
+    [
+        ({"www.alice.org", "alice"}, "alice"),
+        ({"bob", "alice"}, "alice"),
+        ({"x", "w"}, "w|x"),
+        (None, "ipv4:1"),
+        (set(), "ipv4:1"),
+    ],
+)
+def test_a_member_with_several_names_is_that_member(names, caller):
+    context = SimpleNamespace(peer=lambda: "ipv4:1")
+    assert caller_of(names, {"alice", "bob"}, context) == caller

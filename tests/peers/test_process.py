@@ -12,6 +12,7 @@ import socket
 import subprocess
 import threading
 import urllib.request
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,8 @@ from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
 from plait.data.tasks import load_task
-from plait.events import Evaluated, from_line, to_line
+from plait.events import Evaluated, RoundDone, from_line, to_line
+from plait.figures import taken
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
@@ -217,7 +219,8 @@ def test_a_checkpoint_that_cant_be_read_is_set_aside(tmp_path):
     peer = one_peer()
     folder = RunFolder.open(tmp_path / "out", CONFIG, resume=True)
     folder.create(CONFIG)
-    folder.record(peer.job.started)
+    for event in islice(fake_runs.events(CONFIG, 0.8), 3):
+        folder.record(event)
     folder.save(peer.stack, 1)
     assert take_up(folder, peer.stack)[1] == 1
     folder.checkpoint_file.write_bytes(b"\x00" * 100)
@@ -242,7 +245,7 @@ def test_prometheus_reads_round_lag_bytes_and_incidents():
         stop()
     for line in (
         "plait_round 0.0",
-        'plait_lag_rounds{peer="p1"} -4.0',
+        'plait_lag_rounds{peer="p1"} -2.0',
         'plait_incidents_total{kind="refused",peer="p1",reason="NOT_FINITE"} 1.0',
         'plait_sent_bytes_total{peer="p1"} 12.0',
         'plait_certificate_expires_seconds{of="certificate"} 1.893456e+09',
@@ -419,3 +422,14 @@ def test_a_peer_with_rows_of_its_own_counts_no_others():
     job = counting_alone(one_peer().job, 1)
     others = [sum(row) for row in job.started.label_counts]
     assert others[0] == others[2] == 0 < others[1]
+
+
+def test_what_a_peer_remembers_of_its_rounds_is_what_its_summary_needs():
+    alone = dataclasses.replace(CONFIG, rounds=4)
+    said = [
+        dataclasses.replace(one, after=[]) if isinstance(one, RoundDone) else one
+        for one in fake_runs.events(alone, 0.8)
+    ]
+    kept = [*map(peers.slim, said)]
+    assert repr(taken(kept)) == repr(taken(said))
+    assert all(len(to_line(one)) < 300 for one in kept if isinstance(one, RoundDone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import tiny_job
 from fake_network import TERMS, Hub, member, start_peer, together
 from plait.config import Config
+from plait.engines.simulate import simulate
 from plait.events import Incident, RoundDone
 from plait.factors import VALUE, Factor
-from plait.peers.codec import Question
+from plait.peers.codec import Ack, Question
 from plait.peers.exchange import Exchange, Left, Terms, differences
 from plait.peers.inbox import Inbox, Letter, LinkTask, Turn, Word
 from plait.peers.mailbox import OBSERVER, Desk
 from plait.peers.refusals import Reason, Refused
 from plait.peers.round_loop import Peer
+from plait.peers.transport import Reply
 from plait.rng import stream
 
 SETTINGS = {
@@ -191,6 +195,72 @@ def test_a_neighbour_that_is_absent_or_too_late_is_not_waited_for(symmetric, why
     exchange.wait()
 
 
+@pytest.mark.parametrize("kind", ["pushed", "asked for"])
+def test_a_row_that_was_acknowledged_is_mixed(kind):
+    """The round may not close between the look at a header and the taking of its rows."""
+    desk = Desk(inbox(), tuple("abcd"))
+    looks = desk if kind == "pushed" else desk.inbox
+    admit, heard = looks.admit, {}
+
+    def close():
+        with desk.condition:
+            heard.update(desk.inbox.close())
+
+    def admit_slowly(*args):
+        admit(*args)
+        thread.start()
+        thread.join(0.05)
+
+    thread = threading.Thread(target=close)
+    looks.admit = admit_slowly
+    header = SimpleNamespace(
+        sender="a", round=0, kind="round", active="A", factors="AB", digest=b"x"
+    )
+    rows = {(VALUE, Factor.B): torch.ones(2)}
+    if kind == "pushed":
+        desk.take(header, rows)
+    else:
+        exchange = Exchange(desk, transport=None, terms=TERMS)  # type: ignore[arg-type]
+        exchange._keep(0, 0, Reply(facts={}, header=header, factors=rows))
+    thread.join()
+    assert list(heard) == [0]
+
+
+class Answering:
+    """A transport to a neighbour that answers, and has no row to give."""
+
+    def __init__(self, reason: Reason, deliver: Reason = Reason.STALE_ROUND) -> None:
+        self.reason, self.deliver = reason, deliver
+
+    def send(self, *_) -> Ack:
+        return Ack(False, self.deliver, "no")
+
+    def ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        raise Refused(self.reason, "no")
+
+
+@pytest.mark.parametrize(
+    ("reason", "deliver", "costs"),
+    [
+        (Reason.NOT_HERE, Reason.STALE_ROUND, 60.0),  # it may be slow, and is no longer unheard of
+        (Reason.NOT_HERE, Reason.WRONG_SHAPE, 0.0),
+        (Reason.WRONG_SHAPE, Reason.STALE_ROUND, 0.0),
+        (Reason.NORM_TOO_LARGE, Reason.STALE_ROUND, 0.0),
+        (Reason.NOT_A_NEIGHBOUR, Reason.STALE_ROUND, 0.0),
+        (Reason.UNREACHABLE, Reason.UNREACHABLE, 300.0),
+    ],
+)
+def test_a_neighbour_that_answers_costs_what_may_still_come_of_it(reason, deliver, costs):
+    desk = Desk(inbox(), tuple("abcd"))
+    terms = Terms(round_timeout_s=60.0, start_timeout_s=300.0)
+    exchange = Exchange(desk, Answering(reason, deliver), terms)  # type: ignore[arg-type]
+    sent = message()
+    exchange._push(0, sent)
+    exchange._ask(0, 0)
+    assert exchange._patience(0) == costs
+    exchange.stop()
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_neighbour_whose_message_is_coming_is_waited_for_and_not_asked(moves):
     desk = Desk(inbox(), tuple("abcd"))
@@ -302,6 +372,40 @@ def test_a_peer_that_was_away_too_long_goes_on_where_the_others_are():
     assert skipped[0].detail == "from round 0 to 5"
     assert [edge[1] for event in events if isinstance(event, RoundDone)
             for edge in event.edges] == [0, 2]  # fmt: skip
+
+
+@pytest.mark.parametrize(("behind", "kept"), [(2, ()), (3, (Factor.A,))])
+def test_moments_of_a_phase_that_is_over_are_not_gone_on_with(behind, kept):
+    """B trains in rounds 0, 1, 4 and 5, A in 2 and 3; it goes on with round 5."""
+    peers = federation(Config(**SETTINGS, optimizer_state="reset_each_phase"), keep_rounds=1)
+    peer = peers.pop(1)
+    peer.inbox.skip_to(behind)
+    for factor in Factor.AB:
+        for moments in peer.stack.beside(factor).values():
+            moments.fill_(1.0)
+    for other in peers:
+        other.inbox.skip_to(5)
+        peer.desk.heard_of(other.me, 5)
+    assert peer._catch_up() == 5
+    left = [f for f in Factor.AB if any(m.any() for m in peer.stack.beside(f).values())]
+    assert left == list(kept)
+
+
+def test_a_peers_mixing_error_is_its_own():
+    """Those of all peers have the mean that one who sees all clients has."""
+    config = Config(**SETTINGS | {"rounds": 2})
+    said = together(federation(config), config.rounds)
+    job = tiny_job(config)
+    whole = [e for e in simulate(job, job.initial_stack()) if isinstance(e, RoundDone)]
+    for event in whole:
+        own = [
+            sum(layer.mixing_error for layer in e.before)
+            for events in said
+            for e in events
+            if isinstance(e, RoundDone) and e.round == event.round
+        ]
+        expected = sum(layer.mixing_error for layer in event.before)
+        assert np.mean(own) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_neighbour_that_lies_about_its_round_moves_nobody():

@@ -42,6 +42,48 @@ def test_it_follows_what_is_not_there_yet(tmp_path):
     assert follower.payload("run") is follower.payload("run")
 
 
+@pytest.mark.parametrize("file", ["config.json", "events.jsonl"])
+def test_what_a_later_plait_adds_keeps_nothing_else_from_being_shown(tmp_path, file):
+    go_on = begin_run(tmp_path / "run")
+    go_on()
+    other = write_run(tmp_path / "other", dataclasses.replace(CONFIG, task="trec")) / file
+    other.write_text(other.read_text().replace("{", '{"unheard_of": 1, ', 1))
+    follower = Follower([tmp_path])
+    follower.look()
+    go_on(), go_on()
+    follower.look()
+    assert follower.version["run"] == 2
+    assert ("other" in follower.studies) == (file == "events.jsonl")
+    shown = json.loads(follower.payload("run"))
+    assert "1 of 6 rounds" in shown["pieces"]["head"]
+    assert ("unheard_of" in json.dumps(shown)) == (file == "config.json"), "it is said"
+
+
+def test_a_line_that_cant_be_read_is_left_out_and_said(tmp_path):
+    other = write_run(tmp_path / "run") / "events.jsonl"
+    with other.open("a") as file:
+        file.write('{"event": "RoundDone", "round": 3}\n\0\0\0\n[1]\n')
+    follower = Follower([tmp_path])
+    follower.look()
+    assert "3 of the lines" in follower.payload("run")
+
+
+def test_a_look_that_fails_is_not_the_last_one(tmp_path, monkeypatch, caplog):
+    looks = []
+    follower = Follower([tmp_path])
+    monkeypatch.setattr(dashboard, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(Follower, "look", lambda _: looks.append(1) or 1 / 0)
+
+    async def follow() -> None:
+        task = asyncio.create_task(dashboard._follow(follower))
+        while len(looks) < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    asyncio.run(follow())
+    assert len(caplog.records) == 1
+
+
 def test_a_comparison_in_progress_shows_its_plan(tmp_path, monkeypatch):
     plan = write_comparison(tmp_path / "cmp", monkeypatch)
     (tmp_path / "cmp" / "ffa-seed2" / "summary.json").unlink()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from plait.cli import audit as cli_audit
 from plait.cli import cert as cli_cert
 from plait.cli import data as cli_data
 from plait.cli import doctor as cli_doctor
@@ -255,6 +256,9 @@ COMMANDS: dict[str, CommandRow] = {
         cli_peers.relay, "pass on what peers say that can't be called", cli_peers.RelayCommand
     ),
     "status": CommandRow(cli_peers.status, "show who is alive in a federation", cli_peers.Status),
+    "audit": CommandRow(
+        cli_audit.audit, "check peers' audit books, alone and against each other", cli_audit.Audit
+    ),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
     "mixes": CommandRow(cli_lists.mixes, "list what a client can make of what it hears"),
     "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),

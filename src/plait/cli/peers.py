@@ -199,7 +199,7 @@ def status(args: list[str]) -> int:
             first_end(facts.get("expires")),
             ", ".join(f"{reason} {n}" for reason, n in facts["refused"].items()) or "-",
         )
-    Console().print(table, highlight=False)
+    Console(markup=False).print(table, highlight=False)
     return code
 
 

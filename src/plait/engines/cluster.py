@@ -28,6 +28,7 @@ from plait.engines.block import Block, Part
 from plait.engines.checkpoint import rounds_done
 from plait.engines.job import Job
 from plait.events import Evaluated, RoundDone, together
+from plait.machine.files import sync
 from plait.metrics import diagnose
 
 ATTEMPTS = 3
@@ -196,6 +197,7 @@ class Cluster:
         written = [self._ask(b.write_rows, partial_path, *laid_out)[0] for b in self.blocks]
         self._get(written)
         partial_path.replace(path)
+        sync(path.parent)
         self.saved = path
 
     def _save_adapters(self, out: Path) -> None:

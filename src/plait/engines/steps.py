@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,9 +79,26 @@ def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None
     for factor in stack.factors:
         if factor not in active:
             continue
-        begins = round_ == 0 or factor not in job.trained(round_ - 1)
+        begins = _begins(job, factor, round_)
         if policy == "reset_each_round" or (policy == "reset_each_phase" and begins):
             stack.reset(factor)
+
+
+def leave_out(stack: Stack, rounds: Iterable[int], job: Job) -> None:
+    """What rounds in which a client was not there leave of its optimizer's state.
+
+    With `reset_each_phase` nothing, of a factor whose phase began in them.
+    """
+    if job.config.optimizer_state == "reset_each_phase":
+        for factor in stack.factors:
+            if any(_begins(job, factor, round_) for round_ in rounds):
+                stack.reset(factor)
+
+
+def _begins(job: Job, factor: Factor, round_: int) -> bool:
+    """Whether a phase of a factor begins with a round."""
+    before = round_ > 0 and factor in job.trained(round_ - 1)
+    return factor in job.trained(round_) and not before
 
 
 Edge = tuple[int, int, float]

@@ -1,4 +1,8 @@
-"""Files that are there whole or not at all: written beside their place, flushed, then renamed."""
+"""Files that are there whole or not at all: written beside their place, flushed, then renamed.
+
+A power cut takes what was not synced, of a file its bytes and of a folder its names, and leaves the
+rest in any order. So what another file relies on is synced before that one gets its name.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOCK = ".lock"
+LOCK, PARTIAL = ".lock", ".partial"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -47,6 +51,35 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
             raise OSError(f"{path} can't be written: {error}") from error
 
     _atomically(path, save)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk itself, where no power cut takes them.
+
+    Raises:
+        OSError: It isn't there, or the disk can't take it.
+    """
+    if sys.platform == "win32" and path.is_dir():  # which can't open one
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have all that is in a folder on the disk, whatever wrote it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def make_lasting(folder: Path) -> None:
+    """Make a folder, and those above it, that a power cut does not take; it may be there."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in new:
+        sync(one.parent)
 
 
 @contextmanager
@@ -88,7 +121,11 @@ def check_new(folder: Path) -> None:
         raise ValueError(
             f"{folder} already holds a run; take another --out, or --resume to go on with it."
         )
-    if folder.exists() and (not folder.is_dir() or {x.name for x in folder.iterdir()} - {LOCK}):
+    # A run that died while it began has left nothing, or a file that never got its name.
+    kept = folder.is_dir() and [
+        x for x in folder.iterdir() if x.name != LOCK and x.suffix != PARTIAL
+    ]
+    if folder.exists() and (not folder.is_dir() or kept):
         raise ValueError(f"{folder} is not an empty folder; take another --out.")
 
 
@@ -111,12 +148,12 @@ def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 
 
 def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         partial.replace(path)
+        sync(path.parent)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

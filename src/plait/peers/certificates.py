@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.machine.files import sync
 from plait.peers.federation import (
     RELAY,
     Federation,
@@ -146,6 +147,8 @@ def write_secret(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read, from its first byte on."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
+    sync(path)
+    sync(path.parent)
 
 
 def _write_pair(folder: Path, pair: Pair) -> None:

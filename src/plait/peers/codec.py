@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from itertools import combinations
 from typing import Any, Literal
 
@@ -76,6 +77,11 @@ class Message:
     def values_bytes(self) -> int:
         """Bytes of the values, without the head that says where they lie."""
         return len(self.body) - LENGTH.size - int(LENGTH.unpack_from(self.body)[0])
+
+    @cached_property
+    def values_digest(self) -> str:
+        """The SHA-256 of the values, as `digest_of` has it of rows; computed once."""
+        return sha256(memoryview(self.body)[-self.values_bytes :]).hexdigest()
 
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:

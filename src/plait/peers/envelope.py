@@ -6,14 +6,15 @@ Nothing here does I/O: a transport feeds in what comes and sends what is given o
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as Proto
 
 from plait.peers import wire_pb2 as pb
 from plait.peers.codec import Ack, Answer, Header, Question
-from plait.peers.refusals import Reason, Refused
+from plait.peers.facts import read_facts
+from plait.peers.refusals import MOST_DETAIL, Reason, Refused, plain
 
 ENVELOPE_BYTES = 1 << 12
 """The most that a header, a question or an acknowledgement may have."""
@@ -107,7 +108,7 @@ def read_answer(data: bytes) -> tuple[dict[str, Any], Header | None, int]:
     if not ack.accepted:
         raise Refused(ack.reason or Reason.OTHER, ack.detail)
     header = Header(**_fields(answer.header)) if answer.HasField("header") else None
-    return _facts(answer.facts), header, answer.offset
+    return read_facts(answer.facts), header, answer.offset
 
 
 def write_question(question: Question) -> bytes:
@@ -146,7 +147,7 @@ def _header(header: Header, receiver: str) -> pb.Header:
 
 
 def _refusal(refused: Refused) -> pb.Ack:
-    return pb.Ack(reason=refused.reason.name, detail=refused.detail[:1000])
+    return pb.Ack(reason=refused.reason.name, detail=refused.detail)
 
 
 def _ack(ack: pb.Ack) -> Ack:
@@ -154,7 +155,7 @@ def _ack(ack: pb.Ack) -> Ack:
         return Ack(True)
     known = ack.reason in Reason.__members__
     reason = Reason[ack.reason] if known else Reason.OTHER
-    return Ack(False, reason, ack.detail)
+    return Ack(False, reason, plain(ack.detail, MOST_DETAIL))
 
 
 def _parsed(kind: type[P], data: bytes, most_bytes: int) -> P:
@@ -168,13 +169,3 @@ def _parsed(kind: type[P], data: bytes, most_bytes: int) -> P:
 
 def _fields(message: Proto) -> dict[str, Any]:
     return {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
-
-
-def _facts(text: str) -> dict[str, Any]:
-    try:
-        facts = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refused(Reason.MALFORMED, f"the facts are not JSON: {error!s:.100}") from None
-    if not isinstance(facts, dict):
-        raise Refused(Reason.MALFORMED, "the facts are not a JSON object")
-    return cast("dict[str, Any]", facts)

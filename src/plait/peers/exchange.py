@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 from plait.peers.codec import Message, Question
-from plait.peers.inbox import FactorRows, Letter, LinkTask, Turn
+from plait.peers.inbox import FactorRows, LinkTask, Turn
 from plait.peers.mailbox import EXPECTED, FOREIGN, LOG, Desk
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import Reply, Transport
@@ -30,6 +30,12 @@ GONE = frozenset({Reason.UNREACHABLE, Reason.NO_ANSWER})
 
 FOR_GOOD = FOREIGN | {Reason.TOO_LARGE, Reason.WRONG_SHAPE, Reason.REVOKED}
 """Refusals that the next round will not change."""
+
+NO_ROW = {
+    *(Reason.TOO_LARGE, Reason.WRONG_SHAPE, Reason.WRONG_PHASE, Reason.NOT_A_NEIGHBOUR),
+    *(Reason.NOT_FINITE, Reason.NORM_TOO_LARGE),
+}
+"""What comes of a question for a row, and would come of it again until the round is over."""
 
 
 class Left(Exception):  # noqa: N818
@@ -82,6 +88,8 @@ class Exchange:
         self._survey_due = 0.0
         self._busy: set[tuple[int, LinkTask]] = set()
         self._gone: set[int] = set()
+        self._answering: set[int] = set()
+        self._without_row: set[tuple[int, int]] = set()
         # Enough threads for every link at once: a stopped neighbour holds its own until a deadline.
         self._pool = ThreadPoolExecutor(2 * len(desk.names), "plait-exchange")
         self._begin = time.monotonic()
@@ -99,6 +107,7 @@ class Exchange:
         self._begin = time.monotonic()
         for peer in turn.heard_by:
             self._start(peer, LinkTask.PUSH)
+        self.desk.note("made", message, round=message.header.round)
 
     def wait(self) -> None:
         """Until every neighbour's row is there or its time is over; those that are late are asked.
@@ -307,6 +316,7 @@ class Exchange:
             return
         self._gone.discard(peer)
         self._refusing.pop(peer, None)
+        self.desk.note("sent", message, peer=name, what="round", round=message.header.round)
         with self.desk.condition:
             self.inbox.delivered(peer, message.header.round)
             self.desk.condition.notify_all()
@@ -320,6 +330,9 @@ class Exchange:
             self._keep(peer, round_, reply)
         except Refused as refused:
             self._outcome(peer, refused.reason, refused.detail)
+            if refused.reason in NO_ROW:
+                self._without_row = {(k, t) for k, t in self._without_row if t == round_}
+                self._without_row.add((peer, round_))
 
     def _keep(self, peer: int, round_: int, reply: Reply) -> None:
         """Take the message in an answer, as `Desk.take` does, and the other side's decision."""
@@ -330,7 +343,7 @@ class Exchange:
                     raise Refused(Reason.STALE_ROUND, f"asked for round {round_}")
                 if not self.inbox.has(peer, round_, head.digest):
                     self.inbox.admit(peer, round_, head.active, head.factors, head.digest)
-                    self.inbox.take(peer, round_, Letter(reply.factors, head.digest))
+                    self.desk.keep(peer, head, reply.factors)
             agreed = reply.facts.get("agreed")
             if isinstance(agreed, bool):
                 self.inbox.decided(peer, round_, agreed)
@@ -338,6 +351,7 @@ class Exchange:
 
     def _answered(self, peer: int, reply: Reply) -> None:
         self._gone.discard(peer)
+        self._answering.add(peer)
         self.desk.heard_of(peer, reply.facts.get("round"))
 
     def _outcome(self, peer: int, reason: Reason, detail: str) -> None:
@@ -350,6 +364,7 @@ class Exchange:
             self.desk.report("unanswered", name, detail, reason.name)
             return
         self._gone.discard(peer)
+        self._answering.add(peer)
         if reason in EXPECTED:
             return
         if reason is Reason.WRONG_CONFIG:
@@ -357,7 +372,7 @@ class Exchange:
         self.desk.report("rejected", name, f"{name} refused: {detail}", reason.name)
         if reason in FOR_GOOD:
             self._refusing[peer] = detail
-        if reason in FOREIGN:
+        if reason in FOREIGN or reason is Reason.WRONG_SHAPE:  # its rows won't fit here either
             self.desk.set_foreign(peer, detail)
 
     def _what_differs(self, name: str) -> str:
@@ -373,9 +388,9 @@ class Exchange:
         return time.monotonic() - self._begin
 
     def _patience(self, peer: int) -> float:
-        if peer in self.desk.absent:
+        if peer in self.desk.absent or (peer, self.inbox.round) in self._without_row:
             return 0.0
-        if peer not in self.desk.seen:
+        if peer not in self.desk.seen and peer not in self._answering:
             return max(self.terms.start_timeout_s, self.terms.round_timeout_s)
         return self.terms.round_timeout_s
 

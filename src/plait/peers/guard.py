@@ -89,7 +89,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         context: Any,
     ) -> None:
         names = self._certified(context)
-        caller = "|".join(sorted(names or ())) or str(context.peer())
+        caller = caller_of(names, self._members, context)
         if names is not None and not names & self._members:
             await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
         if self._revoked(context):
@@ -114,6 +114,12 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
     def _close(self, kind: tuple[str, bool], _context: Any) -> None:
         self._open[kind] -= 1
         self._open += Counter()  # forget who has none open
+
+
+def caller_of(names: Names, members: Collection[str], context: Any) -> str:
+    """What to call whoever calls: the member that its certificate names among others, if any."""
+    known = sorted((names or frozenset()) & frozenset(members))
+    return known[0] if known else "|".join(sorted(names or ())) or str(context.peer())
 
 
 def raise_descriptor_limit() -> None:

@@ -158,12 +158,17 @@ class Inbox:
         if known and known.digest != digest:
             raise Refused(Reason.REPLAY, f"another message of round {round_} came before")
 
-    def take(self, sender: int, round_: int, letter: Letter) -> None:
-        """Keep a message that `admit` let pass; the same one again changes nothing."""
+    def take(self, sender: int, round_: int, letter: Letter) -> bool:
+        """Keep a message that `admit` let pass; the same one again changes nothing.
+
+        Returns:
+            Whether it is new.
+        """
         if round_ < self.round:
-            return
-        self._page(round_).letters.setdefault(sender, letter)
+            return False
+        kept = self._page(round_).letters.setdefault(sender, letter)
         self._commit(sender, round_)
+        return kept is letter
 
     def has(self, sender: int, round_: int, digest: bytes) -> bool:
         """Whether this very message of a round not yet closed is here.

@@ -115,6 +115,8 @@ class Entrance:
                 self.desk.report("rejected", self.desk.names[peer], wrong, "STATE")
             else:
                 self.states[peer] = reply.factors
+                whose, of = self.desk.names[peer], reply.header.round
+                self.desk.note("took", reply.factors, peer=whose, what="state", round=of)
 
     def _wrong(self, header: Header, target: int) -> str:
         """What is wrong with a state; empty if nothing is."""

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from plait.events import Incident
+from plait.peers.audit import Note, no_note
 from plait.peers.codec import Answer, Header, Message, Question
 from plait.peers.inbox import FactorRows, Inbox, Letter
 from plait.peers.quorum import Quorum
-from plait.peers.refusals import Reason, Refused
+from plait.peers.refusals import Reason, Refused, plain
 
 LOG = logging.getLogger("plait.peer")
 
@@ -39,7 +40,7 @@ class Desk:
         inbox: The messages; use it under `condition`.
         names: The peers' names, in the order of their numbers.
         condition: Held while the inbox is used; notified when something came.
-        seen: Peer -> the round that it last said it is in.
+        seen: Peer -> the round that it last said it is in, no more than the run has.
         absent: Neighbours that are not waited for until they are heard of again.
         counts: (kind of incident, peer, reason) -> how often.
         resting: The peer's own state between two rounds, for one that lost its own.
@@ -48,6 +49,7 @@ class Desk:
         foreign: Neighbours that don't run the same, and what they or this peer said of it.
         facts: What else the status says, set by the engine.
         live: As `facts`, looked up when somebody asks.
+        note: Adds a line to the audit book.
     """
 
     def __init__(self, inbox: Inbox, names: Sequence[str], quorum: Quorum | None = None) -> None:
@@ -63,11 +65,12 @@ class Desk:
         self.resting: Callable[[], Message] | None = None
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
+        self.note: Note = no_note
         self._moving: dict[int, float] = {}
         self._took: set[int] = set()
         self._gave: dict[int, Message] = {}
         self._incidents: list[Incident] = []
-        self._reported: set[tuple[int, str, str, str]] = set()
+        self._said: set[tuple[object, ...]] = set()
         self._began = time.monotonic()
 
     @property
@@ -88,12 +91,17 @@ class Desk:
 
     def take(self, header: Header, rows: FactorRows) -> None:
         """Take a message that was checked; raises `Refused` when its round has closed meanwhile."""
-        self.admit(header)
         with self.condition:
+            self.admit(header)
             sender = self._number(header.sender)
-            self.inbox.take(sender, header.round, Letter(rows, header.digest))
+            self.keep(sender, header, rows)
             self._took.add(sender)
             self.condition.notify_all()
+
+    def keep(self, sender: int, header: Header, rows: FactorRows) -> None:
+        """Keep a row that was admitted. To be called under `condition`."""
+        if self.inbox.take(sender, header.round, Letter(rows, header.digest)):
+            self.note("took", rows, peer=self.names[sender], what="round", round=header.round)
 
     def answer(self, question: Question) -> Answer:
         """Answer a neighbour; raises `Refused`."""
@@ -106,15 +114,19 @@ class Desk:
             if question.kind == "status":
                 return Answer(self.status())
             if question.kind == "state":
-                return Answer({"round": self.inbox.round}, self._state(asker, question.asker_round))
+                state = self._asked_for_state(asker, question.asker_round)
+                return Answer({"round": self.inbox.round}, state)
             word = self.inbox.answer(asker, question.round)
             return Answer({"round": self.inbox.round, "agreed": word.agreed}, word.message)
 
     def gave(self, asker: str, message: Message) -> None:
         """Note that an answer's message has gone out whole."""
         with self.condition:
-            if message.header.kind == "round":
-                self.inbox.pulled(self._number(asker), message.header.round)
+            what, round_ = message.header.kind, message.header.round
+            if what == "round":
+                self.inbox.pulled(self._number(asker), round_)
+            if self._is_first(self.inbox.round, "gave", asker, f"{what} {round_}"):
+                self.note("gave", message, peer=asker, what=what, round=round_)
             self.condition.notify_all()
 
     def moving(self, sender: str, until: float) -> None:
@@ -164,10 +176,10 @@ class Desk:
         with self.condition:
             self.counts[kind, peer, reason] += 1
             round_ = self.inbox.round if round_ is None else round_
-            if (round_, kind, peer, reason) in self._reported:
+            if not self._is_first(round_, kind, peer, reason):
                 return
-            self._reported = {key for key in self._reported if key[0] == round_}
-            self._reported.add((round_, kind, peer, reason))
+            if kind == "refused":
+                self.note(kind, peer=peer, reason=reason, round=round_, detail=plain(detail, 500))
             self._incidents.append(
                 Incident(round=round_, kind=kind, peer=peer, reason=reason, detail=detail[:500])
             )
@@ -215,15 +227,37 @@ class Desk:
             return self.quorum.reached(self.claims())
 
     def claims(self) -> dict[int, int]:
-        """Peer -> the round that it says it is in; a run has no more than its rounds."""
+        """Peer -> the round that it says it is in."""
         with self.condition:
-            return {peer: min(round_, self.inbox.rounds) for peer, round_ in self.seen.items()}
+            return dict(self.seen)
 
     def ahead(self) -> set[int]:
         """Those who say they are further than the messages that are kept for them."""
         with self.condition:
             limit = self.inbox.round + self.inbox.keep_rounds
             return {peer for peer, round_ in self.claims().items() if round_ > limit}
+
+    def _is_first(self, round_: int, *what: object) -> bool:
+        """Whether it is the first of its kind in a round; what was said in others is forgotten."""
+        key = (round_, *what)
+        if key in self._said:
+            return False
+        self._said = {one for one in self._said if one[0] == round_} | {key}
+        return True
+
+    def _asked_for_state(self, asker: int, asker_round: int) -> Message:
+        """As `_state`, and whoever asked is noted, with what it got."""
+        here, asked = self.inbox.round, {"peer": self.names[asker], "what": "state"}
+        try:
+            state = self._state(asker, asker_round)
+        except Refused as refused:
+            reason = refused.reason.name
+            if self._is_first(here, "asked", asker, reason):
+                self.note("asked", round=here, reason=reason, **asked)
+            raise
+        if self._is_first(here, "asked", asker):
+            self.note("asked", state, round=state.header.round, reason="given", **asked)
+        return state
 
     def _state(self, asker: int, asker_round: int) -> Message:
         """The state for one that needs it: a neighbour, now or soon, that lost its own or joins.
@@ -247,7 +281,7 @@ class Desk:
         return state
 
     def _hear(self, peer: int, round_: int) -> None:
-        self.seen[peer] = max(0, round_)
+        self.seen[peer] = min(max(0, round_), self.inbox.rounds)
         self.foreign.pop(peer, None)
         if peer in self.absent:
             self.absent.discard(peer)

@@ -153,6 +153,18 @@ def unpack(
     return {slot: torch.from_numpy(row) for slot, row in rows.items()}
 
 
+def digest_of(rows: Mapping[Slot, Tensor]) -> str:
+    """The SHA-256 of rows' values, float32, little-endian, in their order, as hex digits.
+
+    Args:
+        rows: Slot -> (P,) float32 on the CPU.
+    """
+    found = sha256()
+    for row in rows.values():
+        found.update(np.ascontiguousarray(row.numpy(), "<f4").data)
+    return found.hexdigest()
+
+
 def _check_values(rows: Mapping[Slot, Values], norm_bound: float | None) -> None:
     # NumPy's reductions and not torch's or BLAS's: those would start, and keep spinning, a pool of
     # threads for the transport's thread, next to the one that trains.

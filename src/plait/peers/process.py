@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import math
 import secrets
 import signal
 import threading
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ from plait.events import Evaluated, Event, Incident, RoundDone, releases
 from plait.factors import slots_name
 from plait.figures import FIGURES, taken
 from plait.lora import Stack
-from plait.machine.files import held
+from plait.machine.files import held, make_lasting
 from plait.machine.process_settings import configure_process
 from plait.model.peft_adapters import save_adapter
+from plait.peers.audit import BOOK, Book
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
 from plait.peers.exchange import Exchange, Left, Terms
@@ -59,6 +62,7 @@ from plait.peers.membership import MOST_TURNS, check_members
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
+from plait.peers.refusals import plain
 from plait.peers.round_loop import Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.plugins import load_plugins
@@ -71,8 +75,9 @@ from plait.runs.samples import write_samples
 LOG = logging.getLogger("plait.peer")
 
 KEY_BYTES = 32
-SENT = "sent"
-"""In a checkpoint, the body of the last message, (bytes,) uint8."""
+SENT, NOTED = "sent", "noted"
+"""In a checkpoint, the body of the last message and the hash of the audit book's last line before
+it, (bytes,) uint8."""
 
 
 def run_peer(
@@ -144,12 +149,14 @@ class Process:
         self.job = prepare_peer(federation, settings)
         check_sizes(self.job, federation.limits)
         if not taken_up:  # only now: a peer that can't run leaves nothing behind
-            settings.out.mkdir(parents=True, exist_ok=True)
+            make_lasting(settings.out)
             self._until_end.enter_context(held(settings.out))
         self.folder.create(settings.apply(federation.config), read, made_by(settings.machine))
         self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
-        self.done, self.first_round = take_up(self.folder, self.stack)
+        noise = noise_of(self.folder, self.job.config)
+        done, self.first_round = take_up(self.folder, self.stack)
+        self.done = [*map(slim, done)]
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
         rounds = self.job.config.rounds
@@ -158,6 +165,11 @@ class Process:
         quorum = Quorum(voters=voters_of(federation.peers, self.me), trusted=trusted)
         self.desk = Desk(inbox, federation.names, quorum)
         self.desk.settings = self.federation.shared()
+        noted = load_beside(self.folder.checkpoint_file, NOTED)
+        vouched = None if noted is None else noted.numpy().tobytes().hex()
+        self.book = Book(self.folder.path, vouched)
+        self._until_end.callback(self.book.close)
+        self.desk.note = self.book.note
         self.transport = GrpcTransport(
             self.federation, settings, self.job.backbone.layout, self.desk,
             kinds=self.job.method.kinds, insecure_loopback=insecure_loopback,
@@ -178,7 +190,6 @@ class Process:
             neighbours_of(turn, rounds),
         )
         self.exchange.leave = self.leave
-        noise = noise_of(self.folder, self.job.config)
         self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
         self.end = min(rounds, self.member.leaves or rounds)
 
@@ -231,6 +242,11 @@ class Process:
 
         A new process a few rounds behind does them all: it comes out where it would have been.
         """
+        self.desk.note(
+            "started", by=self.settings.name, federation=plain(self.federation.id, 80),
+            config=self.federation.digest(), round=self.first_round,
+            keep=self.desk.inbox.keep_rounds, version=version("plait"),
+        )  # fmt: skip
         with self.desk.condition:
             self.desk.inbox.skip_to(self.first_round)
             self._remember(self.first_round - 1)
@@ -259,7 +275,7 @@ class Process:
 
     def _see(self, event: Event) -> None:
         """Record an event, and save the state where a round is complete."""
-        self.done.append(event)
+        self.done.append(slim(event))
         with_descriptors(lambda: self.folder.record(event))
         match event:
             case RoundDone():
@@ -281,7 +297,7 @@ class Process:
     def _tell(self, **facts: float) -> None:
         """Say how it goes to neighbours who ask; with differential privacy that is not theirs."""
         if self.job.config.dp_clip is None:
-            self.desk.facts |= facts
+            self.desk.facts |= {name: x for name, x in facts.items() if math.isfinite(x)}
 
     def _remember(self, round_: int) -> None:
         """Have this peer's message of its last round again: a neighbour may still wait for it."""
@@ -298,9 +314,11 @@ class Process:
     def _save(self, rounds_done: int) -> None:
         """Write the state, and what was sent in the round that led there."""
         message = self.desk.inbox.mine(rounds_done - 1)
-        sent = {SENT: torch.tensor(np.frombuffer(message.body, np.uint8))} if message else {}
+        beside = {SENT: message.body} if message else {}
         try:
-            with_descriptors(lambda: self.folder.save(self.stack, rounds_done, **sent))
+            beside[NOTED] = bytes.fromhex(self.book.sync())
+            kept = {name: torch.tensor(np.frombuffer(x, np.uint8)) for name, x in beside.items()}
+            with_descriptors(lambda: self.folder.save(self.stack, rounds_done, **kept))
         except OSError as error:
             raise OSError(
                 f"{self.folder.path} can't be written after round {rounds_done - 1}: {error}. "
@@ -313,6 +331,8 @@ class Process:
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
         summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
+        self.desk.note("finished", round=self.end)
+        LOG.info("the last line of %s has the hash %s", BOOK, self.book.sync())
         self.folder.finish(summary)
         spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
         LOG.info("done: %s%s", adapter, spent)
@@ -339,6 +359,13 @@ class Process:
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
         }
+
+
+def slim(event: Event) -> Event:
+    """An event as a peer remembers it for its summary: of a round, no layer and no pair."""
+    if isinstance(event, RoundDone):
+        return dataclasses.replace(event, before=[], pairs_apart=[])
+    return event
 
 
 def with_descriptors(write: Callable[[], None]) -> None:
@@ -407,11 +434,21 @@ def noise_of(folder: RunFolder, config: Config) -> Noise:
     """The noise of a peer: from a key of its own, made when its folder is begun, kept for restarts.
 
     A key that was cut off while it was written has not been used yet.
+
+    Raises:
+        ValueError: The key is gone, and rounds were done with it.
     """
     if config.dp_clip is None:
         return seeded_noise(config.seed)
     path = folder.path / "noise.key"
     if not path.exists() or path.stat().st_size != KEY_BYTES:
+        if folder.checkpoint_file.exists():
+            raise ValueError(
+                f"{path} is not there any more, or cut short, and rounds were done with its noise: "
+                "with another key what is sent again would tell more than it may. Put it back, or "
+                f"move {folder.path} away to begin anew; what was sent so far comes on top of the "
+                "epsilon that the new folder will name."
+            )
         path.unlink(missing_ok=True)
         write_secret(path, secrets.token_bytes(KEY_BYTES))
     return secret_noise(path.read_bytes())

@@ -33,15 +33,30 @@ class Reason(Enum):
     OTHER = "other"
 
 
+MOST_DETAIL = 1000
+
+
+def plain(text: str, most: int) -> str:
+    r"""Text that is nothing but text: one line of printable characters, cut to a length.
+
+    Example:
+        >>> plain("red \x1b[31m\nand more", 12)
+        'red ?[31m?an'
+    """
+    return "".join(one if one.isprintable() else "?" for one in text[:most])
+
+
 class Refused(Exception):  # noqa: N818 - a refusal is an outcome, not an error of this program
     """A message, or a call, that was not taken.
 
     Attributes:
         reason: Which of the reasons.
-        detail: What was found and what was expected, for the log of either side.
+        detail: What was found and what was expected, for the log of either side; whoever it is
+            from, it is plain text.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
+        detail = plain(detail, MOST_DETAIL)
         super().__init__(f"{reason.value}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -271,7 +271,9 @@ def _verify(key: Any, signature: bytes, data: bytes) -> None:
 
 def write_roster(roster: Roster) -> str:
     """The text of a list's file."""
-    head = {name: getattr(roster, name) for name in ("federation", "version", "from_round", "follows")}
+    head = {
+        name: getattr(roster, name) for name in ("federation", "version", "from_round", "follows")
+    }
     lines = [f"# Who takes part from round {roster.from_round} on.", *toml_lines(head)]
     for peer in roster.peers:
         lines += ["", "[[peers]]", *toml_lines(peer.written())]

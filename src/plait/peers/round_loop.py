@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plait.engines.evaluation import evaluation
 from plait.engines.job import Job
-from plait.engines.steps import mix, round_done, train_round
+from plait.engines.steps import leave_out, mix, round_done, train_round
 from plait.events import Event, RoundDone
 from plait.factors import Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, values
@@ -140,6 +140,7 @@ class Peer:
             if target <= behind + self.inbox.keep_rounds:
                 return behind
             self.inbox.skip_to(target)
+        leave_out(self.stack, range(behind, target), self.job)
         self.desk.report("skipped", self.desk.name, f"from round {behind} to {target}")
         return target
 
@@ -156,6 +157,7 @@ class Peer:
             self.exchange.wait()
         mixing = time.perf_counter()
         heard = self.exchange.close()
+        self.desk.note("mixed", round=round_, peers=[self.desk.names[peer] for peer in heard])
         before, pairs_apart = self._mix(round_, turn, heard)
         self._rest()
         return round_done(
@@ -179,7 +181,7 @@ class Peer:
         Returns:
             Diagnostics of this peer and those it heard, and its distance from each of them, before
             mixing; none where not both factors came. A peer can't know them for everyone, nor for
-            anyone after mixing.
+            anyone after mixing; the mixing error it knows of itself alone.
         """
         mine, W = dict(self.stack.state), turn.weights[list(heard)][None]
         theirs = {slot: _stacked(heard, slot, mine[slot]) for slot in self.job.shared(round_)}
@@ -193,7 +195,10 @@ class Peer:
         distances = pair_distances(layout, before)[0, 1:].tolist()
         # Not strict: of very many neighbours only the first are measured.
         pairs = [pair(self.me, peer, far) for peer, far in zip(heard, distances, strict=False)]
-        return diagnostics(layout, before, before, local).before, pairs
+        layers = diagnostics(layout, before, before, local).before
+        # The others count as having heard nobody, which is an error of zero each.
+        own = [replace(one, mixing_error=len(local) * one.mixing_error) for one in layers]
+        return own, pairs
 
     def _rest(self) -> None:
         """Leave a copy of the state for a peer that lost its own: what has travelled, no more."""

@@ -33,6 +33,9 @@ ASK_S = 5.0
 
 DONE = "done: "
 
+NEEDED = {"round", "rounds", "missing", "refused"}
+"""The facts that a status has."""
+
 
 @dataclass(frozen=True)
 class PeerStatus:
@@ -104,7 +107,8 @@ def status(
         except Refused as refused:
             own = load_peer(federation_file, peer) if peer in here else None
             return PeerStatus(peer, {}, _why(refused, federation.member(peer), own))
-        return PeerStatus(peer, reply.facts)
+        lacks = sorted(NEEDED - reply.facts.keys())
+        return PeerStatus(peer, reply.facts, f"its answer has no {lacks[0]}" if lacks else "")
 
     with (
         asking(federation, settings, insecure_loopback) as transport,

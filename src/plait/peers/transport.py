@@ -41,7 +41,7 @@ from plait.peers.envelope import (
 from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import RELAY, Federation, PeerSettings, is_loopback, split_address
 from plait.peers.grpc_server import certified, revoked, serve
-from plait.peers.guard import CARRY, REASONS, Guard, Names
+from plait.peers.guard import CARRY, REASONS, Guard, Names, caller_of
 from plait.peers.keyring import LOOK_S, Keyring
 from plait.peers.pace import SLOWEST, moved, paced
 from plait.peers.refusals import Reason, Refused
@@ -313,7 +313,7 @@ class GrpcTransport:
         self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
     ) -> Refused | None:
         """Do a peer's bidding within a time. A refusal is counted."""
-        caller = "|".join(sorted(certified or ())) or str(context.peer())
+        caller = caller_of(certified, self._names, context)
         try:
             async with paced(self._call_timeout_s):
                 await work()

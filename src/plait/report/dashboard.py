@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import secrets
 import socket
 import time
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+
+LOG = logging.getLogger("plait.report")
 
 LOOK_EVERY_S = 0.25
 PING_S = 15.0
@@ -205,8 +208,14 @@ def application(follower: Follower, token: str = "") -> Starlette:
 
 
 async def _follow(follower: Follower) -> None:
+    said = ""
     while True:
-        await asyncio.to_thread(follower.look)
+        try:
+            await asyncio.to_thread(follower.look)
+        except Exception as error:  # what is in a folder is anybody's; the page stays alive
+            if repr(error) != said:
+                said = repr(error)
+                LOG.exception("what is in the folders can't be shown")
         await asyncio.sleep(LOOK_EVERY_S)
 
 

@@ -56,12 +56,14 @@ class Track:
         config: Its config.
         events: What the run said, the edges of its rounds left out.
         meetings: For each round, in the place of its edges.
+        unread_lines: Lines that say nothing to this plait: damaged ones, or those of a later one.
     """
 
     path: Path
     config: Config
     events: list[Event] = field(default_factory=list)
     meetings: list[Meetings] = field(default_factory=list)
+    unread_lines: int = 0
     _read_bytes: int = 0
     _file_id: int = 0
     _config_file: tuple[int, int] | None = None
@@ -121,7 +123,7 @@ class Track:
         ):
             self.events.clear()
             self.meetings.clear()
-            self._read_bytes = 0
+            self._read_bytes = self.unread_lines = 0
         self._file_id = status.st_ino
         if status.st_size == self._read_bytes:
             return False
@@ -132,7 +134,10 @@ class Track:
                 if not line.endswith(b"\n"):
                     break
                 self._read_bytes += len(line)
-                self._take(line.decode())
+                try:
+                    self._take(line.decode())
+                except (ValueError, TypeError, KeyError):
+                    self.unread_lines += 1
         return len(self.events) > before
 
     def _take(self, line: str) -> None:

@@ -13,10 +13,10 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from plait.config import Config
 from plait.experiments.comparison import Conclusion, Outcome, conclude
@@ -25,6 +25,8 @@ from plait.experiments.significance import Difference, differences
 from plait.peers.federation import in_common
 from plait.report.recorded_run import JoinedPeers, Track
 from plait.report.series import Said
+
+Read = TypeVar("Read")
 
 DEEPEST = 4
 """How far below a given folder runs are looked for."""
@@ -125,17 +127,22 @@ def find_studies(paths: Sequence[Path], known: dict[Path, Track] | None = None) 
         ValueError: There is no run in any of them.
     """
     known = {} if known is None else known
-    found, remarks = _each_once([one for path in paths for one in _folders(path, DEEPEST)])
+    found, twice = _each_once([one for path in paths for one in _folders(path, DEEPEST)])
+    unread: list[str] = []
     comparisons = [path for path in found if (path / PLAN).is_file()]
     inside = {path.resolve() for path in comparisons}
     whole = [(path, path.resolve()) for path in found]
-    loose = [_track(path, known) for path, at in whole if inside.isdisjoint([at, *at.parents])]
-    studies = [_comparison(load_plan(path), known) for path in comparisons]
+    apart = [path for path, at in whole if inside.isdisjoint([at, *at.parents])]
+    loose = _readable(apart, known, unread)
+    plans = _each_read(load_plan, comparisons, unread)
+    studies = [_comparison(plan, known, unread) for plan in plans]
     studies = [study for study in studies if study.tracks] + list(_loose(loose, known))
     if not studies:
         where = ", ".join(map(str, paths))
-        raise ValueError(f"There is no run in {where}; `plait run --out` makes one.")
-    first = dataclasses.replace(studies[0], remarks=remarks + studies[0].remarks)
+        raise ValueError(
+            " ".join([f"There is no run in {where}; `plait run --out` makes one.", *unread])
+        )
+    first = dataclasses.replace(studies[0], remarks=(*twice, *unread, *studies[0].remarks))
     return [first, *studies[1:]]
 
 
@@ -187,15 +194,39 @@ def _track(path: Path, known: dict[Path, Track]) -> Track:
     return known[path]
 
 
-def _comparison(plan: Plan, known: dict[Path, Track]) -> Study:
+def _readable(paths: Iterable[Path], known: dict[Path, Track], unread: list[str]) -> list[Track]:
+    """The runs in folders; what of them this plait can't read is said in `unread`."""
+    tracks = _each_read(lambda path: _track(path, known), paths, unread)
+    for track in tracks:
+        track.read()
+        if track.unread_lines:
+            unread.append(
+                f"Of {track.path}/events.jsonl {track.unread_lines} of the lines can't be read "
+                "here and are left out."
+            )
+    return tracks
+
+
+def _each_read(
+    read: Callable[[Path], Read], paths: Iterable[Path], unread: list[str]
+) -> list[Read]:
+    found: list[Read] = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except (ValueError, TypeError, KeyError) as error:
+            unread.append(f"{path} can't be read here and is left out: {error}")
+    return found
+
+
+def _comparison(plan: Plan, known: dict[Path, Track], unread: list[str]) -> Study:
     places = {label: [run_folder(plan, label, s) for s in plan.seeds] for label in plan.labels}
     if not any(map(_is_run, (path for paths in places.values() for path in paths))):
         # Still at the search for learning rates.
         cells = [cell for method in plan.searched for cell in tuning_cells(plan, method)]
         places = {cell.label: [cell.folder] for cell in cells}
     groups = {
-        label: [_track(path, known) for path in paths if _is_run(path)]
-        for label, paths in places.items()
+        label: _readable(filter(_is_run, paths), known, unread) for label, paths in places.items()
     }
     return Study(plan.out.resolve().name, {k: v for k, v in groups.items() if v}, plan)
 

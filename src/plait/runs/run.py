@@ -21,7 +21,7 @@ from plait.engines.simulate import Simulation
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import best_evaluation, has_stopped, summarize
 from plait.lookup import lookup
-from plait.machine.files import held
+from plait.machine.files import held, make_lasting
 from plait.model.loading import Loaded, load_for
 from plait.runs.answers import answer
 from plait.runs.made_by import made_by
@@ -47,6 +47,11 @@ ENGINES: dict[str, Callable[[Config, Machine], AbstractContextManager[Engine]]] 
     "simulate": _simulation,
     "ray": _cluster,
 }
+
+
+def _save(engine: Engine, folder: RunFolder, rounds_done: int) -> None:
+    folder.settle()
+    engine.save(folder.checkpoint_file, rounds_done)
 
 
 class Run(Iterator[Event]):
@@ -122,7 +127,7 @@ class Run(Iterator[Event]):
             done: list[Event] = []
             if folder:
                 # Only now: a config that can't run leaves nothing behind.
-                folder.path.mkdir(parents=True, exist_ok=True)
+                make_lasting(folder.path)
                 until_end.enter_context(held(folder.path))
                 if folder.checkpoint_file.exists():
                     engine.restore(folder.checkpoint_file)
@@ -139,7 +144,7 @@ class Run(Iterator[Event]):
     def _rounds(self, engine: Engine, done: list[Event]) -> Iterator[Event]:
         """The rounds that are left; recorded, and saved now and then, where there is a folder."""
         folder, last = self.folder, self.config.rounds - 1
-        first = sum(isinstance(event, RoundDone) for event in done)
+        first = folder.rounds_done if folder else 0
         evaluated = any(isinstance(e, Evaluated) and e.round == first - 1 for e in done)
         due = first > 0 and engine.schedule.after(first - 1) and not evaluated
         if has_stopped(self.config, done):
@@ -152,11 +157,11 @@ class Run(Iterator[Event]):
                 if isinstance(event, RoundDone) and (
                     self.machine.saves_after(event.round) or event.round == last
                 ):
-                    engine.save(folder.checkpoint_file, event.round + 1)
+                    _save(engine, folder, event.round + 1)
             yield event
             if isinstance(event, Evaluated) and has_stopped(self.config, self.events):
                 if folder:
-                    engine.save(folder.checkpoint_file, event.round + 1)
+                    _save(engine, folder, event.round + 1)
                 return
 
     def _keep_best(self, engine: Engine, folder: RunFolder, event: Event) -> None:

@@ -13,6 +13,8 @@
     .lock              held by the process that writes here
 
 Every file is written beside its place and renamed into it, so a run that dies leaves no half file.
+Events are on the disk before a checkpoint that is after them, and all else before the summary, so a
+power cut takes no more than what was said since the last checkpoint.
 run.py is what writes them.
 """
 
@@ -20,7 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,9 @@ from torch import Tensor
 
 from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
-from plait.events import Evaluated, Event, from_line, to_line
+from plait.events import Evaluated, Event, RoundDone, from_line, to_line
 from plait.lora import Stack
-from plait.machine.files import check_new, write_atomically
+from plait.machine.files import check_new, make_lasting, sync, sync_tree, write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
 FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
@@ -89,6 +92,14 @@ def load_events(path: Path) -> list[Event]:
     """The events recorded in a run folder; a last line that was cut short is left out."""
     lines = (path / "events.jsonl").read_text().splitlines(keepends=True)
     return [from_line(line) for line in lines if line.endswith("\n")]
+
+
+def _readable(events_file: Path) -> Iterator[Event]:
+    """The events up to the first line that can't be read."""
+    lines = events_file.read_bytes().splitlines() if events_file.exists() else []
+    with suppress(ValueError, TypeError, KeyError):
+        for line in lines:
+            yield from_line(line.decode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +219,7 @@ class RunFolder:
             fingerprints: What was read.
             made_by: What computes from here on.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_lasting(self.path)
         if self.rounds_before < config.rounds and self.summary_file.exists():
             self.summary_file.replace(self.path / f"summary-{self.rounds_before}.json")
         if self.rounds_before < config.rounds or not (self.path / "config.json").exists():
@@ -231,8 +242,13 @@ class RunFolder:
         with self.events_file.open("a") as file:
             file.write(to_line(event) + "\n")
 
+    def settle(self) -> None:
+        """Have the events on the disk: to be done before a checkpoint that is after them."""
+        sync(self.events_file)
+
     def save(self, stack: Stack, rounds_done: int, **beside: Tensor) -> None:
         """Write a checkpoint after so many rounds, and what is kept beside the state."""
+        self.settle()
         save_stack(stack, self.checkpoint_file, rounds_done, **beside)
 
     def restore(self, stack: Stack) -> list[Event]:
@@ -248,17 +264,33 @@ class RunFolder:
 
         Args:
             last_evaluation: Keep the evaluation after the checkpoint's last round.
+
+        Raises:
+            ValueError: They don't reach up to the checkpoint.
         """
         if self.summary_file.exists():
             return load_events(self.path)
         end = self.rounds_done
-        there = load_events(self.path) if self.events_file.exists() else []
-        kept = [] if end == 0 else [e for e in there if getattr(e, "round", -1) < end]
+        kept = self._said_before(end) if end else []
         if not last_evaluation:
             kept = [e for e in kept if not (isinstance(e, Evaluated) and e.round == end - 1)]
         write_atomically(self.events_file, "".join(to_line(event) + "\n" for event in kept))
         return kept
 
+    def _said_before(self, end: int) -> list[Event]:
+        """The events before round `end`; lines after them may be in any state."""
+        kept = [e for e in _readable(self.events_file) if getattr(e, "round", -1) < end]
+        last = max((event.round for event in kept if isinstance(event, RoundDone)), default=None)
+        if last != end - 1:
+            until = "before the first round" if last is None else f"after round {last}"
+            raise ValueError(
+                f"{self.events_file} ends {until}, and the checkpoint beside it is after round "
+                f"{end - 1}: lines were lost, as by a disk that forgets what it said it had. Put "
+                f"back a copy of {self.path}, or move it away to begin anew."
+            )
+        return kept
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the figures; the checkpoint stays, to go on from with more rounds."""
+        sync_tree(self.path)
         write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
