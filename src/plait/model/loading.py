@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,18 +47,30 @@ class Loaded:
     fresh: tuple[str, ...]
 
     @property
-    def weights_hash(self) -> str:
-        """Sixteen hex digits that are equal for equal weights, in whatever files and precision.
+    def drawn(self) -> tuple[str, ...]:
+        """The modules whose weights are no checkpoint's."""
+        return ("classifier",) if isinstance(self.model, MeanPooledClassifier) else self.fresh
 
-        The first entries of each tensor count; those of what was drawn here don't.
-        """
-        drawn = ("classifier",) if isinstance(self.model, MeanPooledClassifier) else self.fresh
-        found = hashlib.sha256()
-        for name, value in self.model.named_parameters():
-            if name.rpartition(".")[0] not in drawn:
-                some = value.detach().flatten()[:1024].to(torch.bfloat16).cpu()
-                found.update(some.view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:16]
+    @property
+    def weights_hash(self) -> str:
+        """`hash_of_weights` of what was loaded; what was drawn here doesn't count."""
+        return hash_of_weights(
+            value
+            for name, value in self.model.named_parameters()
+            if name.rpartition(".")[0] not in self.drawn
+        )
+
+
+def hash_of_weights(values: Iterable[Tensor]) -> str:
+    """Sixteen hex digits that are equal for equal weights, in whatever files and precision.
+
+    The first entries of each tensor count.
+    """
+    found = hashlib.sha256()
+    for value in values:
+        some = value.detach().flatten()[:1024].to(torch.bfloat16).cpu()
+        found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def load_for(config: Config, objective: Objective, label_names: tuple[str, ...] = ()) -> Loaded:

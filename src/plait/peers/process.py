@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import math
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from plait.config import Config
-from plait.data.tasks import Task, load_task
+from plait.data.tasks import Task, load_task, without_rows
 from plait.engines.checkpoint import load_beside
 from plait.engines.fingerprints import FILES, fingerprints, of_model
 from plait.engines.job import Job, prepare
@@ -59,7 +60,7 @@ from plait.peers.mailbox import Desk, Few, JsonLines
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
-from plait.peers.round_loop import Peer, agreed_turns
+from plait.peers.round_loop import Due, Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.plugins import load_plugins
 from plait.presets import as_settings
@@ -101,7 +102,7 @@ def run_peer(
     leave = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
-    try:
+    with saying_what_stops():
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
         if was_finished(federation, settings):
@@ -109,6 +110,13 @@ def run_peer(
             return True
         with Process(federation, settings, leave, insecure_loopback, trust) as process:
             return process.run()
+
+
+@contextmanager
+def saying_what_stops() -> Iterator[None]:
+    """A line of the log for an error that ends the peer, in the words of its files."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         said = as_settings(str(error))
         LOG.error("stopped: %s", said, extra={"kind": "stopped"})
@@ -117,13 +125,18 @@ def run_peer(
         raise ValueError(said) from error
 
 
-def log_to_stderr(name: str) -> None:
-    """A line of JSON for each thing that happens."""
+def log_events(name: str) -> None:
+    """A line of JSON on standard error for each thing that happens to the peer."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(name))
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+
+
+def log_to_stderr(name: str) -> None:
+    """The same, and for what is said by libraries."""
+    log_events(name)
     # What the libraries say, of themselves or of what a stranger sends them: JSON, and not much.
     root = logging.StreamHandler(sys.stderr)
     root.setFormatter(JsonLines(name))
@@ -141,10 +154,12 @@ class Process:
         leave: threading.Event,
         insecure_loopback: bool = False,
         trust: str | None = None,
+        own_loop: bool = False,
     ) -> None:
         """Open the folder, prepare the run and take up the state; nothing listens yet.
 
-        Once `leave` is set, by whoever it may be, the peer goes.
+        Once `leave` is set, by whoever it may be, the peer goes. With `own_loop` somebody else
+        trains, and may have the rows, too.
         """
         self.settings = settings
         self.me = federation.index(settings.name)
@@ -155,9 +170,10 @@ class Process:
         taken_up = settings.out.exists()
         if taken_up:
             self._until_end.enter_context(held(settings.out))
-        self.folder, read = open_folder(federation, settings)
+        own = own_task(federation, settings, own_loop)
+        self.folder, read = open_folder(federation, settings, own)
         self.leave = leave
-        self.job = prepare_peer(federation, settings)
+        self.job = prepare_peer(federation, settings, own)
         check_sizes(self.job, federation.limits)
         if not taken_up:  # only now: a peer that can't run leaves nothing behind
             settings.out.mkdir(parents=True, exist_ok=True)
@@ -211,20 +227,31 @@ class Process:
         self._until_end.close()
 
     def run(self) -> bool:
-        """All rounds, then the adapter, then a while for those who still need messages."""
+        """All rounds, trained as in a simulation; whether it is done, and wasn't told to leave."""
+        for due in self.rounds():
+            self.peer.train(due)
+        return self.folder.summary_file.exists()
+
+    def rounds(self) -> Iterator[Due]:
+        """All rounds, then the adapter, then a while for those who still need messages.
+
+        Yields where local training is due.
+        """
         LOG.info("listening on %s", self.settings.listen, extra={"round": self.first_round})
         try:
             self._begin()
             if self.first_round > 0 and not self.done:  # begun from a neighbour's state
                 self._see(self.job.started)
-            for event in self.peer.rounds(self.first_round, self.end):
-                self._see(event)
+            for said in self.peer.rounds(self.first_round, self.end):
+                if isinstance(said, Due):
+                    yield said
+                else:
+                    self._see(said)
         except Left:
             LOG.info("told to leave; round %d can be taken up again", self.desk.inbox.round)
-            return False
+            return
         self._finish()
         self.exchange.linger(self.exchange.neighbours, self.end)
-        return True
 
     def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
         """A message of this peer."""
@@ -296,7 +323,7 @@ class Process:
     def _tell(self, **facts: float) -> None:
         """Say how it goes to neighbours who ask; with differential privacy that is not theirs."""
         if self.job.config.dp_clip is None:
-            self.desk.facts |= facts
+            self.desk.facts |= {name: x for name, x in facts.items() if math.isfinite(x)}
 
     def _remember(self, round_: int) -> None:
         """Have this peer's message of its last round again: a neighbour may still wait for it."""
@@ -327,14 +354,14 @@ class Process:
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
-        summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
+        if self.peer.judges:
+            summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
         self.folder.finish(summary)
         spent = f", epsilon {summary['dp_epsilon']:.3g}" if "dp_epsilon" in summary else ""
         LOG.info("done: %s%s", adapter, spent)
 
     def _summary(self) -> dict[str, Any]:
         config, found = self.job.config, taken(self.done)
-        last = [event for event in self.done if isinstance(event, Evaluated)][-1]
         rounds = [event for event in self.done if isinstance(event, RoundDone)]
         incidents = [event.kind for event in self.done if isinstance(event, Incident)]
         return {
@@ -344,15 +371,24 @@ class Process:
             "rounds_done": len(rounds),
             "metric": self.job.started.metric,
             "majority": self.job.started.majority,
-            "accuracy": found["accuracy_client_mean"],
-            "loss": found["loss_client_mean"],
-            **{name: value for name, value in found.items() if FIGURES[name].only},
-            "rows": last.rows,
+            **self._scores(found),
             "sent_bytes": found["sent_bytes"],
             "incidents": {kind: incidents.count(kind) for kind in sorted(set(incidents))},
             "train_seconds": found["train_seconds"],
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
+        }
+
+    def _scores(self, found: Mapping[str, float]) -> dict[str, float]:
+        """How its model did at the end; nothing where it has no rows to tell."""
+        judged = [event for event in self.done if isinstance(event, Evaluated)]
+        if not judged:
+            return {}
+        return {
+            "accuracy": found["accuracy_client_mean"],
+            "loss": found["loss_client_mean"],
+            **{name: value for name, value in found.items() if FIGURES[name].only},
+            "rows": judged[-1].rows,
         }
 
 
@@ -378,8 +414,10 @@ def was_finished(federation: Federation, settings: PeerSettings) -> bool:
     return RunFolder.open(settings.out, config, resume=True).finished(config)
 
 
-def open_folder(federation: Federation, settings: PeerSettings) -> tuple[RunFolder, dict[str, str]]:
-    """The run folder, new or taken up again, and the hashes of what is read.
+def open_folder(
+    federation: Federation, settings: PeerSettings, own: Task | None
+) -> tuple[RunFolder, dict[str, str]]:
+    """The run folder, new or taken up again, and the hashes of what is read, `own` rows or common.
 
     A write that was cut off is cleared away.
 
@@ -390,7 +428,7 @@ def open_folder(federation: Federation, settings: PeerSettings) -> tuple[RunFold
     for partial in settings.out.glob("*.partial"):
         partial.unlink()
     folder = RunFolder.open(settings.out, config, resume=True)
-    read = fingerprints(config, own_task(federation, settings))
+    read = fingerprints(config, own)
     folder.check(lambda: read)
     return folder, read
 
@@ -452,9 +490,9 @@ def check_members(federation: Federation) -> None:
             )
 
 
-def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
+def prepare_peer(federation: Federation, settings: PeerSettings, own: Task | None) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
-    own, me = own_task(federation, settings), federation.index(settings.name)
+    me = federation.index(settings.name)
     job = prepare(settings.apply(federation.config), settings.machine, own)
     said = dataclasses.replace(job.started, client_names=federation.names, peer=me)
     job = dataclasses.replace(job, started=said)
@@ -468,20 +506,24 @@ def counting_alone(job: Job, me: int) -> Job:
     return dataclasses.replace(job, started=dataclasses.replace(job.started, label_counts=known))
 
 
-def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
+def own_task(federation: Federation, settings: PeerSettings, own_loop: bool = False) -> Task | None:
     """The rows that a peer has of its own; None if it has its share of the common task.
+
+    With `own_loop` they may be known to the loop alone: then the task has none.
 
     Raises:
         ValueError: The federation isn't one of peers with rows of their own.
     """
     config = settings.apply(federation.config)
-    if "train_file" not in settings.local:
+    here = "train_file" in settings.local
+    if not here and not (own_loop and config.task in ("file", "chat")):
         return None
+    load = load_task if here else without_rows
     if config.task == "chat":
-        return load_task(config)
+        return load(config)
     if federation.labels is None:
         raise ValueError(
-            f"{settings.name} has a train_file of its own, so the federation must name the classes "
+            f"{settings.name} has rows of its own, so the federation must name the classes "
             'for all: put labels = ["...", "..."] at the top of federation.toml.'
         )
     if config.task != "file":
@@ -489,7 +531,7 @@ def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
             f"{settings.name} has a train_file of its own, and the task is {config.task}; put "
             'task = "file", or "chat" for a language model, under [run] of federation.toml.'
         )
-    return load_task(config, federation.labels)
+    return load(config, federation.labels)
 
 
 def neighbours_of(turn: Callable[[int], Turn], rounds: int) -> frozenset[int]:
