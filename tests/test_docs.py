@@ -172,7 +172,7 @@ def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
     # In this process, which has read all that others would read first.
     here = "--jobs=1"
     compared = [*flags, "--seeds=0", "--clients=2", here]
-    walk(page, {"run": flags, "compare": compared, "sweep": [here]})
+    walk(page, {"run": flags, "compare": compared, "sweep": [here], "init-federation": flags})
 
 
 @pytest.mark.slow

@@ -164,6 +164,10 @@ class Participant:
         """PEFT's settings of the adapter that the federation trains, for `get_peft_model`."""
         return lora_config(self.process.job.backbone, self.config)
 
+    def tokenizer(self) -> Any:
+        """The tokenizer of the frozen model."""
+        return self.process.job.backbone.tokenizer
+
     def model(self) -> PeftModel:
         """A PEFT model to train: the federation's adapter on this peer's copy of the frozen model.
 

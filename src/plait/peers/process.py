@@ -178,7 +178,9 @@ class Process:
         if not taken_up:  # only now: a peer that can't run leaves nothing behind
             settings.out.mkdir(parents=True, exist_ok=True)
             self._until_end.enter_context(held(settings.out))
-        self.folder.create(settings.apply(federation.config), read, made_by(settings.machine))
+        config = settings.apply(federation.config)
+        if not self.folder.finished(config):
+            self.folder.create(config, read, made_by(settings.machine))
         self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
         self.done, self.first_round = take_up(self.folder, self.stack)
