@@ -17,12 +17,13 @@ def suite(monkeypatch):
     """Name -> the cases of each test in tests/faults."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "faults"))
     import test_faults
+    import test_outgoing_only
     import test_three_machines
 
     return {
         name: [str(case) for mark in getattr(test, "pytestmark", ())
                if mark.name == "parametrize" for case in mark.args[1]]
-        for module in (test_faults, test_three_machines)
+        for module in (test_faults, test_outgoing_only, test_three_machines)
         for name, test in vars(module).items() if name.startswith("test_")
     }  # fmt: skip
 

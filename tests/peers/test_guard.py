@@ -20,9 +20,10 @@ from test_transport import SOON_S, Network
 from plait.peers.certificates import make_certificate
 from plait.peers.codec import Question
 from plait.peers.envelope import write_question
+from plait.peers.grpc_server import OPTIONS
 from plait.peers.guard import HANDSHAKE_S, OPEN_CALLS
 from plait.peers.refusals import Reason
-from plait.peers.transport import ASK, OPTIONS
+from plait.peers.transport import ASK
 
 NUM_DESCRIPTORS = 200
 

@@ -29,7 +29,7 @@ from plait.factors import VALUE, Factor
 from plait.methods import METHODS
 from plait.model.peft_adapters import lora_config
 from plait.model.peft_model import ClientModel
-from plait.peers import process as peers
+from plait.peers import json_log
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
 from plait.peers.participant import _hand_over
@@ -47,7 +47,7 @@ CONFIG = Config(
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    monkeypatch.setattr(peers, "log_events", lambda _: None)
+    monkeypatch.setattr(json_log, "log_events", lambda _: None)
 
 
 @pytest.fixture(scope="module")

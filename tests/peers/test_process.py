@@ -28,9 +28,9 @@ from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.federation import Federation, Limits, load_federation, load_peer
-from plait.peers.mailbox import Few, JsonLines
+from plait.peers.json_log import Few, JsonLines
+from plait.peers.membership import check_members
 from plait.peers.process import (
-    check_members,
     check_sizes,
     counting_alone,
     neighbours_of,

@@ -28,9 +28,10 @@ from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Message, Questio
 from plait.peers.credentials import Pair
 from plait.peers.envelope import read_ack, write_header
 from plait.peers.federation import Limits, Member, load_federation, load_peer
+from plait.peers.grpc_server import OPTIONS
 from plait.peers.guard import OPEN_CALLS
 from plait.peers.refusals import Reason, Refused
-from plait.peers.transport import DELIVER, HEADER, OPTIONS, GrpcTransport
+from plait.peers.transport import DELIVER, HEADER, GrpcTransport
 
 LAYOUT = Layout((Site("query", 6, 4), Site("value", 6, 6)), rank=2, scale=2.0)
 LIMITS = Limits(round_timeout_s=1.0, max_message_bytes=1 << 20, norm_bound=1e3)

@@ -247,6 +247,9 @@ COMMANDS: dict[str, CommandRow] = {
     "peer": CommandRow(
         cli_peers.peer, "take part in a federation, as one of its peers", cli_peers.PeerCommand
     ),
+    "relay": CommandRow(
+        cli_peers.relay, "pass on what peers say that can't be called", cli_peers.RelayCommand
+    ),
     "status": CommandRow(cli_peers.status, "show who is alive in a federation", cli_peers.Status),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
     "mixes": CommandRow(cli_lists.mixes, "list what a client can make of what it hears"),

@@ -1,4 +1,4 @@
-"""The commands for federations: `plait peer`, `up`, `status` and `init-federation`."""
+"""The commands for federations: `plait peer`, `relay`, `up`, `status` and `init-federation`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ class PeerCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelayCommand:
+    """Let peers meet that accept no connections: pass their bytes on, which it can't read."""
+
+    config: Path
+    """The federation's file, federation.toml; relay/peer.toml lies beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Up(Start):
     """Try a federation out: real peer processes on this machine, with mutual TLS over loopback."""
 
@@ -80,7 +88,9 @@ class InitFederation(Start):
     """A new folder."""
     peers: str
     """The peers' names, comma-separated; for machines of their own with addresses,
-    `ada=ada.example.org:7600,ben=...`."""
+    `ada=ada.example.org:7600,ben=...`. One without an address accepts no connections."""
+    relay: str | None = None
+    """Where peers meet that accept no connections, host:port; `plait relay` runs there."""
     labels: str = ""
     """The classes, comma-separated, when peers bring data of their own."""
     id: str = "trial"
@@ -102,6 +112,16 @@ def peer(args: list[str]) -> int:
     from plait.peers.process import run_peer
 
     run_peer(given.config, given.name, given.insecure_loopback, given.trust)
+    return 0
+
+
+def relay(args: list[str]) -> int:
+    """`plait relay`: 0 when it was told to leave."""
+    given = parse(RelayCommand, "relay", args)
+    _need_packages()
+    from plait.peers.relay import run_relay
+
+    run_relay(given.config)
     return 0
 
 
@@ -180,12 +200,10 @@ def init_federation(args: list[str]) -> int:
 
     pairs = [one.partition("=") for one in split(given.peers)]
     names, addresses = [name for name, _, _ in pairs], [address for _, _, address in pairs]
-    if any(addresses) and not all(addresses):
-        raise ValueError("Some of --peers have an address and some have none; give all, or none.")
     path = write(
         given.directory, names, given.settings, federation_id=given.id,
-        addresses=addresses if all(addresses) else None, labels=split(given.labels),
-        machine=given.machine,
+        addresses=addresses if any(addresses) else None, relay=given.relay,
+        labels=split(given.labels), machine=given.machine,
     )  # fmt: skip
     print(
         f"{path}: addresses and settings, the same at every peer\n"

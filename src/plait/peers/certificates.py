@@ -23,12 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.peers.credentials import Pair
 from plait.peers.federation import (
+    RELAY,
     Federation,
     Limits,
     Member,
     is_loopback,
     split_address,
 )
+from plait.peers.membership import check_members
 
 METRICS_PORT = 9600
 """Where a peer on a machine of its own shows its figures, on 127.0.0.1."""
@@ -78,6 +80,7 @@ def init_federation(
     config: Config,
     *,
     addresses: Sequence[str] | None = None,
+    relay: str | None = None,
     federation_id: str = "trial",
     labels: Sequence[str] = (),
     limits: Limits | None = None,
@@ -93,7 +96,9 @@ def init_federation(
         directory: A new or empty folder.
         names: The peers.
         config: The settings of the run; the number of clients becomes that of the peers.
-        addresses: `host:port` for each peer; free ports of this machine if not given.
+        addresses: `host:port` for each peer, empty for one that can't be called; free ports of
+            this machine if not given.
+        relay: `host:port` of a relay, which gets files as a peer does.
         federation_id: Its name.
         labels: The classes, when peers bring data of their own.
         limits: Sizes and times.
@@ -103,7 +108,7 @@ def init_federation(
         The path of `federation.toml`.
 
     Raises:
-        ValueError: The folder is in use, or a name is none.
+        ValueError: The folder is in use, a name is none, or two neighbours can't be called.
         OSError: The folder can't be written.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -113,15 +118,19 @@ def init_federation(
         addresses, metrics = local[::2], local[1::2]
     else:
         metrics = metrics_addresses(addresses)
-    members = tuple(Member(name=n, address=a) for n, a in zip(names, addresses, strict=True))
+    members = tuple(
+        Member(name=n, address=a, reachable=bool(a)) for n, a in zip(names, addresses, strict=True)
+    )
     values = config.to_json() | {"clients": len(names)}
     federation = Federation(
         id=federation_id,
         config=Config.from_json(values),
         peers=members,
+        relay=relay,
         limits=limits or Limits(),
         labels=tuple(labels) or None,
     )
+    check_members(federation)
     directory.mkdir(parents=True, exist_ok=True)
     authority = make_authority(federation_id)
     (directory / "ca.pem").write_bytes(authority.certificate)
@@ -130,6 +139,9 @@ def init_federation(
     path.write_text(federation_toml(federation), encoding="utf-8")
     for member, here in zip(members, metrics, strict=True):
         _write_peer(directory / member.name, member, authority, here, machine)
+    if relay:
+        place = Member(name=RELAY, address=relay)
+        _write_peer(directory / RELAY, place, authority, None, THIS_MACHINE)
     return path
 
 
@@ -140,10 +152,10 @@ def metrics_addresses(addresses: Sequence[str]) -> list[str]:
         >>> metrics_addresses(["a:7600", "b:7600", "a:7601"])
         ['127.0.0.1:9600', '127.0.0.1:9600', '127.0.0.1:9601']
     """
-    taken = {split_address(address) for address in addresses}
+    taken = {split_address(address) for address in addresses if address}
     found = []
     for address in addresses:
-        host, port = split_address(address)[0], METRICS_PORT
+        host, port = split_address(address)[0] if address else "", METRICS_PORT
         while (host, port) in taken:
             port += 1
         taken.add((host, port))
@@ -156,13 +168,12 @@ def federation_toml(federation: Federation) -> str:
     config, default = federation.config.to_json(), Config().to_json()
     run = {k: v for k, v in config.items() if v != default[k] and k != "clients"}
     limits = {k: v for k, v in vars(federation.limits).items() if v is not None}
-    top = {"federation": federation.id} | (
-        {"labels": federation.labels} if federation.labels else {}
-    )
+    top = {"federation": federation.id, "relay": federation.relay, "labels": federation.labels}
+    top = {key: value for key, value in top.items() if value}
     lines = ["# The same file at every peer.", *_lines(top), "", "[run]"]
     lines += [*_lines(run), "", "[limits]", *_lines(limits)]
     for peer in federation.peers:
-        kept = {k: v for k, v in vars(peer).items() if v is not None and (k, v) != ("joins", 0)}
+        kept = {k: v for k, v in vars(peer).items() if v != getattr(Member, k, None)}
         lines += ["", "[[peers]]", *_lines(kept)]
     return "\n".join(lines) + "\n"
 
@@ -190,20 +201,21 @@ def free_ports(count: int) -> list[int]:
 
 
 def _write_peer(
-    folder: Path, member: Member, authority: Pair, metrics: str, machine: Machine
+    folder: Path, member: Member, authority: Pair, metrics: str | None, machine: Machine
 ) -> None:
     pair = make_certificate(authority, member.name)
-    host, port = split_address(member.address)
+    address = member.address or f"127.0.0.1:{free_ports(1)[0]}"
+    host, port = split_address(address)
     folder.mkdir()
     (folder / "cert.pem").write_bytes(pair.certificate)
     write_secret(folder / "key.pem", pair.key)
     lines = {
-        "listen": member.address if is_loopback(host) else f"0.0.0.0:{port}",
+        "listen": address if is_loopback(host) else f"0.0.0.0:{port}",
         "ca": "../ca.pem",
         "certificate": "cert.pem",
         "key": "key.pem",
         "out": "out",
-        "metrics": metrics,
+        **({"metrics": metrics} if metrics else {}),
     }
     local = {k: v for k, v in vars(machine).items() if v != getattr(THIS_MACHINE, k)}
     table = ["", "[local]", *_lines(local)] if local else []

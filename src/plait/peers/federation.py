@@ -39,6 +39,9 @@ OWN_SETTINGS = LOCAL_SETTINGS | {"backbone"}
 PATHS = {"glue_dir", "train_file", "dev_file", "backbone"}
 """Those that are paths, relative to `peer.toml`."""
 
+RELAY = "relay"
+"""The name of the relay, in its certificate and of its folder."""
+
 HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+(%\w+)?)\]|[\w.-]+")
 """A name, an IPv4 address, or an IPv6 address in brackets."""
 
@@ -59,13 +62,16 @@ class Member:
 
     Attributes:
         name: Also the name in its certificate.
-        address: Where the others reach it, `host:port`.
+        address: Where the others reach it, `host:port`; empty if it isn't reachable.
+        reachable: Whether it accepts connections. One that doesn't opens them itself, to the
+            reachable members and the relay, and is called through those.
         joins: The first round that it takes part in.
         leaves: The first round that it takes no part in any more.
     """
 
     name: str
-    address: str
+    address: str = ""
+    reachable: bool = True
     joins: int = 0
     leaves: int | None = None
 
@@ -75,7 +81,17 @@ class Member:
             raise ValueError(
                 f"A peer is named {self.name!r}; take up to 63 of a-z, 0-9 and inner hyphens."
             )
-        split_address(self.address)
+        if self.reachable and not self.address:
+            raise ValueError(
+                f'{self.name} has no address; write address = "host:port" under [[peers]], or '
+                "reachable = false where it accepts no connections."
+            )
+        if self.reachable:
+            split_address(self.address)
+        elif self.address:
+            raise ValueError(
+                f"{self.name} has the address {self.address} and reachable = false; leave one out."
+            )
         if self.leaves is not None and self.leaves <= self.joins:
             raise ValueError(f"{self.name} leaves before it joins; `leaves` must be later.")
 
@@ -125,6 +141,7 @@ class Federation:
         id: The federation's name.
         config: The settings of the run, with one client for each peer.
         peers: In the order of the clients.
+        relay: Where members meet that aren't reachable, `host:port`.
         limits: Sizes and times.
         labels: The classes in their order, when peers bring data of their own.
         read: What must be the same at all peers -> a hash of it, where it is read.
@@ -133,6 +150,7 @@ class Federation:
     id: str
     config: Config
     peers: tuple[Member, ...]
+    relay: str | None = None
     limits: Limits = Limits()
     labels: tuple[str, ...] | None = None
     read: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -143,8 +161,11 @@ class Federation:
             raise ValueError('The federation has no id; write federation = "some-name".')
         if len(self.peers) < 2:
             raise ValueError("A federation needs two peers or more; add [[peers]] tables.")
+        if self.relay is not None:
+            split_address(self.relay)
         for what in ("name", "address"):
-            values = [getattr(peer, what) for peer in self.peers]
+            values = [one for peer in self.peers if (one := getattr(peer, what))]
+            values += [RELAY if what == "name" else self.relay] if self.relay else []
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"Two peers have the {what} {twice[0]}; it must be unique.")
@@ -213,6 +234,8 @@ class PeerSettings:
         key: The key of it.
         out: Its run folder.
         metrics: Where Prometheus reads its figures, `host:port`, or nowhere.
+        http_proxy: Whether connections go through the proxy that the environment names
+            (`https_proxy`, `no_proxy`), as other programs' do.
         local: Settings of the run in which it differs, such as its data, its device, or where its
             copy of the frozen model lies.
     """
@@ -224,6 +247,7 @@ class PeerSettings:
     key: Path
     out: Path
     metrics: str | None = None
+    http_proxy: bool = True
     local: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -256,7 +280,14 @@ def load_federation(path: Path) -> Federation:
         ValueError: It isn't what it should be; the message says where and what to change.
         OSError: It can't be read.
     """
-    keys = {"federation": str, "labels": list, "run": dict, "limits": dict, "peers": list}
+    keys = {
+        "federation": str,
+        "relay": str,
+        "labels": list,
+        "run": dict,
+        "limits": dict,
+        "peers": list,
+    }
     values = _read(path, keys)
     try:
         peers = tuple(_build(Member, peer, "[[peers]]") for peer in values.get("peers", []))
@@ -265,6 +296,7 @@ def load_federation(path: Path) -> Federation:
             id=values.get("federation", ""),
             config=_build(Config, run, "[run]"),
             peers=peers,
+            relay=values.get("relay"),
             limits=_build(Limits, values.get("limits", {}), "[limits]"),
             labels=_labels(values.get("labels")),
         )
@@ -281,9 +313,8 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
     """
     path = federation_file.parent / name / "peer.toml"
     paths = ("ca", "certificate", "key", "out")
-    values = _read(
-        path, {"listen": str, **dict.fromkeys(paths, str), "metrics": str, "local": dict}
-    )
+    kinds = {"listen": str, **dict.fromkeys(paths, str), "metrics": str, "http_proxy": bool}
+    values = _read(path, kinds | {"local": dict})
     missing = sorted({"listen", *paths} - values.keys())
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}.")

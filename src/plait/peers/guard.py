@@ -26,6 +26,12 @@ Names = frozenset[str] | None
 OPEN_CALLS = 4
 """Calls that one sender may have open at a time: bounds what a flood can hold in memory."""
 
+CARRY = "/plait.v1.Tunnel/Carry"
+"""A stream of bytes each way (tunnel.py). It lasts as long as both sides like."""
+
+TUNNELS = 8
+"""Streams of `CARRY` that one sender may have open at a time."""
+
 HANDSHAKE_S = 5.0
 """Longest that a connection may take to show a certificate."""
 
@@ -57,34 +63,39 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         Args:
             members: Who may call.
             certified: Context of a call -> the names in the caller's certificate.
-            call_timeout_s: The longest that a call may last.
+            call_timeout_s: The longest that a call may last, but for `CARRY`.
             refused: Told (caller, reason, detail) of each refusal.
         """
         self._members, self._certified = frozenset(members), certified
         self._call_timeout_s, self._refused = call_timeout_s, refused
-        self._open: Counter[str] = Counter()
+        self._open: Counter[tuple[str, bool]] = Counter()
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The same method, behind this guard."""
         handler = await continuation(details)
         if handler is None:
             return None
-        return grpc.stream_stream_rpc_method_handler(partial(self._guarded, handler.stream_stream))
+        guarded = partial(self._guarded, handler.stream_stream, details.method == CARRY)
+        return grpc.stream_stream_rpc_method_handler(guarded)
 
     async def _guarded(
-        self, method: Callable[[Any, Any], Awaitable[None]], stream: Any, context: Any
+        self,
+        method: Callable[[Any, Any], Awaitable[None]],
+        lasts: bool,
+        stream: Any,
+        context: Any,
     ) -> None:
         names = self._certified(context)
         caller = "|".join(sorted(names or ())) or str(context.peer())
         if names is not None and not names & self._members:
             await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
-        if self._open[caller] >= OPEN_CALLS:
-            detail = f"more than {OPEN_CALLS} calls at a time"
-            await self._end(context, caller, Reason.BUSY, detail)
-        self._open[caller] += 1
-        context.add_done_callback(partial(self._close, caller))
+        kind, most = (caller, lasts), TUNNELS if lasts else OPEN_CALLS
+        if self._open[kind] >= most:
+            await self._end(context, caller, Reason.BUSY, f"more than {most} calls at a time")
+        self._open[kind] += 1
+        context.add_done_callback(partial(self._close, kind))
         try:
-            async with asyncio.timeout(self._call_timeout_s):
+            async with asyncio.timeout(None if lasts else self._call_timeout_s):
                 await method(stream, context)
         except TimeoutError:
             await self._end(context, caller, Reason.NO_ANSWER, "the call did not end in time")
@@ -94,8 +105,8 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         await context.abort(STATUS[reason], detail)
         raise AssertionError("abort raises")
 
-    def _close(self, caller: str, _context: Any) -> None:
-        self._open[caller] -= 1
+    def _close(self, kind: tuple[str, bool], _context: Any) -> None:
+        self._open[kind] -= 1
         self._open += Counter()  # forget who has none open
 
 

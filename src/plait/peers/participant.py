@@ -77,7 +77,8 @@ def join(
         need(package, "peer", "A federation")
     from plait.peers.federation import load_federation, load_peer
     from plait.peers.guard import raise_descriptor_limit
-    from plait.peers.process import Process, log_events, saying_what_stops, was_finished
+    from plait.peers.json_log import log_events
+    from plait.peers.process import Process, saying_what_stops, was_finished
 
     log_events(name)
     raise_descriptor_limit()

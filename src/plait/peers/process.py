@@ -16,7 +16,6 @@ import logging
 import math
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +39,6 @@ from plait.figures import FIGURES, taken
 from plait.lora import Stack
 from plait.machine.files import held
 from plait.machine.process_settings import configure_process
-from plait.methods import settled
 from plait.model.peft_adapters import save_adapter
 from plait.peers.certificates import write_secret
 from plait.peers.codec import Message, encode
@@ -56,7 +54,9 @@ from plait.peers.federation import (
 from plait.peers.guard import HANDSHAKE_S, raise_descriptor_limit
 from plait.peers.inbox import FactorRows, Inbox, Turn
 from plait.peers.joining import Entrance
-from plait.peers.mailbox import Desk, Few, JsonLines
+from plait.peers.json_log import log_to_stderr
+from plait.peers.mailbox import Desk
+from plait.peers.membership import MOST_TURNS, check_members
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
@@ -68,11 +68,9 @@ from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder
 from plait.runs.samples import write_samples
-from plait.topology import topology_row
 
 LOG = logging.getLogger("plait.peer")
 
-MOST_TURNS = 1000
 KEY_BYTES = 32
 SENT = "sent"
 """In a checkpoint, the body of the last message, (bytes,) uint8."""
@@ -123,25 +121,6 @@ def saying_what_stops() -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         raise ValueError(said) from error
-
-
-def log_events(name: str) -> None:
-    """A line of JSON on standard error for each thing that happens to the peer."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(name))
-    LOG.handlers[:] = [handler]
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
-
-
-def log_to_stderr(name: str) -> None:
-    """The same, and for what is said by libraries."""
-    log_events(name)
-    # What the libraries say, of themselves or of what a stranger sends them: JSON, and not much.
-    root = logging.StreamHandler(sys.stderr)
-    root.setFormatter(JsonLines(name))
-    root.addFilter(Few())
-    logging.getLogger().handlers[:] = [root]
 
 
 class Process:
@@ -476,20 +455,6 @@ def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:
         LOG.error("%s can't be read (%s); beginning without it", folder.checkpoint_file, error)
         folder.checkpoint_file.replace(folder.checkpoint_file.with_suffix(".unreadable"))
         return folder.restore(stack), 0
-
-
-def check_members(federation: Federation) -> None:
-    """Refuse what needs a symmetric W and has none."""
-    changing = any(peer.joins or peer.leaves is not None for peer in federation.peers)
-    for needs, what in (
-        (changing, "peers that join or leave"),
-        (federation.limits.symmetric_loss, "symmetric_loss"),
-    ):
-        if needs and not topology_row(settled(federation.config)).symmetric:
-            raise ValueError(
-                f"{what} need a symmetric topology; {federation.config.topology} with "
-                f"weights {federation.config.weights} is not."
-            )
 
 
 def prepare_peer(federation: Federation, settings: PeerSettings, own: Task | None) -> Job:

@@ -15,7 +15,7 @@ from typing import Any
 from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.codec import Answer, Header, Message, Question
-from plait.peers.federation import PeerSettings, load_federation, load_peer
+from plait.peers.federation import Member, PeerSettings, load_federation, load_peer
 from plait.peers.mailbox import OBSERVER
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import GrpcTransport
@@ -96,7 +96,7 @@ def status(
             reply = transport.ask(peer, Question(kind="status", asker_round=OBSERVER), ASK_S)
         except Refused as refused:
             own = load_peer(federation_file, peer) if peer in here else None
-            return PeerStatus(peer, {}, _why(refused, federation.member(peer).address, own))
+            return PeerStatus(peer, {}, _why(refused, federation.member(peer), own))
         return PeerStatus(peer, reply.facts)
 
     try:
@@ -106,15 +106,16 @@ def status(
         transport.stop(0.0)
 
 
-def _why(refused: Refused, address: str, own: PeerSettings | None) -> str:
+def _why(refused: Refused, member: Member, own: PeerSettings | None) -> str:
     """Why there is no answer; of a peer whose folder is here, whether it is done."""
     if "errors resolving" in refused.detail:
-        return f"there is no host of the name in {address}"
-    if "Connection refused" in refused.detail:
-        if own and (own.out / "summary.json").is_file():
-            return f"{DONE}{own.out / 'summary.json'}"
-        return f"nobody listens at {address}: not started yet, stopped, or done"
-    return str(refused)
+        return f"there is no host of the name in {member.address}"
+    if member.reachable and "Connection refused" not in refused.detail:
+        return str(refused)
+    if own and (own.out / "summary.json").is_file():
+        return f"{DONE}{own.out / 'summary.json'}"
+    where = f"nobody listens at {member.address}" if member.reachable else "it has no stream open"
+    return f"{where}: not started yet, stopped, or done"
 
 
 def lag(peers: Iterable[PeerStatus], peer: PeerStatus) -> int:

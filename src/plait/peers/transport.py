@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2
 from torch import Tensor
 
 from plait.factors import VALUE, Slot
 from plait.lora import Layout
-from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Identity, Message, Question, decode
+from plait.peers.channels import Channels
+from plait.peers.codec import Ack, Answer, Header, Identity, Message, Question, decode
 from plait.peers.credentials import read_credentials
 from plait.peers.envelope import (
     Assembly,
@@ -41,17 +41,11 @@ from plait.peers.envelope import (
 )
 from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import Federation, PeerSettings, is_loopback, split_address
-from plait.peers.guard import (
-    HANDSHAKE_S,
-    IDLE_S,
-    REASONS,
-    Guard,
-    Names,
-    most_connections,
-)
+from plait.peers.grpc_server import certified, serve
+from plait.peers.guard import CARRY, REASONS, Guard, Names
 from plait.peers.refusals import Reason, Refused
+from plait.peers.tunnel import Carrier
 
-Options = list[tuple[str, int | str]]
 WORD_S = 1.0
 """How long the last word of a call may take."""
 
@@ -59,26 +53,6 @@ DELIVER, ASK = "/plait.v1.Peer/Deliver", "/plait.v1.Peer/Ask"
 HEALTH = "/grpc.health.v1.Health/Check"
 HEADER = "plait-header-bin"
 """The metadata of a delivery: its header."""
-
-OPTIONS: Options = [
-    ("grpc.max_receive_message_length", PIECE_BYTES),
-    ("grpc.max_send_message_length", PIECE_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    # Two peers on a port would share its calls at random.
-    ("grpc.so_reuseport", 0),
-    # HTTP/2's frames and window are made for web pages.
-    ("grpc.http2.max_frame_size", 4 << 20),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
-    # A neighbour that comes back is found within a second.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # A proxy from the environment has no business between peers.
-    ("grpc.enable_http_proxy", 0),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +152,18 @@ class GrpcTransport:
             kinds=kinds,
         )
         self._listen = settings.listen
-        self._addresses = {peer.name: peer.address for peer in federation.peers}
+        self._names = frozenset(federation.names)
         self._credentials = None if insecure_loopback else read_credentials(settings)
+        self._certified = partial(certified, secure=not insecure_loopback)
         if insecure_loopback:
-            for address in (self._listen, *self._addresses.values()):
+            for address in (
+                self._listen,
+                *(peer.address for peer in federation.peers if peer.reachable),
+            ):
                 _check_loopback(address)
         self._desk = desk
         self._call_timeout_s = limits.round_timeout_s
-        self._channels: dict[str, aio.Channel] = {}
+        self._channels = Channels(federation, settings, self._credentials)
         self._server: aio.Server | None = None
 
     # -- what the round protocol calls, from any thread
@@ -233,40 +211,20 @@ class GrpcTransport:
     async def _serve(self) -> None:
         # A call gets a little longer than what it is for, so that the caller still hears why.
         guard = Guard(
-            self._addresses, self._certified, self._call_timeout_s + WORD_S, self._desk.refused
+            self._names, self._certified, self._call_timeout_s + WORD_S, self._desk.refused
         )
-        server = aio.server(
-            options=[*OPTIONS, *server_options()],
-            interceptors=[guard],
-            maximum_concurrent_rpcs=8 * len(self._addresses),
+        own = self.identity.name
+        carrier = Carrier(self._channels.board, self._certified, lambda caller, _: caller == own)
+        methods = {
+            DELIVER: self._deliver,
+            ASK: self._answer,
+            HEALTH: _healthy,
+            CARRY: carrier.carry,
+        }
+        self._server = await serve(
+            self._listen, self._credentials, guard, methods, len(self._names)
         )
-        # To a server each is a stream, whatever it is to its caller: so that writing has a time
-        # limit too, and there is no other method, such as the health service's Watch.
-        for path, method in ((DELIVER, self._deliver), (ASK, self._answer), (HEALTH, _healthy)):
-            service, name = path.strip("/").split("/")
-            handler = grpc.stream_stream_rpc_method_handler(method)
-            server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(service, {name: handler}),)
-            )
-        try:
-            if self._credentials is None:
-                port = server.add_insecure_port(self._listen)
-            else:
-                authority, own = self._credentials
-                port = server.add_secure_port(
-                    self._listen,
-                    grpc.ssl_server_credentials(
-                        [(own.key, own.certificate)], authority, require_client_auth=True
-                    ),
-                )
-        except RuntimeError as error:
-            raise ValueError(
-                f"Can't listen on {self._listen}: {error}. Stop what uses it, or change `listen` "
-                "in peer.toml."
-            ) from error
-        assert port
-        await server.start()
-        self._server = server
+        await self._channels.serve()
 
     async def _deliver(self, _stream: Any, context: Any) -> None:
         """The handler of a delivery."""
@@ -305,16 +263,9 @@ class GrpcTransport:
             self.counts.sent_bytes[question.sender] += len(answer.message.body)
             self._desk.gave(question.sender, answer.message)
 
-    def _certified(self, context: Any) -> Names:
-        """The names in the certificate of whoever calls; None without TLS."""
-        if self._credentials is None:
-            return None
-        names = context.auth_context().get("x509_subject_alternative_name", ())
-        return frozenset(name.decode(errors="replace") for name in names)
-
     def _check(self, header: Header | Question, certified: Names) -> None:
         self.identity.check(header, certified)
-        if header.sender not in self._addresses:
+        if header.sender not in self._names:
             raise Refused(Reason.WRONG_SENDER, f"{header.sender!r:.80} is no member")
 
     async def _attempt(
@@ -336,7 +287,7 @@ class GrpcTransport:
     # -- on the background thread: as a client
 
     async def _send(self, to: str, message: Message, deadline_s: float) -> Ack:
-        channel, pieces = self._channel(to), message.pieces
+        channel, pieces = await self._channels.to(to), message.pieces
         how = {"timeout": deadline_s, "metadata": ((HEADER, write_header(message.header, to)),)}
         # On the wire one piece is the same either way; as a stream it takes gRPC more steps.
         call = (
@@ -361,7 +312,7 @@ class GrpcTransport:
                 config_digest=self.identity.config_digest,
             )
         )
-        call = self._channel(to).unary_stream(ASK)(asked, timeout=deadline_s)
+        call = (await self._channels.to(to)).unary_stream(ASK)(asked, timeout=deadline_s)
         with _grpc_errors(to):
             return await self._reply(to, call)
 
@@ -379,7 +330,7 @@ class GrpcTransport:
         return Reply(facts=facts, header=header, factors=factors)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
-        check = self._channel(to).unary_unary(HEALTH)
+        check = (await self._channels.to(to)).unary_unary(HEALTH)
         try:
             asked = health_pb2.HealthCheckRequest().SerializeToString()
             answer = health_pb2.HealthCheckResponse.FromString(
@@ -389,23 +340,8 @@ class GrpcTransport:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def _channel(self, to: str) -> aio.Channel:
-        if to not in self._channels:
-            address = self._addresses[to]
-            if self._credentials is None:
-                self._channels[to] = aio.insecure_channel(address, OPTIONS)
-            else:
-                authority, own = self._credentials
-                credentials = grpc.ssl_channel_credentials(authority, own.key, own.certificate)
-                # Whatever the address is, the certificate must have the neighbour's name.
-                named: Options = [("grpc.ssl_target_name_override", to)]
-                self._channels[to] = aio.secure_channel(address, credentials, OPTIONS + named)
-        return self._channels[to]
-
     async def _stop(self, grace_s: float) -> None:
-        for channel in self._channels.values():
-            await channel.close(grace_s)
-        self._channels.clear()
+        await self._channels.close(grace_s)
         if self._server:
             await self._server.stop(grace_s)
             self._server = None
@@ -433,16 +369,6 @@ def _grpc_errors(to: str) -> Iterator[None]:
     except aio.AioRpcError as error:
         reason = REASONS.get(error.code(), Reason.UNREACHABLE)
         raise Refused(reason, f"{to}: {error.code().name} {error.details()}") from None
-
-
-def server_options() -> Options:
-    """What a server grants to connections, of whoever opens them."""
-    return [
-        ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_S)),
-        ("grpc.max_connection_idle_ms", int(1000 * IDLE_S)),
-        ("grpc.max_allowed_incoming_connections", most_connections()),
-        ("grpc.max_concurrent_streams", 64),
-    ]
 
 
 async def _healthy(_stream: Any, context: Any) -> None:
