@@ -43,11 +43,10 @@ class Networks:
         for k, name in enumerate(PLACES, 1):
             one = f"{self.prefix}-{name}"
             run(f"ip netns add {one}")
-            run(
-                f"ip -n {self.prefix}-router link add to-{name} type veth peer name eth0 netns {one}"
-            )
-            run(f"ip -n {self.prefix}-router addr add 10.213.{k}.1/24 dev to-{name}")
-            run(f"ip -n {self.prefix}-router link set to-{name} up")
+            router = f"ip -n {self.prefix}-router"
+            run(f"{router} link add to-{name} type veth peer name eth0 netns {one}")
+            run(f"{router} addr add 10.213.{k}.1/24 dev to-{name}")
+            run(f"{router} link set to-{name} up")
             run(f"ip -n {one} addr add 10.213.{k}.2/24 dev eth0")
             for link in ("lo", "eth0"):
                 run(f"ip -n {one} link set {link} up")

@@ -264,10 +264,10 @@ def test_a_body_that_comes_in_one_piece_is_not_copied():
 def test_questions_and_answers_are_read_as_written():
     question = Question(kind="round", round=3, asker_round=2, sender="a", receiver="b")
     assert read_question(write_question(question)) == question
-    assert read_answer(write_answer(Answer({"round": 3}), "b")) == ({"round": 3}, None)
+    assert read_answer(write_answer(Answer({"round": 3}), "b")) == ({"round": 3}, None, 0)
     message = some_message(receiver="")
-    answer = write_answer(Answer({}, message), "bob")
-    assert read_answer(answer) == ({}, dataclasses.replace(message.header, receiver="bob"))
+    answer = write_answer(Answer({}, message), "bob", 7)
+    assert read_answer(answer) == ({}, dataclasses.replace(message.header, receiver="bob"), 7)
     refused = Refused(Reason.NOT_HERE, "gone")
     with pytest.raises(Refused, match="gone") as caught:
         read_answer(write_refusal(refused))
@@ -275,6 +275,17 @@ def test_questions_and_answers_are_read_as_written():
     assert read_ack(write_ack(refused)) == Ack(False, Reason.NOT_HERE, "gone")
     assert read_ack(write_ack(None)) == Ack(True)
     assert read_ack(pb.Ack(reason="NEW").SerializeToString()) == Ack(False, Reason.OTHER)
+
+
+@pytest.mark.parametrize(
+    ("have", "known", "offset"), [(0, True, 0), (8, True, 8), (8, False, 0), (1 << 60, True, 0)]
+)
+def test_one_who_has_the_beginning_gets_the_rest(have, known, offset):
+    message = some_message()
+    digest = message.header.digest if known else b"another"
+    asked = Question(kind="round", have=have, have_digest=digest)
+    found, pieces = message.rest(asked)
+    assert (found, b"".join(pieces)) == (offset, message.body[offset:])
 
 
 @pytest.mark.parametrize("facts", ["", "[]", "{", "[" * 100_000, "9" * 5000])

@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import socket
+import subprocess
 import threading
 import urllib.request
 from types import SimpleNamespace
@@ -134,6 +135,18 @@ def test_sigterm_ends_what_up_began():
     with pytest.raises(SystemExit, match="143"), up.told_to_end():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_up_does_not_wait_for_the_others_of_one_that_failed(tmp_path):
+    path = init_federation(tmp_path / "f", ["a", "b"], Config())
+    ended, waiting = (subprocess.Popen(words) for words in (["false"], ["sleep", "60"]))
+    ended.wait()
+    try:
+        assert list(up.watch({"a": ended, "b": waiting}, path)) in ([], ["round 0/20"])
+        assert waiting.poll() is None
+    finally:
+        waiting.kill()
+        waiting.wait()
 
 
 def test_own_rows_need_classes_that_all_agree_on():

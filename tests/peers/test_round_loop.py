@@ -191,6 +191,23 @@ def test_a_neighbour_that_is_absent_or_too_late_is_not_waited_for(symmetric, why
     exchange.wait()
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_neighbour_whose_message_is_coming_is_waited_for_and_not_asked(moves):
+    desk = Desk(inbox(), tuple("abcd"))
+    exchange = Exchange(desk, transport=None, terms=Terms())  # type: ignore[arg-type]
+    begun = []
+    exchange._start = lambda peer, task: begun.append((peer, task))  # type: ignore[method-assign]
+    desk.inbox.send(message())
+    exchange._begin -= exchange.terms.round_timeout_s - 0.5
+    exchange.terms = Terms(start_timeout_s=0.0)
+    if moves:
+        desk.moving("a", time.monotonic() + 1.0)
+    begin = time.monotonic()
+    exchange.wait()
+    assert (time.monotonic() - begin > 0.9) == moves
+    assert ((0, LinkTask.ASK) in begun) != moves
+
+
 # -- peers together
 
 

@@ -48,6 +48,7 @@ class Desk:
         self.refusal: Refused | None = None
         self.message: Message | None = None
         self.given: list[str] = []
+        self.moves: list[tuple[str, float]] = []
 
     def admit(self, header: Header) -> None:
         if self.refusal:
@@ -63,6 +64,9 @@ class Desk:
 
     def gave(self, asker: str, message: Message) -> None:
         self.given.append(asker)
+
+    def moving(self, sender: str, until: float) -> None:
+        self.moves.append((sender, until))
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         self.refusals.append((sender, reason, detail))

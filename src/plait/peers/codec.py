@@ -8,7 +8,7 @@ names and shapes of its tensors, before one is made; by its values, before one i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -25,6 +25,8 @@ from plait.peers.refusals import Reason, Refused
 VERSION = 2
 PIECE_BYTES = 1 << 22
 """Bodies travel in pieces of this size: larger ones cost less time, smaller ones less memory."""
+SMALL_PIECE_BYTES = 1 << 16
+"""The same for what is asked for: what has come of it need not come again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,16 @@ class Message:
         starts = range(0, len(self.body), PIECE_BYTES)
         return tuple(self.body[start : start + PIECE_BYTES] for start in starts)
 
+    def rest(self, question: Question) -> tuple[int, Iterator[bytes]]:
+        """What one needs who asks, and may have the beginning: (offset, the pieces from there).
+
+        Of a link on which a transfer broke off larger pieces would not get through.
+        """
+        known = question.have_digest == self.header.digest and question.have < len(self.body)
+        offset = question.have if known else 0
+        starts = range(offset, len(self.body), SMALL_PIECE_BYTES)
+        return offset, (self.body[start : start + SMALL_PIECE_BYTES] for start in starts)
+
 
 @dataclass(frozen=True)
 class Ack:
@@ -110,6 +122,8 @@ class Question:
         receiver: Who is asked.
         federation: The federation's id.
         config_digest: Of the settings that all peers share.
+        have: Bytes that the asker has of the body, from a transfer that broke off.
+        have_digest: The digest of that body.
         version: Of the protocol.
     """
 
@@ -120,6 +134,8 @@ class Question:
     receiver: str = ""
     federation: str = ""
     config_digest: str = ""
+    have: int = 0
+    have_digest: bytes = b""
     version: int = VERSION
 
 

@@ -31,6 +31,11 @@ class Assembly:
         self._body: bytes | bytearray = bytearray()
 
     @property
+    def num_bytes(self) -> int:
+        """How many have come."""
+        return len(self._body)
+
+    @property
     def whole(self) -> bool:
         """Whether all of it has come."""
         return len(self._body) == self._num_bytes
@@ -77,12 +82,13 @@ def read_header(data: bytes) -> Header:
     return Header(**_fields(_parsed(pb.Header, data, ENVELOPE_BYTES)))
 
 
-def write_answer(answer: Answer, receiver: str) -> bytes:
-    """An answer, with the header of its message if it has one."""
+def write_answer(answer: Answer, receiver: str, offset: int = 0) -> bytes:
+    """An answer, with the header of its message if it has one; its pieces begin at `offset`."""
     facts = json.dumps(answer.facts)
     assert len(facts) <= FACTS_BYTES, "facts are a few words, not data"
     header = _header(answer.message.header, receiver) if answer.message else None
-    return pb.Answer(ack=pb.Ack(accepted=True), facts=facts, header=header).SerializeToString()
+    taken = pb.Ack(accepted=True)
+    return pb.Answer(ack=taken, facts=facts, header=header, offset=offset).SerializeToString()
 
 
 def write_refusal(refused: Refused) -> bytes:
@@ -90,8 +96,8 @@ def write_refusal(refused: Refused) -> bytes:
     return pb.Answer(ack=_refusal(refused)).SerializeToString()
 
 
-def read_answer(data: bytes) -> tuple[dict[str, Any], Header | None]:
-    """The facts of an answer, and the header of the message that follows.
+def read_answer(data: bytes) -> tuple[dict[str, Any], Header | None, int]:
+    """The facts of an answer, the header of the message that follows, and where its pieces begin.
 
     Raises:
         Refused: The question was, or this is no answer.
@@ -101,7 +107,7 @@ def read_answer(data: bytes) -> tuple[dict[str, Any], Header | None]:
     if not ack.accepted:
         raise Refused(ack.reason or Reason.OTHER, ack.detail)
     header = Header(**_fields(answer.header)) if answer.HasField("header") else None
-    return _facts(answer.facts), header
+    return _facts(answer.facts), header, answer.offset
 
 
 def write_question(question: Question) -> bytes:

@@ -41,15 +41,16 @@ class Terms:
     """How long a peer waits, and for what.
 
     Attributes:
-        round_timeout_s: Longest wait for the neighbours of a round, after own training.
+        round_timeout_s: Longest wait for the neighbours of a round, after own training, while
+            nothing comes from them.
         start_timeout_s: The same for neighbours that were not heard of since this peer started.
         linger_s: How long to stay after the last round for peers that are not done.
         retry_s: Pause between two questions to a neighbour that is awaited.
     """
 
-    round_timeout_s: float = 60.0
-    start_timeout_s: float = 300.0
-    linger_s: float = 60.0
+    round_timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    linger_s: float = 600.0
     retry_s: float = 1.0
 
 
@@ -114,7 +115,8 @@ class Exchange:
             now = time.monotonic()
             if now >= due:
                 for peer, tasks in left.items():
-                    for task in tasks:
+                    # What is coming in need not be asked for.
+                    for task in tasks - ({LinkTask.ASK} if self.desk.is_moving(peer) else set()):
                         self._start(peer, task)
                 pause = min(2 * pause, self.terms.retry_s)
                 due = now + pause
@@ -128,7 +130,7 @@ class Exchange:
         """What is still worth waiting for."""
         with self.desk.condition:
             left, spent = self.inbox.left(), self._spent()
-            if any(spent < self._patience(peer) for peer in left):
+            if any(spent < self._patience(peer) or self.desk.is_moving(peer) for peer in left):
                 return left
             # Whoever has to be told of a decision waits longer than the one who takes it.
             if self.inbox.in_limbo() and spent < 2 * self.terms.round_timeout_s:
@@ -258,6 +260,7 @@ class Exchange:
         self.greet(peers)
         while time.monotonic() < end and not self.leave.wait(self.terms.retry_s / 2):
             waiting = {peer for peer in peers if self.desk.seen.get(peer, 0) < rounds}
+            waiting -= self.desk.absent
             if not waiting:
                 return
             self.greet(waiting)

@@ -106,7 +106,7 @@ class Limits:
 
     Attributes:
         max_message_bytes: Larger messages are refused before they are received.
-        round_timeout_s: A round waits no longer for its neighbours.
+        round_timeout_s: A round waits no longer for a neighbour of which nothing comes.
         start_timeout_s: Neighbours that were not heard of yet are waited for so long.
         linger_s: A peer that is done still answers for so long.
         keep_rounds: Rounds for which messages are kept, of one's own and ahead of time.
@@ -115,9 +115,9 @@ class Limits:
     """
 
     max_message_bytes: int = 64 << 20
-    round_timeout_s: float = 60.0
-    start_timeout_s: float = 300.0
-    linger_s: float = 60.0
+    round_timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    linger_s: float = 600.0
     keep_rounds: int = 8
     norm_bound: float | None = None
     symmetric_loss: bool = False

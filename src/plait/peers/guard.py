@@ -8,7 +8,6 @@ ended.
 
 from __future__ import annotations
 
-import asyncio
 import resource
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc import aio
 
+from plait.peers.pace import paced
 from plait.peers.refusals import Reason
 
 Names = frozenset[str] | None
@@ -63,7 +63,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         Args:
             members: Who may call.
             certified: Context of a call -> the names in the caller's certificate.
-            call_timeout_s: The longest that a call may last, but for `CARRY`.
+            call_timeout_s: The longest that a call may stand still, but for `CARRY`.
             refused: Told (caller, reason, detail) of each refusal.
         """
         self._members, self._certified = frozenset(members), certified
@@ -95,7 +95,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         self._open[kind] += 1
         context.add_done_callback(partial(self._close, kind))
         try:
-            async with asyncio.timeout(None if lasts else self._call_timeout_s):
+            async with paced(None if lasts else self._call_timeout_s):
                 await method(stream, context)
         except TimeoutError:
             await self._end(context, caller, Reason.NO_ANSWER, "the call did not end in time")

@@ -133,11 +133,13 @@ def start(
 
 
 def watch(processes: Mapping[str, subprocess.Popen[bytes]], federation_file: Path) -> Iterator[str]:
-    """Wait for all to end; a line whenever the slowest has done another round."""
+    """Wait until all have ended or one has failed; a line for each round of the slowest."""
     places = {name: load_peer(federation_file, name).out / "events.jsonl" for name in processes}
     rounds = load_federation(federation_file).config.rounds
     said = -1
     while any(process.poll() is None for process in processes.values()):
+        if any(process.returncode for process in processes.values()):
+            return  # the others would wait for it
         done = {name: _rounds_done(place) for name, place in places.items()}
         if min(done.values()) > said:
             said = min(done.values())

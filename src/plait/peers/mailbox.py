@@ -63,6 +63,7 @@ class Desk:
         self.resting: Callable[[], Message] | None = None
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
+        self._moving: dict[int, float] = {}
         self._took: set[int] = set()
         self._gave: dict[int, Message] = {}
         self._incidents: list[Incident] = []
@@ -114,6 +115,12 @@ class Desk:
         with self.condition:
             if message.header.kind == "round":
                 self.inbox.pulled(self._number(asker), message.header.round)
+            self.condition.notify_all()
+
+    def moving(self, sender: str, until: float) -> None:
+        """Note that a message is coming, and by when its next piece is here."""
+        with self.condition:
+            self._moving[self._number(sender)] = until
             self.condition.notify_all()
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
@@ -195,6 +202,11 @@ class Desk:
         with self.condition:
             self.foreign.setdefault(peer, detail)
         self.set_absent(peer, "it does not run the same")
+
+    def is_moving(self, peer: int) -> bool:
+        """Whether a message of a neighbour is coming in."""
+        with self.condition:
+            return time.monotonic() < self._moving.get(peer, 0.0)
 
     def target(self) -> int:
         """The round that the others have reached by the word of a majority of them."""

@@ -64,6 +64,9 @@ class _Nobody:
     def gave(self, asker: str, message: Message) -> None:
         """Nothing was given."""
 
+    def moving(self, sender: str, until: float) -> None:
+        """Nothing comes."""
+
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Nobody is listening."""
 

@@ -10,7 +10,6 @@ declared. gRPC's own limits, on metadata and on a piece, hold for whatever comes
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import Federation, PeerSettings, is_loopback, split_address
 from plait.peers.grpc_server import certified, serve
 from plait.peers.guard import CARRY, REASONS, Guard, Names
+from plait.peers.pace import SLOWEST, moved, paced
 from plait.peers.refusals import Reason, Refused
 from plait.peers.tunnel import Carrier
 
@@ -72,6 +72,14 @@ class Counts:
     received_bytes: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What came of a body before its transfer broke off."""
+
+    digest: bytes
+    assembly: Assembly
+
+
 class Stream(Protocol):
     """What both sides of gRPC read from, at less cost than iterating over it."""
 
@@ -93,6 +101,9 @@ class Desk(Protocol):
 
     def gave(self, asker: str, message: Message) -> None:
         """An answer's message has gone out whole."""
+
+    def moving(self, sender: str, until: float) -> None:
+        """A body is coming; its next piece is here by then, in the time of `time.monotonic`."""
 
     def refused(self, sender: str, reason: Reason, detail: str) -> None:
         """Something from a peer was refused, here or by one of the above."""
@@ -164,6 +175,7 @@ class GrpcTransport:
         self._desk = desk
         self._call_timeout_s = limits.round_timeout_s
         self._channels = Channels(federation, settings, self._credentials)
+        self._kept: dict[str, Kept] = {}
         self._server: aio.Server | None = None
 
     # -- what the round protocol calls, from any thread
@@ -238,7 +250,7 @@ class GrpcTransport:
         self._check(header, certified)
         self.identity.template(header)
         self._desk.admit(header)
-        body = await _assemble(context, header)
+        body = await self._body(context, header, header.sender)
         self.counts.received_bytes[header.sender] += len(body)
         self._desk.take(header, decode(header, body, self.identity))
 
@@ -256,10 +268,14 @@ class GrpcTransport:
         question = read_question(data)
         self._check(question, certified)
         answer = self._desk.answer(question)
-        await context.write(write_answer(answer, question.sender))
-        if answer.message:
-            for piece in answer.message.pieces:
+        if answer.message is None:
+            await context.write(write_answer(answer, question.sender))
+        else:
+            offset, pieces = answer.message.rest(question)
+            await context.write(write_answer(answer, question.sender, offset))
+            for piece in pieces:
                 await context.write(piece)
+                moved(len(piece))
             self.counts.sent_bytes[question.sender] += len(answer.message.body)
             self._desk.gave(question.sender, answer.message)
 
@@ -274,7 +290,7 @@ class GrpcTransport:
         """Do a peer's bidding within a time. A refusal is counted."""
         caller = "|".join(sorted(certified or ())) or str(context.peer())
         try:
-            async with asyncio.timeout(self._call_timeout_s):
+            async with paced(self._call_timeout_s):
                 await work()
             return None
         except Refused as error:
@@ -288,7 +304,8 @@ class GrpcTransport:
 
     async def _send(self, to: str, message: Message, deadline_s: float) -> Ack:
         channel, pieces = await self._channels.to(to), message.pieces
-        how = {"timeout": deadline_s, "metadata": ((HEADER, write_header(message.header, to)),)}
+        seconds = deadline_s + len(message.body) / SLOWEST
+        how = {"timeout": seconds, "metadata": ((HEADER, write_header(message.header, to)),)}
         # On the wire one piece is the same either way; as a stream it takes gRPC more steps.
         call = (
             channel.unary_unary(DELIVER)(pieces[0], **how)
@@ -301,6 +318,7 @@ class GrpcTransport:
         return ack
 
     async def _ask(self, to: str, question: Question, deadline_s: float) -> Reply:
+        kept = self._kept.get(to)
         asked = write_question(
             Question(
                 kind=question.kind,
@@ -310,24 +328,55 @@ class GrpcTransport:
                 receiver=to,
                 federation=self.identity.federation,
                 config_digest=self.identity.config_digest,
+                have=kept.assembly.num_bytes if kept else 0,
+                have_digest=kept.digest if kept else b"",
             )
         )
-        call = (await self._channels.to(to)).unary_stream(ASK)(asked, timeout=deadline_s)
-        with _grpc_errors(to):
-            return await self._reply(to, call)
+        call = (await self._channels.to(to)).unary_stream(ASK)(asked)
+        try:
+            with _grpc_errors(to):
+                async with paced(deadline_s):
+                    return await self._reply(to, call)
+        except TimeoutError:
+            raise Refused(Reason.NO_ANSWER, f"{to}: no answer in time") from None
+        finally:
+            call.cancel()
 
     async def _reply(self, to: str, stream: Stream) -> Reply:
         """Read an answer, as distrustful as a message that comes by itself."""
-        facts, header = read_answer(await _next(stream) or b"")
+        facts, header, offset = read_answer(await _next(stream) or b"")
         if header is None:
             return Reply(facts=facts)
         # The channel was opened to this name, so the certificate has it.
         self.identity.check(header, frozenset([to]))
         self.identity.template(header)
-        body = await _assemble(stream, header)
-        self.counts.received_bytes[to] += len(body)
+        body = await self._body(stream, header, to, offset)
+        self.counts.received_bytes[to] += len(body) - offset
         factors = decode(header, body, self.identity)
         return Reply(facts=facts, header=header, factors=factors)
+
+    async def _body(
+        self, stream: Stream, header: Header, sender: str, offset: int = 0
+    ) -> bytes | bytearray:
+        """A body; where it breaks off, what has come of it is kept for the next question.
+
+        What comes after the bytes that were declared is not read.
+        """
+        kept = self._kept.pop(sender, None)
+        assembly = Assembly(header.num_bytes)
+        if offset:
+            if kept is None or (kept.digest, kept.assembly.num_bytes) != (header.digest, offset):
+                raise Refused(Reason.MALFORMED, f"a body from byte {offset} on")
+            assembly = kept.assembly
+        try:
+            while not assembly.whole and (piece := await _next(stream)) is not None:
+                assembly.add(piece)
+                self._desk.moving(sender, moved(len(piece)))
+            return assembly.finish()
+        finally:
+            self._desk.moving(sender, 0.0)
+            if 0 < assembly.num_bytes < header.num_bytes:
+                self._kept[sender] = Kept(header.digest, assembly)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
         check = (await self._channels.to(to)).unary_unary(HEALTH)
@@ -345,14 +394,6 @@ class GrpcTransport:
         if self._server:
             await self._server.stop(grace_s)
             self._server = None
-
-
-async def _assemble(stream: Stream, header: Header) -> bytes | bytearray:
-    """A body; what comes after the bytes that were declared is not read."""
-    assembly = Assembly(header.num_bytes)
-    while not assembly.whole and (piece := await _next(stream)) is not None:
-        assembly.add(piece)
-    return assembly.finish()
 
 
 async def _next(stream: Stream) -> bytes | None:

@@ -46,7 +46,7 @@ class Ack(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Question(_message.Message):
-    __slots__ = ("version", "federation", "kind", "round", "asker_round", "config_digest", "sender", "receiver")
+    __slots__ = ("version", "federation", "kind", "round", "asker_round", "config_digest", "sender", "receiver", "have", "have_digest")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class Question(_message.Message):
     CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    HAVE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     version: int
     federation: str
     kind: str
@@ -63,14 +65,18 @@ class Question(_message.Message):
     config_digest: str
     sender: str
     receiver: str
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[str] = ..., kind: _Optional[str] = ..., round: _Optional[int] = ..., asker_round: _Optional[int] = ..., config_digest: _Optional[str] = ..., sender: _Optional[str] = ..., receiver: _Optional[str] = ...) -> None: ...
+    have: int
+    have_digest: bytes
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[str] = ..., kind: _Optional[str] = ..., round: _Optional[int] = ..., asker_round: _Optional[int] = ..., config_digest: _Optional[str] = ..., sender: _Optional[str] = ..., receiver: _Optional[str] = ..., have: _Optional[int] = ..., have_digest: _Optional[bytes] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("ack", "facts", "header")
+    __slots__ = ("ack", "facts", "header", "offset")
     ACK_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     ack: Ack
     facts: str
     header: Header
-    def __init__(self, ack: _Optional[_Union[Ack, _Mapping]] = ..., facts: _Optional[str] = ..., header: _Optional[_Union[Header, _Mapping]] = ...) -> None: ...
+    offset: int
+    def __init__(self, ack: _Optional[_Union[Ack, _Mapping]] = ..., facts: _Optional[str] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
