@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
@@ -33,8 +34,9 @@ from plait.model.peft_model import ClientModel
 from plait.peers import json_log
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
-from plait.peers.participant import _hand_over
+from plait.peers.participant import Participant, _hand_over
 from plait.peers.process import Process, own_task
+from plait.peers.round_loop import Due
 from plait.peers.trainer_callback import _check_optimizer, _check_steps
 from plait.runs.run_folder import load_events, load_summary
 from twin import padded, twin_logits
@@ -316,6 +318,39 @@ def test_a_method_that_sends_moments_takes_no_other_loop(federation, monkeypatch
     monkeypatch.setitem(METHODS, "local", sends)
     with pytest.raises(ValueError, match="local sends what its optimizer keeps"):
         join(federation(with_rows=[], method="local"), "ada")
+
+
+class Skipping(ExitStack):
+    """The process of a peer that does rounds 0, 1 and, as it was away for long, 5."""
+
+    first_round = 0
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.job = tiny_job(Config(clients=2, rank=2, rounds=6, switch_every=2, **settings))
+        self.stack, self.peer = self.job.initial_stack(1), SimpleNamespace(train=lambda *_: None)
+
+    def rounds(self):
+        return map(Due, (0, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("policy", "anew"),
+    [("reset_each_round", "yyy"), ("reset_each_phase", "yny"), ("keep", "nnn")],
+)
+def test_moments_start_anew_where_the_peers_do(policy, anew):
+    process = Skipping(optimizer_state=policy)
+    peer = Participant(process, over=False)
+    settings = lora_config(process.job.backbone, process.job.config)
+    model = get_peft_model(tiny_model("bert").requires_grad_(False), settings)
+    found = []
+    for round_ in peer.rounds(model):
+        optimizer = torch.optim.AdamW(round_.parameters)
+        optimizer.state = dict.fromkeys(round_.parameters, "kept")
+        round_.reset(optimizer)
+        found.append("n" if optimizer.state else "y")
+        peer.mix(model)
+    assert "".join(found) == anew
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ class Participant:
         self._going: Iterator[Due] = iter(()) if over else process.rounds()
         self._due: Due | None = None
         self._client: ClientModel | None = None
+        self._done = process.first_round
         self._until_end = ExitStack()
         self._until_end.enter_context(process)
 
@@ -229,6 +230,7 @@ class Participant:
             raise ValueError("mix(model) ends a round: call it in the loop over rounds(model).")
         with saying_what_stops():
             self.process.peer.train(self._due, partial(_hand_over, self._client, loss))
+        self._done = self._due.round + 1
         self._go_on()
 
     def put_back(self) -> None:
@@ -259,7 +261,13 @@ class Participant:
         client, job, number = self._client, self.process.job, due.round
         trains = job.trained(number)
         client.train(trains)
-        anew = [f for f in client.factors if f in trains and begins_anew(f, number, job)]
+        since = range(min(self._done, number), number + 1)  # with rounds that were left out
+        anew = [
+            factor
+            for factor in client.factors
+            if factor in trains
+            and any(factor in job.trained(t) and begins_anew(factor, t, job) for t in since)
+        ]
         return Round(
             number=number,
             trains=trains,
