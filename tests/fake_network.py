@@ -17,7 +17,7 @@ from plait.peers.federation import Member
 from plait.peers.inbox import Inbox
 from plait.peers.mailbox import LOG, Desk
 from plait.peers.refusals import Reason, Refused
-from plait.peers.round_loop import Peer, agreed_turns
+from plait.peers.round_loop import Due, Peer, agreed_turns
 from plait.peers.transport import Reply
 from plait.privacy import seeded_noise
 
@@ -153,7 +153,8 @@ def together(peers, rounds: int) -> list[list]:
 
     def live(peer: Peer, events: list) -> None:
         try:
-            events.extend(peer.rounds(peer.inbox.round, rounds))
+            for one in peer.rounds(peer.inbox.round, rounds):
+                peer.train(one) if isinstance(one, Due) else events.append(one)
             peer.exchange.linger(set(range(len(peers))) - {peer.me}, rounds)
         except Exception as error:
             errors.append(error)

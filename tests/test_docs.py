@@ -172,13 +172,19 @@ def test_a_page_can_be_followed(page, reader, tiny_folder, monkeypatch):
     # In this process, which has read all that others would read first.
     here = "--jobs=1"
     compared = [*flags, "--seeds=0", "--clients=2", here]
-    walk(page, {"run": flags, "compare": compared, "sweep": [here]})
+    walk(page, {"run": flags, "compare": compared, "sweep": [here], "init-federation": flags})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_can_be_followed_as_it_stands(page, reader):
     walk(page, {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(r"`((?:tests|examples|benchmarks|experiments)/[\w/.-]+)`", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_a_command_that_is_none_is_found(tmp_path):

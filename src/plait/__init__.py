@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from plait.experiments.comparison import compare as compare
     from plait.experiments.comparison import conclude as conclude
     from plait.experiments.plan import Plan as Plan
+    from plait.peers.participant import join as join
     from plait.presets import build_preset as build_preset
     from plait.runs.loggers import logged as logged
     from plait.runs.run import Run as Run
@@ -28,6 +29,7 @@ _PLACES = {
     "build_preset": "plait.presets",
     "compare": "plait.experiments.comparison",
     "conclude": "plait.experiments.comparison",
+    "join": "plait.peers.participant",
     "load": "plait.runs.trained",
     "load_base": "plait.runs.trained",
     "load_run": "plait.runs.run_folder",
@@ -43,6 +45,7 @@ __all__ = [
     "build_preset",
     "compare",
     "conclude",
+    "join",
     "load",
     "load_base",
     "load_run",

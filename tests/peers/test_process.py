@@ -38,6 +38,7 @@ from plait.peers.process import (
     counting_alone,
     neighbours_of,
     open_folder,
+    own_task,
     prepare_peer,
     take_up,
     with_descriptors,
@@ -86,7 +87,7 @@ def test_own_rows_are_of_the_task_file():
     federation = SimpleNamespace(labels=("a", "b"), config=CONFIG)
     settings = SimpleNamespace(name="ada", local={"train_file": "x.csv"}, apply=lambda c: c)
     with pytest.raises(ValueError, match='put task = "file"'):
-        prepare_peer(federation, settings)
+        own_task(federation, settings)
 
 
 def test_a_message_above_the_limit_is_known_before_the_start():
@@ -154,7 +155,7 @@ def test_own_rows_need_classes_that_all_agree_on():
     federation = SimpleNamespace(labels=None, config=CONFIG)
     settings = SimpleNamespace(name="ada", local={"train_file": "x.csv"}, apply=lambda c: c)
     with pytest.raises(ValueError, match=r"put labels = "):
-        prepare_peer(federation, settings)
+        own_task(federation, settings)
 
 
 @pytest.mark.parametrize("change", ["leaves", "symmetric"])
@@ -400,12 +401,12 @@ def test_a_peer_is_not_started_again_with_other_rows(tmp_path):
         machine=Machine(),
     )  # fmt: skip
     federation = SimpleNamespace(labels=("fruit", "pet", "tool"), config=config)
-    folder, read = open_folder(federation, settings)
+    folder, read = open_folder(federation, settings, own_task(federation, settings))
     folder.create(config, read)
-    open_folder(federation, settings)
+    open_folder(federation, settings, own_task(federation, settings))
     own_rows(tmp_path, train=["fruit", "tool"] * 5, dev=["pet", "fruit"])
     with pytest.raises(ValueError, match="have changed: training rows"):
-        open_folder(federation, settings)
+        open_folder(federation, settings, own_task(federation, settings))
 
 
 def test_a_peers_first_event_names_all_peers_and_itself(monkeypatch):
@@ -413,7 +414,7 @@ def test_a_peers_first_event_names_all_peers_and_itself(monkeypatch):
     federation = Federation(id="f", config=CONFIG, peers=members, limits=Limits())
     settings = SimpleNamespace(name="p2", local={}, apply=lambda c: c, machine=Machine())
     monkeypatch.setattr(peers, "prepare", lambda *_: one_peer().job)
-    started = prepare_peer(federation, settings).started
+    started = prepare_peer(federation, settings, None).started
     assert (started.client_names, started.peer) == (("p7", "p2", "p5"), 1)
     assert from_line(to_line(started)) == started
 

@@ -535,6 +535,22 @@ def test_a_peers_part_has_names_and_no_score_of_others(tmp_path):
     assert "averaged" not in made["pieces"]["runs"]
 
 
+def test_a_peer_whose_rows_its_own_loop_knows_has_neither_score_nor_loss(tmp_path):
+    out = tmp_path / "b" / "out"
+    write_peer(out, 1, 3, client_names=NAMES, peer=1)
+    lines = (out / "events.jsonl").read_text().splitlines()
+    kept = [
+        json.dumps(one | ({"train_losses": [math.nan]} if one["event"] == "RoundDone" else {}))
+        for one in map(json.loads, lines)
+        if one["event"] != "Evaluated"
+    ]
+    (out / "events.jsonl").write_text("\n".join([*kept, ""]))
+    (study,) = read(tmp_path)
+    made = payload(study)
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert study.remarks == ("Of the 4 peers clinic alone is here.",)
+
+
 def test_peers_take_the_places_that_they_have_in_their_federation(tmp_path):
     for name, client in (("a", 3), ("b", 0)):
         write_peer(tmp_path / name / "out", client, 2, client_names=NAMES, peer=client)

@@ -530,3 +530,16 @@ def load_task(config: Config, labels: Sequence[str] | None = None) -> Task:
     row = lookup(TASKS, config.task, "task")
     task = row.load(config) if labels is None else _file(config, labels)
     return judged_by(task, config.metric)
+
+
+def without_rows(config: Config, labels: Sequence[str] = ()) -> Task:
+    """The task of a peer whose rows only its own training loop knows: all but the rows.
+
+    Args:
+        config: Its `task`, `file` or `chat`, and `metric`.
+        labels: The classes in their order.
+    """
+    objective = LANGUAGE if config.task == "chat" else CLASSIFICATION
+    none = Rows((), np.zeros(0, objective.target_type))
+    task = Task(config.task, none, none, none, tuple(labels), objective.metric, objective)
+    return judged_by(task, config.metric)

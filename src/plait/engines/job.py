@@ -160,7 +160,8 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     Args:
         config: What to run.
         machine: Where and how fast.
-        own: The data of a peer that has its own: nothing is dealt, all rows are its share.
+        own: The data of a peer that has its own: nothing is dealt, all rows are its share. It may
+            have none, if its training loop isn't the run's; then nothing is evaluated either.
 
     Raises:
         ValueError: The config asks for something that isn't there or can't be; the message says
@@ -169,6 +170,8 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     begin = time.perf_counter()
     rules = Rules.of(config)
     config = rules.config
+    if own is not None and not len(own.train):
+        return _without_rows(rules, own, machine, begin)
     task, shares = dealt(config, own)  # before a model is loaded for nothing
     if (config.options or config.generate_rows) and task.objective is not LANGUAGE:
         raise ValueError(
@@ -182,6 +185,17 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     else:
         materials = _materials(own, config, machine, operator.call)
     return assemble(rules, materials, asked_shares(shares, materials.train), begin)
+
+
+def _without_rows(rules: Rules, task: Task, machine: Machine, begin: float) -> Job:
+    """The job of a peer whose rows only its own training loop knows."""
+    config, none = rules.config, np.zeros(0, np.int32)
+    backbone = Backbone(
+        load_for(config, task.objective, task.label_names), config, machine, task.objective
+    )
+    tokens = Tokens(none, none, np.zeros(1, np.int64), task.train.labels)
+    shares = dealt(config, task)[1]
+    return assemble(rules, Materials(task, backbone, tokens, tokens), shares, begin)
 
 
 def asked_shares(shares: list[np.ndarray], train: Tokens) -> list[np.ndarray]:
@@ -368,6 +382,6 @@ def _label_counts(task: Task, shares: list[np.ndarray]) -> list[list[int]]:
 
 
 def _majority(task: Task, labels: np.ndarray) -> float:
-    if task.metric != "accuracy":
+    if task.metric != "accuracy" or not len(labels):
         return 0.0
     return float(np.bincount(labels).max() / len(labels))

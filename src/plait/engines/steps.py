@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,28 @@ from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
 
+Phase = Callable[[Job, Stack, int, Sequence[int]], np.ndarray]
+"""(job, stack, round, clients) -> (n,) losses: the local steps of a round, changing the stack's
+active factors in place; a `ValueError` if training diverged."""
+
+
+def local_steps(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
+    """The `Phase` of every engine: the job's rows, its optimizer, its number of steps."""
+    losses: np.ndarray = local_phase(
+        job.backbone, stack, job.trained(round_), round_, job.train, job.shares, clients,
+        job.config, job.method.optimizer,
+    ).mean(axis=1)  # fmt: skip
+    check_finite(losses, clients, round_, job.config.lr)
+    return losses
+
 
 def train_round(
-    job: Job, stack: Stack, round_: int, clients: Sequence[int], noise: Noise
+    job: Job,
+    stack: Stack,
+    round_: int,
+    clients: Sequence[int],
+    noise: Noise,
+    phase: Phase = local_steps,
 ) -> np.ndarray:
     """The local phase of a round, changing `stack` in place; with `dp_clip` it ends private.
 
@@ -29,6 +48,7 @@ def train_round(
         round_: The round's number.
         clients: Which clients the stack holds.
         noise: Where the noise of differential privacy comes from.
+        phase: What trains.
 
     Returns:
         (n,) float64, each client's loss, mean over the steps.
@@ -40,11 +60,7 @@ def train_round(
     reset_optimizer(stack, active, round_, job)
     private = job.travels if job.config.dp_clip is not None else ()
     before = {slot: stack.state[slot].clone() for slot in private if slot[1] in active}
-    losses: np.ndarray = local_phase(
-        job.backbone, stack, active, round_, job.train, job.shares, clients, job.config,
-        job.method.optimizer,
-    ).mean(axis=1)  # fmt: skip
-    check_finite(losses, clients, round_, job.config.lr)
+    losses = phase(job, stack, round_, clients)
     if before:
         privatise(before, stack.state, round_, clients, job.config, noise)
     return losses
@@ -71,17 +87,21 @@ def mix(
 
 
 def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None:
-    """Start the optimizer anew where `optimizer_state` says so.
+    """Start the optimizer anew where `optimizer_state` says so."""
+    for factor in stack.factors:
+        if factor in active and begins_anew(factor, round_, job):
+            stack.reset(factor)
+
+
+def begins_anew(factor: Factor, round_: int, job: Job) -> bool:
+    """Whether the optimizer of a factor that trains in a round starts anew.
 
     `reset_each_phase` resets a factor's state in the first round of each of its phases.
     """
     policy = job.config.optimizer_state
-    for factor in stack.factors:
-        if factor not in active:
-            continue
-        begins = _begins(job, factor, round_)
-        if policy == "reset_each_round" or (policy == "reset_each_phase" and begins):
-            stack.reset(factor)
+    if policy == "reset_each_phase":
+        return _begins(job, factor, round_)
+    return policy == "reset_each_round"
 
 
 def leave_out(stack: Stack, rounds: Iterable[int], job: Job) -> None:

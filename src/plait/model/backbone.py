@@ -60,6 +60,7 @@ class Backbone:
     Attributes:
         tokenizer: The model's tokenizer.
         weights_hash: Of the loaded weights.
+        drawn: The modules that it doesn't count: their weights are no checkpoint's.
         layout: Where the adapters and the trained head lie in a client's row.
         head_policy: Whether the head is frozen, trained and mixed, or trained and local.
         head_start: The trained head's parameters at the start, by name.
@@ -99,7 +100,7 @@ class Backbone:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.backend = build_backend(self.device, self.dtype, machine.backend)
         self.tokenizer, self.name = loaded.tokenizer, config.backbone
-        self.weights_hash = loaded.weights_hash
+        self.weights_hash, self.drawn = loaded.weights_hash, loaded.drawn
         self._num_embeddings = _num_embeddings(getattr(loaded.model, "base", loaded.model))
         model = loaded.model.eval().requires_grad_(False)
         mean_pooled = isinstance(model, MeanPooledClassifier)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,18 +47,30 @@ class Loaded:
     fresh: tuple[str, ...]
 
     @property
-    def weights_hash(self) -> str:
-        """Sixteen hex digits that are equal for equal weights, in whatever files and precision.
+    def drawn(self) -> tuple[str, ...]:
+        """The modules whose weights are no checkpoint's."""
+        return ("classifier",) if isinstance(self.model, MeanPooledClassifier) else self.fresh
 
-        Every entry counts, rounded to bfloat16; what was drawn here doesn't.
-        """
-        drawn = ("classifier",) if isinstance(self.model, MeanPooledClassifier) else self.fresh
-        found = hashlib.sha256()
-        for name, value in self.model.named_parameters():
-            if name.rpartition(".")[0] not in drawn:
-                rounded = value.detach().cpu().to(torch.bfloat16).flatten()
-                found.update(rounded.view(torch.uint8).numpy())
-        return found.hexdigest()[:16]
+    @property
+    def weights_hash(self) -> str:
+        """`hash_of_weights` of what was loaded; what was drawn here doesn't count."""
+        return hash_of_weights(
+            value
+            for name, value in self.model.named_parameters()
+            if name.rpartition(".")[0] not in self.drawn
+        )
+
+
+def hash_of_weights(values: Iterable[Tensor]) -> str:
+    """Sixteen hex digits that are equal for equal weights, in whatever files and precision.
+
+    Every entry counts, rounded to bfloat16.
+    """
+    found = hashlib.sha256()
+    for value in values:
+        rounded = value.detach().cpu().to(torch.bfloat16).flatten()
+        found.update(rounded.view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def load_for(config: Config, objective: Objective, label_names: tuple[str, ...] = ()) -> Loaded:

@@ -8,6 +8,7 @@ encoder's mean-pooled classifier is no class of transformers, and `plait.load_ba
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
@@ -54,15 +55,11 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
     if layout.head:
         views = layout.views(Factor.HEAD, row[Factor.HEAD][None])
         tensors |= {name: value[0] for name, value in views.items()}
-    peft_config = LoraConfig(
-        task_type="CAUSAL_LM" if backbone.objective is LANGUAGE else None,
+    peft_config = lora_config(
+        backbone,
+        config,
         base_model_name_or_path=config.backbone,
         inference_mode=True,
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        # Whole paths: a bare `query` would also match layers that were not adapted.
-        target_modules=[site.name for site in layout.sites],
         modules_to_save=sorted({_module(backbone, name) for name in backbone.kept}),
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -73,6 +70,25 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
         {"format": "pt"},
     )  # fmt: skip
     peft_config.save_pretrained(str(out))
+
+
+def lora_config(backbone: Backbone, config: Config, **more: Any) -> LoraConfig:
+    """PEFT's settings of a run's adapters.
+
+    Args:
+        backbone: The frozen model that they sit in.
+        config: The run's config.
+        **more: Other settings of PEFT's.
+    """
+    return LoraConfig(
+        task_type="CAUSAL_LM" if backbone.objective is LANGUAGE else None,
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        # Whole paths: a bare `query` would also match layers that were not adapted.
+        target_modules=[site.name for site in backbone.layout.sites],
+        **more,
+    )
 
 
 def _module(backbone: Backbone, parameter: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from plait.peers.federation import (
     Member,
     is_loopback,
     split_address,
+    toml_lines,
 )
 from plait.peers.membership import check_members
 from plait.peers.pem import Pair
@@ -135,11 +136,10 @@ def federation_toml(federation: Federation) -> str:
     limits = {k: v for k, v in vars(federation.limits).items() if v is not None}
     top = {"federation": federation.id, "relay": federation.relay, "labels": federation.labels}
     top = {key: value for key, value in top.items() if value}
-    lines = ["# The same file at every peer.", *_lines(top), "", "[run]"]
-    lines += [*_lines(run), "", "[limits]", *_lines(limits)]
+    lines = ["# The same file at every peer.", *toml_lines(top), "", "[run]"]
+    lines += [*toml_lines(run), "", "[limits]", *toml_lines(limits)]
     for peer in federation.peers:
-        kept = {k: v for k, v in vars(peer).items() if v != getattr(Member, k, None)}
-        lines += ["", "[[peers]]", *_lines(kept)]
+        lines += ["", "[[peers]]", *toml_lines(peer.written())]
     return "\n".join(lines) + "\n"
 
 
@@ -186,21 +186,8 @@ def _write_peer(folder: Path, member: Member, metrics: str | None, machine: Mach
         "revoked": "../revoked.txt",
     }
     local = {k: v for k, v in vars(machine).items() if v != getattr(THIS_MACHINE, k)}
-    table = ["", "[local]", *_lines(local)] if local else []
-    text = "\n".join([f"# What peer {member.name} has of its own.", *_lines(lines), *table]) + "\n"
+    table = ["", "[local]", *toml_lines(local)] if local else []
+    text = (
+        "\n".join([f"# What peer {member.name} has of its own.", *toml_lines(lines), *table]) + "\n"
+    )
     (folder / "peer.toml").write_text(text, encoding="utf-8")
-
-
-def _lines(values: Mapping[str, object]) -> list[str]:
-    return [f"{key} = {_toml(value)}" for key, value in values.items()]
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)

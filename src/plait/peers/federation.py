@@ -99,6 +99,10 @@ class Member:
         if self.leaves is not None and self.leaves <= self.joins:
             raise ValueError(f"{self.name} leaves before it joins; `leaves` must be later.")
 
+    def written(self) -> dict[str, object]:
+        """What its table in a file has: all but the defaults."""
+        return {k: v for k, v in vars(self).items() if v != getattr(Member, k, None)}
+
     def takes_part(self, round_: int) -> bool:
         """Whether it is a member in a round."""
         return self.joins <= round_ and (self.leaves is None or round_ < self.leaves)
@@ -335,6 +339,22 @@ def load_peer(federation_file: Path, name: str) -> PeerSettings:
         return PeerSettings(name=name, **(values | places | {"local": local}))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def toml_lines(values: Mapping[str, object]) -> list[str]:
+    """A line of TOML for each key."""
+    return [f"{key} = {_toml(value)}" for key, value in values.items()]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.translate({ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n"})
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
 
 
 def _is_of_hub(folder: Path, key: str, name: object) -> bool:

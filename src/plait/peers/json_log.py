@@ -11,13 +11,18 @@ from collections import Counter
 LOG = logging.getLogger("plait.peer")
 
 
-def log_to_stderr(name: str) -> None:
-    """A line of JSON for each thing that happens."""
+def log_events(name: str) -> None:
+    """A line of JSON on standard error for each thing that happens to a peer."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(name))
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
+
+
+def log_to_stderr(name: str) -> None:
+    """The same, and for what libraries say."""
+    log_events(name)
     # What the libraries say, of themselves or of what a stranger sends them: JSON, and not much.
     root = logging.StreamHandler(sys.stderr)
     root.setFormatter(JsonLines(name))

@@ -18,8 +18,8 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 from plait.config import Config
-from plait.data.tasks import Task, load_task
+from plait.data.tasks import Task, load_task, without_rows
 from plait.engines.checkpoint import load_beside
 from plait.engines.fingerprints import FILES, fingerprints, of_model
 from plait.engines.job import Job, prepare
@@ -63,7 +63,7 @@ from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
 from plait.peers.refusals import plain
-from plait.peers.round_loop import Peer, agreed_turns
+from plait.peers.round_loop import Due, Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.plugins import load_plugins
 from plait.presets import as_settings
@@ -104,7 +104,7 @@ def run_peer(
     leave = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
-    try:
+    with saying_what_stops():
         federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
         if was_finished(federation, settings):
@@ -112,6 +112,13 @@ def run_peer(
             return True
         with Process(federation, settings, leave, insecure_loopback, trust) as process:
             return process.run()
+
+
+@contextmanager
+def saying_what_stops() -> Iterator[None]:
+    """A line of the log for an error that ends the peer, in the words of its files."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         said = as_settings(str(error))
         LOG.error("stopped: %s", said, extra={"kind": "stopped"})
@@ -130,10 +137,12 @@ class Process:
         leave: threading.Event,
         insecure_loopback: bool = False,
         trust: str | None = None,
+        own_loop: bool = False,
     ) -> None:
         """Open the folder, prepare the run and take up the state; nothing listens yet.
 
-        Once `leave` is set, by whoever it may be, the peer goes.
+        Once `leave` is set, by whoever it may be, the peer goes. With `own_loop` somebody else
+        trains, and may have the rows, too.
         """
         self.settings = settings
         self.me = federation.index(settings.name)
@@ -144,14 +153,17 @@ class Process:
         taken_up = settings.out.exists()
         if taken_up:
             self._until_end.enter_context(held(settings.out))
-        self.folder, read = open_folder(federation, settings)
+        own = own_task(federation, settings, own_loop)
+        self.folder, read = open_folder(federation, settings, own)
         self.leave = leave
-        self.job = prepare_peer(federation, settings)
+        self.job = prepare_peer(federation, settings, own)
         check_sizes(self.job, federation.limits)
         if not taken_up:  # only now: a peer that can't run leaves nothing behind
             make_lasting(settings.out)
             self._until_end.enter_context(held(settings.out))
-        self.folder.create(settings.apply(federation.config), read, made_by(settings.machine))
+        config = settings.apply(federation.config)
+        if not self.folder.finished(config):
+            self.folder.create(config, read, made_by(settings.machine))
         self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
         noise = noise_of(self.folder, self.job.config)
@@ -207,20 +219,31 @@ class Process:
         self._until_end.close()
 
     def run(self) -> bool:
-        """All rounds, then the adapter, then a while for those who still need messages."""
+        """All rounds, trained as in a simulation; whether it is done, and wasn't told to leave."""
+        for due in self.rounds():
+            self.peer.train(due)
+        return self.folder.summary_file.exists()
+
+    def rounds(self) -> Iterator[Due]:
+        """All rounds, then the adapter, then a while for those who still need messages.
+
+        Yields where local training is due.
+        """
         LOG.info("listening on %s", self.settings.listen, extra={"round": self.first_round})
         try:
             self._begin()
             if self.first_round > 0 and not self.done:  # begun from a neighbour's state
                 self._see(self.job.started)
-            for event in self.peer.rounds(self.first_round, self.end):
-                self._see(event)
+            for said in self.peer.rounds(self.first_round, self.end):
+                if isinstance(said, Due):
+                    yield said
+                else:
+                    self._see(said)
         except Left:
             LOG.info("told to leave; round %d can be taken up again", self.desk.inbox.round)
-            return False
+            return
         self._finish()
         self.exchange.linger(self.exchange.neighbours, self.end)
-        return True
 
     def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
         """A message of this peer."""
@@ -330,7 +353,8 @@ class Process:
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
         save_adapter(self.job.backbone, row, self.job.config, adapter)
         summary = self._summary()
-        summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
+        if self.peer.judges:
+            summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
         self.desk.note("finished", round=self.end)
         LOG.info("the last line of %s has the hash %s", BOOK, self.book.sync())
         self.folder.finish(summary)
@@ -339,7 +363,6 @@ class Process:
 
     def _summary(self) -> dict[str, Any]:
         config, found = self.job.config, taken(self.done)
-        last = [event for event in self.done if isinstance(event, Evaluated)][-1]
         rounds = [event for event in self.done if isinstance(event, RoundDone)]
         incidents = [event.kind for event in self.done if isinstance(event, Incident)]
         return {
@@ -349,15 +372,24 @@ class Process:
             "rounds_done": len(rounds),
             "metric": self.job.started.metric,
             "majority": self.job.started.majority,
-            "accuracy": found["accuracy_client_mean"],
-            "loss": found["loss_client_mean"],
-            **{name: value for name, value in found.items() if FIGURES[name].only},
-            "rows": last.rows,
+            **self._scores(found),
             "sent_bytes": found["sent_bytes"],
             "incidents": {kind: incidents.count(kind) for kind in sorted(set(incidents))},
             "train_seconds": found["train_seconds"],
             "config_digest": self.federation.digest(),
             **spent(config, releases(rounds)),
+        }
+
+    def _scores(self, found: Mapping[str, float]) -> dict[str, float]:
+        """How its model did at the end; nothing where it has no rows to tell."""
+        judged = [event for event in self.done if isinstance(event, Evaluated)]
+        if not judged:
+            return {}
+        return {
+            "accuracy": found["accuracy_client_mean"],
+            "loss": found["loss_client_mean"],
+            **{name: value for name, value in found.items() if FIGURES[name].only},
+            "rows": judged[-1].rows,
         }
 
 
@@ -390,8 +422,10 @@ def was_finished(federation: Federation, settings: PeerSettings) -> bool:
     return RunFolder.open(settings.out, config, resume=True).finished(config)
 
 
-def open_folder(federation: Federation, settings: PeerSettings) -> tuple[RunFolder, dict[str, str]]:
-    """The run folder, new or taken up again, and the hashes of what is read.
+def open_folder(
+    federation: Federation, settings: PeerSettings, own: Task | None
+) -> tuple[RunFolder, dict[str, str]]:
+    """The run folder, new or taken up again, and the hashes of what is read, `own` rows or common.
 
     A write that was cut off is cleared away.
 
@@ -402,7 +436,7 @@ def open_folder(federation: Federation, settings: PeerSettings) -> tuple[RunFold
     for partial in settings.out.glob("*.partial"):
         partial.unlink()
     folder = RunFolder.open(settings.out, config, resume=True)
-    read = fingerprints(config, own_task(federation, settings))
+    read = fingerprints(config, own)
     folder.check(lambda: read)
     return folder, read
 
@@ -426,8 +460,9 @@ def as_read(federation: Federation, settings: PeerSettings) -> Federation:
     """`with_what_was_read` before a run: reads all of it, and loads the model."""
     config = settings.apply(federation.config)
     load_plugins(config.plugin)
-    read = fingerprints(config, own_task(federation, settings))
-    return with_what_was_read(federation, prepare_peer(federation, settings), read)
+    own = own_task(federation, settings)
+    read = fingerprints(config, own)
+    return with_what_was_read(federation, prepare_peer(federation, settings, own), read)
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:
@@ -468,9 +503,9 @@ def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:
         return folder.restore(stack), 0
 
 
-def prepare_peer(federation: Federation, settings: PeerSettings) -> Job:
+def prepare_peer(federation: Federation, settings: PeerSettings, own: Task | None) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
-    own, me = own_task(federation, settings), federation.index(settings.name)
+    me = federation.index(settings.name)
     job = prepare(settings.apply(federation.config), settings.machine, own)
     said = dataclasses.replace(job.started, client_names=federation.names, peer=me)
     job = dataclasses.replace(job, started=said)
@@ -484,20 +519,24 @@ def counting_alone(job: Job, me: int) -> Job:
     return dataclasses.replace(job, started=dataclasses.replace(job.started, label_counts=known))
 
 
-def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
+def own_task(federation: Federation, settings: PeerSettings, own_loop: bool = False) -> Task | None:
     """The rows that a peer has of its own; None if it has its share of the common task.
+
+    With `own_loop` they may be known to the loop alone: then the task has none.
 
     Raises:
         ValueError: The federation isn't one of peers with rows of their own.
     """
     config = settings.apply(federation.config)
-    if "train_file" not in settings.local:
+    here = "train_file" in settings.local
+    if not here and not (own_loop and config.task in ("file", "chat")):
         return None
+    load = load_task if here else without_rows
     if config.task == "chat":
-        return load_task(config)
+        return load(config)
     if federation.labels is None:
         raise ValueError(
-            f"{settings.name} has a train_file of its own, so the federation must name the classes "
+            f"{settings.name} has rows of its own, so the federation must name the classes "
             'for all: put labels = ["...", "..."] at the top of federation.toml.'
         )
     if config.task != "file":
@@ -505,7 +544,7 @@ def own_task(federation: Federation, settings: PeerSettings) -> Task | None:
             f"{settings.name} has a train_file of its own, and the task is {config.task}; put "
             'task = "file", or "chat" for a language model, under [run] of federation.toml.'
         )
-    return load_task(config, federation.labels)
+    return load(config, federation.labels)
 
 
 def neighbours_of(turn: Callable[[int], Turn], rounds: int) -> frozenset[int]:

@@ -3,13 +3,13 @@
 Training, mixing and evaluation are those of the simulation. The rows of the neighbours come by
 messages; a row that does not come in time leaves its weight with its receiver. What arrived, what
 is awaited and what is refused is the inbox's business (inbox.py), sending and waiting that of
-exchange.py; this loop trains, hands over, mixes.
+exchange.py; this loop says when training is due, hands over, mixes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plait.engines.evaluation import evaluation
 from plait.engines.job import Job
-from plait.engines.steps import leave_out, mix, round_done, train_round
+from plait.engines.steps import Phase, leave_out, local_steps, mix, round_done, train_round
 from plait.events import Event, RoundDone
 from plait.factors import Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, values
@@ -67,6 +67,19 @@ def agreed_turns(job: Job, me: int, members: Sequence[Member]) -> Callable[[int]
 
 
 @dataclass
+class Due:
+    """Local training of a round is due, before the loop goes on.
+
+    Attributes:
+        round: The round.
+        losses: (1,) this client's loss, once it has trained.
+    """
+
+    round: int
+    losses: np.ndarray | None = None
+
+
+@dataclass
 class Peer:
     """A client among its neighbours.
 
@@ -90,11 +103,11 @@ class Peer:
         self.me = self.inbox.me
         self.end = self.job.config.rounds
 
-    def rounds(self, first: int, end: int) -> Iterator[Event]:
+    def rounds(self, first: int, end: int) -> Iterator[Event | Due]:
         """Take part from round `first` to before round `end`, changing the stack in place.
 
-        Yields what `simulate` does, of this client alone, and `Incident`s. After a `RoundDone` or
-        `Evaluated` the stack is whole.
+        Yields what `simulate` does, of this client alone, `Incident`s, and `Due` where whoever
+        loops has to `train`. After a `RoundDone` or `Evaluated` the stack is whole.
 
         Raises:
             ValueError: The loss is no longer finite; nothing of that round was sent.
@@ -106,9 +119,10 @@ class Peer:
         self._rest()
         if first == 0:
             yield self.job.started
-            yield evaluation(self.job, self.stack, [self.me], -1)
+            if self.judges:
+                yield evaluation(self.job, self.stack, [self.me], -1)
         while (round_ := self._catch_up()) < end:
-            done = self._round(round_)
+            done = yield from self._round(round_)
             yield from self.desk.incidents()
             yield done
             if self.evaluates_after(round_):
@@ -116,9 +130,19 @@ class Peer:
             if self.exchange.leave.is_set():
                 raise Left
 
+    def train(self, due: Due, phase: Phase = local_steps) -> None:
+        """Do the local steps that are due, in place; `ValueError` if training diverged."""
+        due.losses = train_round(self.job, self.stack, due.round, [self.me], self.noise, phase)
+
+    @property
+    def judges(self) -> bool:
+        """Whether there are rows to evaluate on: a loop of one's own may keep all to itself."""
+        return len(self.job.held_out) > 0
+
     def evaluates_after(self, round_: int) -> bool:
         """Whether this client is evaluated after a round: as in a simulation, and when it ends."""
-        return self.job.evaluations.after(round_) or round_ + 1 == self.end
+        due = self.job.evaluations.after(round_) or round_ + 1 == self.end
+        return due and self.judges
 
     def adopt(self, rows: FactorRows) -> None:
         """Begin from a neighbour's state: one that lost its own, or joins late."""
@@ -144,13 +168,14 @@ class Peer:
         self.desk.report("skipped", self.desk.name, f"from round {behind} to {target}")
         return target
 
-    def _round(self, round_: int) -> RoundDone:
+    def _round(self, round_: int) -> Generator[Due, None, RoundDone]:
         begin = time.perf_counter()
-        turn = self.inbox.turn(round_)
-        losses = train_round(self.job, self.stack, round_, [self.me], self.noise)
+        turn, due = self.inbox.turn(round_), Due(round_)
+        yield due
         trained = time.perf_counter()
         if self.exchange.leave.is_set():
             raise Left
+        assert due.losses is not None, "train() comes before the loop goes on"
         mine = {slot: self.stack.state[slot][0] for slot in self.job.shared(round_)}
         if mine:
             self.exchange.send(turn, self.write(mine, round_, turn.active, "round"))
@@ -163,7 +188,7 @@ class Peer:
         return round_done(
             self.job,
             round_,
-            losses,
+            due.losses,
             [(self.me, peer, float(turn.weights[peer])) for peer in heard],
             sent_bytes=self.exchange.settle(),
             before=before,

@@ -147,7 +147,9 @@ class Track:
 
     @property
     def sees_itself_alone(self) -> bool:
-        """Whether it is one peer's part of a run; known after its first evaluation."""
+        """Whether it is one peer's part of a run; an older plait's is known once evaluated."""
+        if self.started and self.started.peer is not None:
+            return True
         return any(len(one.scores) < self.config.clients for one in self.evaluations[:1])
 
     @property
@@ -174,6 +176,11 @@ class Track:
     def scored(self) -> list[list[int]]:
         """The clients whose scores each evaluation has."""
         return [list(range(len(one.scores))) for one in self.evaluations]
+
+    @property
+    def here(self) -> list[int]:
+        """The clients whose events these are."""
+        return self.scored[0] if self.scored else []
 
     @property
     def names(self) -> list[str]:
@@ -235,6 +242,18 @@ class JoinedPeers(Track):
     def scored(self) -> list[list[int]]:
         """The clients whose scores each evaluation has."""
         return self._scored
+
+    @property
+    def here(self) -> list[int]:
+        """The clients whose events these are; a peer with a loop of its own may have no scores."""
+        told = [part.started.peer for part in self.parts if part.started]
+        known = [one for one in told if one is not None]
+        return list(dict.fromkeys([one for some in self._scored[:1] for one in some] + known))
+
+    @property
+    def sees_itself_alone(self) -> bool:
+        """Whether some peers are missing."""
+        return len(self.parts) < self.config.clients
 
     @property
     def spoke_at(self) -> float:

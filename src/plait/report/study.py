@@ -274,8 +274,8 @@ def _loose(tracks: Sequence[Track], known: dict[Path, Track]) -> Iterator[Study]
         title = mine[0].title if counted == 1 else f"Runs on {task}"
         alone = tuple(
             f"Of the {track.config.clients} peers "
-            f"{', '.join(map(track.name_of, track.scored[0]))} alone "
-            f"{'is' if len(track.scored[0]) == 1 else 'are'} here."
+            f"{', '.join(map(track.name_of, track.here))} alone "
+            f"{'is' if len(track.here) == 1 else 'are'} here."
             for tracks in groups.values()
             for track in tracks
             if track.sees_itself_alone
