@@ -106,7 +106,7 @@ def test_with_rows_of_their_own_they_are_the_simulation_with_these_rows_by_key(
     expected = list(simulate(whole, stack))
 
     hub = Hub()
-    jobs = [prepare_peer(shared, one, own_task(shared, one)) for one in settings]
+    jobs = [prepare_peer(shared, one) for one in settings]
     ours = [start_peer(hub, k, job.config, shared.peers, job=job) for k, job in enumerate(jobs)]
     said = together(ours, shared.config.rounds)
 

@@ -308,6 +308,12 @@ def test_a_loop_that_does_not_mix_is_told(federation):
         with pytest.raises(ValueError, match=r"Round 0 wasn't mixed: call peer\.mix"):
             next(rounds)
         assert next(peer.rounds()).number == 0
+        old, start = peer._client.row(Factor.B), peer.model()  # another one, in the same round
+        start.base_model.model.classifier.weight.data.fill_(1)
+        peer._client = None
+        next(peer.rounds(start))
+        assert torch.equal(peer._client.row(Factor.B), old)
+        assert not start.base_model.model.classifier.weight.any()
         with pytest.raises(ValueError, match="call it in the loop over rounds"):
             peer.mix(peer.process)
 

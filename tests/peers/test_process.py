@@ -38,7 +38,6 @@ from plait.peers.process import (
     counting_alone,
     neighbours_of,
     open_folder,
-    own_task,
     prepare_peer,
     take_up,
     with_descriptors,
@@ -87,7 +86,7 @@ def test_own_rows_are_of_the_task_file():
     federation = SimpleNamespace(labels=("a", "b"), config=CONFIG)
     settings = SimpleNamespace(name="ada", local={"train_file": "x.csv"}, apply=lambda c: c)
     with pytest.raises(ValueError, match='put task = "file"'):
-        own_task(federation, settings)
+        prepare_peer(federation, settings)
 
 
 def test_a_message_above_the_limit_is_known_before_the_start():
@@ -155,7 +154,7 @@ def test_own_rows_need_classes_that_all_agree_on():
     federation = SimpleNamespace(labels=None, config=CONFIG)
     settings = SimpleNamespace(name="ada", local={"train_file": "x.csv"}, apply=lambda c: c)
     with pytest.raises(ValueError, match=r"put labels = "):
-        own_task(federation, settings)
+        prepare_peer(federation, settings)
 
 
 @pytest.mark.parametrize("change", ["leaves", "symmetric"])
@@ -401,12 +400,12 @@ def test_a_peer_is_not_started_again_with_other_rows(tmp_path):
         machine=Machine(),
     )  # fmt: skip
     federation = SimpleNamespace(labels=("fruit", "pet", "tool"), config=config)
-    folder, read = open_folder(federation, settings, own_task(federation, settings))
+    folder, read = open_folder(federation, settings)
     folder.create(config, read)
-    open_folder(federation, settings, own_task(federation, settings))
+    open_folder(federation, settings)
     own_rows(tmp_path, train=["fruit", "tool"] * 5, dev=["pet", "fruit"])
     with pytest.raises(ValueError, match="have changed: training rows"):
-        open_folder(federation, settings, own_task(federation, settings))
+        open_folder(federation, settings)
 
 
 def test_a_peers_first_event_names_all_peers_and_itself(monkeypatch):
@@ -414,7 +413,7 @@ def test_a_peers_first_event_names_all_peers_and_itself(monkeypatch):
     federation = Federation(id="f", config=CONFIG, peers=members, limits=Limits())
     settings = SimpleNamespace(name="p2", local={}, apply=lambda c: c, machine=Machine())
     monkeypatch.setattr(peers, "prepare", lambda *_: one_peer().job)
-    started = prepare_peer(federation, settings, None).started
+    started = prepare_peer(federation, settings).started
     assert (started.client_names, started.peer) == (("p7", "p2", "p5"), 1)
     assert from_line(to_line(started)) == started
 

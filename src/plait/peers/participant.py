@@ -201,6 +201,7 @@ class Participant:
         """
         if model is not None and (self._client is None or model is not self._client.model):
             self._client = ClientModel(model, self.process.job.backbone)
+            self.put_back()
         if self._client is None:
             raise ValueError("There is no model: take peer.model(), or give yours, rounds(model).")
         if self._due is None:

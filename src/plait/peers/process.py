@@ -153,10 +153,9 @@ class Process:
         taken_up = settings.out.exists()
         if taken_up:
             self._until_end.enter_context(held(settings.out))
-        own = own_task(federation, settings, own_loop)
-        self.folder, read = open_folder(federation, settings, own)
+        self.folder, read = open_folder(federation, settings, own_loop)
         self.leave = leave
-        self.job = prepare_peer(federation, settings, own)
+        self.job = prepare_peer(federation, settings, own_loop)
         check_sizes(self.job, federation.limits)
         if not taken_up:  # only now: a peer that can't run leaves nothing behind
             make_lasting(settings.out)
@@ -423,9 +422,9 @@ def was_finished(federation: Federation, settings: PeerSettings) -> bool:
 
 
 def open_folder(
-    federation: Federation, settings: PeerSettings, own: Task | None
+    federation: Federation, settings: PeerSettings, own_loop: bool = False
 ) -> tuple[RunFolder, dict[str, str]]:
-    """The run folder, new or taken up again, and the hashes of what is read, `own` rows or common.
+    """The run folder, new or taken up again, and the hashes of what is read.
 
     A write that was cut off is cleared away.
 
@@ -436,7 +435,7 @@ def open_folder(
     for partial in settings.out.glob("*.partial"):
         partial.unlink()
     folder = RunFolder.open(settings.out, config, resume=True)
-    read = fingerprints(config, own)
+    read = fingerprints(config, own_task(federation, settings, own_loop))
     folder.check(lambda: read)
     return folder, read
 
@@ -503,9 +502,9 @@ def take_up(folder: RunFolder, stack: Stack) -> tuple[list[Event], int]:
         return folder.restore(stack), 0
 
 
-def prepare_peer(federation: Federation, settings: PeerSettings, own: Task | None) -> Job:
+def prepare_peer(federation: Federation, settings: PeerSettings, own_loop: bool = False) -> Job:
     """The run as one peer has it: with its own data, or its share of the common task."""
-    me = federation.index(settings.name)
+    own, me = own_task(federation, settings, own_loop), federation.index(settings.name)
     job = prepare(settings.apply(federation.config), settings.machine, own)
     said = dataclasses.replace(job.started, client_names=federation.names, peer=me)
     job = dataclasses.replace(job, started=said)
