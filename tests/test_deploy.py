@@ -87,7 +87,7 @@ def test_kustomize_puts_the_key_into_a_secret_and_nowhere_else(tmp_path):
     kubectl = tool("kubectl")
     shutil.copytree(FOLDER / "kubernetes", tmp_path, dirs_exist_ok=True)
     file = init_federation(tmp_path / "fed", ["ada", "ben"], Config())
-    for name in ("federation.toml", "ca.pem", *(f"ada/{n}.pem" for n in ("cert", "key"))):
+    for name in ("federation.toml", "ca.pem", "revoked.txt", *(f"ada/{n}.pem" for n in ("cert", "key"))):
         shutil.copy(file.parent / name, tmp_path)
     shutil.copy(file.parent / "ada" / "peer.toml", tmp_path)
     done = subprocess.run([kubectl, "kustomize", tmp_path], capture_output=True, text=True)
@@ -111,7 +111,7 @@ def test_the_probe_tells_a_peer_that_listens_from_none():
     (port,) = free_ports(1)
     probe = compile(command[-1].replace("9600", str(port)), "probe", "exec")
     desk = start_peer(Hub(), 0, Config(clients=2), [member("p0"), member("p1")]).desk
-    stop = serve_metrics(f"127.0.0.1:{port}", desk, SimpleNamespace(counts=Counts()))
+    stop = serve_metrics(f"127.0.0.1:{port}", desk, SimpleNamespace(counts=Counts(), expires=dict))
     exec(probe, {})
     stop()
     with pytest.raises(URLError):

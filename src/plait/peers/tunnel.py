@@ -201,7 +201,9 @@ class Doors:
             guest = cast("asyncio.Task[None]", asyncio.current_task())
             self._guests.add(guest)
             guest.add_done_callback(self._guests.discard)
-            with closing(writer), suppress(Closed, Refused, OSError, aio.AioRpcError):
+            # A stream's own task is asked for what it raised, which of one cancelled is an error.
+            ended = (Closed, Refused, OSError, aio.AioRpcError, asyncio.CancelledError)
+            with closing(writer), suppress(*ended):
                 await connect(of_socket(reader, writer))
 
         self._servers.append(await asyncio.start_unix_server(come_in, path, limit=CHUNK_BYTES))
