@@ -3,8 +3,9 @@
     python benchmarks/soak.py --minutes 60
 
 Real processes with mutual TLS on this machine, in very short rounds without end. Of each peer that
-was never killed the resident memory, open descriptors and threads are read every few seconds; what
-they are in the last tenth of the time is put beside the second tenth. Ends with 1 if one grew.
+was never killed the memory of its own (without files), open descriptors and threads are read every
+few seconds; what they are in the last tenth of the time is put beside the second tenth. Ends with 1
+if one grew.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_peer
 from plait.peers.local_federation import start, stop
@@ -29,6 +31,7 @@ CONFIG = Config(
     eval_every=500, eval_rows=16,
 )  # fmt: skip
 LIMITS = Limits(round_timeout_s=10, start_timeout_s=120, linger_s=1)
+MACHINE = Machine(cache_gib=0.0)
 LOOK_S = 5.0
 MOST_MIB, MOST_OPEN = 8.0, 2.0
 """What may be more at the end: memory in MiB; descriptors and threads."""
@@ -49,7 +52,13 @@ class Look:
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
         )
         descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        return cls(int(status["VmRSS"].split()[0]) / 1024, descriptors, int(status["Threads"]))
+        return cls(int(status["RssAnon"].split()[0]) / 1024, descriptors, int(status["Threads"]))
+
+
+def rounds_done(file: Path, name: str) -> int:
+    """How many rounds a peer of a federation has done."""
+    events = load_peer(file, name).out / "events.jsonl"
+    return events.read_text().count('{"event": "RoundDone"') if events.exists() else 0
 
 
 def grown(looks: list[Look], name: str) -> tuple[float, float]:
@@ -71,9 +80,12 @@ def main() -> int:
     names = [f"peer-{k}" for k in range(given.peers)]
     killed = names[-(given.peers // 4) :]
     with tempfile.TemporaryDirectory() as folder:
-        file = init_federation(Path(folder) / "f", names, CONFIG, limits=LIMITS)
+        file = init_federation(Path(folder) / "f", names, CONFIG, limits=LIMITS, machine=MACHINE)
         processes = start(file, names, Path(folder))
         looks: dict[str, list[Look]] = {name: [] for name in names if name not in killed}
+        while not all(map(partial(rounds_done, file), names)):
+            time.sleep(LOOK_S)
+            assert all(process.poll() is None for process in processes.values()), "one ended"
         end, due, rng = time.monotonic() + 60 * given.minutes, given.churn_s, random.Random(0)
         begin = time.monotonic()
         try:
@@ -93,7 +105,7 @@ def main() -> int:
         sizes = {}
         for name in looks:
             out = load_peer(file, name).out
-            rounds = (out / "events.jsonl").read_text().count('{"event": "RoundDone"')
+            rounds = rounds_done(file, name)
             written = [(out / kind).stat().st_size for kind in ("events.jsonl", "audit.jsonl")]
             sizes[name] = rounds, *(size / max(1, rounds) / 1024 for size in written)
     bad = False

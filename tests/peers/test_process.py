@@ -25,8 +25,7 @@ from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
 from plait.data.tasks import load_task
-from plait.events import Evaluated, RoundDone, from_line, to_line
-from plait.figures import taken
+from plait.events import Evaluated, from_line, to_line
 from plait.peers import local_federation as up
 from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
@@ -422,14 +421,3 @@ def test_a_peer_with_rows_of_its_own_counts_no_others():
     job = counting_alone(one_peer().job, 1)
     others = [sum(row) for row in job.started.label_counts]
     assert others[0] == others[2] == 0 < others[1]
-
-
-def test_what_a_peer_remembers_of_its_rounds_is_what_its_summary_needs():
-    alone = dataclasses.replace(CONFIG, rounds=4)
-    said = [
-        dataclasses.replace(one, after=[]) if isinstance(one, RoundDone) else one
-        for one in fake_runs.events(alone, 0.8)
-    ]
-    kept = [*map(peers.slim, said)]
-    assert repr(taken(kept)) == repr(taken(said))
-    assert all(len(to_line(one)) < 300 for one in kept if isinstance(one, RoundDone))

@@ -69,7 +69,7 @@ from plait.plugins import load_plugins
 from plait.presets import as_settings
 from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
-from plait.runs.run_folder import RunFolder
+from plait.runs.run_folder import RunFolder, load_events
 from plait.runs.samples import write_samples
 
 LOG = logging.getLogger("plait.peer")
@@ -166,8 +166,7 @@ class Process:
         self.federation = with_what_was_read(federation, self.job, read)
         self.stack = self.job.initial_stack(num_clients=1)
         noise = noise_of(self.folder, self.job.config)
-        done, self.first_round = take_up(self.folder, self.stack)
-        self.done = [*map(slim, done)]
+        self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
         turn = agreed_turns(self.job, self.me, federation.peers)
         rounds = self.job.config.rounds
@@ -297,7 +296,7 @@ class Process:
 
     def _see(self, event: Event) -> None:
         """Record an event, and save the state where a round is complete."""
-        self.done.append(slim(event))
+        self.done = [event]  # the rest is in the folder: rounds without end take no memory
         with_descriptors(lambda: self.folder.record(event))
         match event:
             case RoundDone():
@@ -351,6 +350,7 @@ class Process:
         row = {factor: value[0] for factor, value in self.stack.factors.items()}
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
         save_adapter(self.job.backbone, row, self.job.config, adapter)
+        self.done = load_events(self.folder.path)
         summary = self._summary()
         if self.peer.judges:
             summary |= write_samples(self.folder.path, self.job.config, self.me, self.job.task)
@@ -390,13 +390,6 @@ class Process:
             **{name: value for name, value in found.items() if FIGURES[name].only},
             "rows": judged[-1].rows,
         }
-
-
-def slim(event: Event) -> Event:
-    """An event as a peer remembers it for its summary: of a round, no layer and no pair."""
-    if isinstance(event, RoundDone):
-        return dataclasses.replace(event, before=[], pairs_apart=[])
-    return event
 
 
 def with_descriptors(write: Callable[[], None]) -> None:
