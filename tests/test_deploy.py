@@ -87,7 +87,8 @@ def test_kustomize_puts_the_key_into_a_secret_and_nowhere_else(tmp_path):
     kubectl = tool("kubectl")
     shutil.copytree(FOLDER / "kubernetes", tmp_path, dirs_exist_ok=True)
     file = init_federation(tmp_path / "fed", ["ada", "ben"], Config())
-    for name in ("federation.toml", "ca.pem", "revoked.txt", *(f"ada/{n}.pem" for n in ("cert", "key"))):
+    shared = ("federation.toml", "ca.pem", "revoked.txt")
+    for name in (*shared, "ada/cert.pem", "ada/key.pem"):
         shutil.copy(file.parent / name, tmp_path)
     shutil.copy(file.parent / "ada" / "peer.toml", tmp_path)
     done = subprocess.run([kubectl, "kustomize", tmp_path], capture_output=True, text=True)

@@ -452,9 +452,8 @@ def as_read(federation: Federation, settings: PeerSettings) -> Federation:
     """`with_what_was_read` before a run: reads all of it, and loads the model."""
     config = settings.apply(federation.config)
     load_plugins(config.plugin)
-    own = own_task(federation, settings)
-    read = fingerprints(config, own)
-    return with_what_was_read(federation, prepare_peer(federation, settings, own), read)
+    read = fingerprints(config, own_task(federation, settings))
+    return with_what_was_read(federation, prepare_peer(federation, settings), read)
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:
