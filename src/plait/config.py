@@ -333,7 +333,8 @@ class Machine:
     computed anew in every step when it takes more."""
     chunk_tokens: int | None = None
     """About so many tokens are computed at once by each core or by a graphics card. If not given,
-    2048 by a core, in whose cache they stay; 32768 by a card, if half its free memory will do."""
+    2048 by a core, in whose cache they stay, or fewer of a large model; 32768 by a card, if half
+    its free memory will do."""
     memory_gib: float | None = None
     """Memory for the clients' state and local training, beside the model; chunks get smaller and
     fewer at once where they need more, and if one client's batch does, layers are computed twice.

@@ -150,3 +150,10 @@ def test_more_is_computed_at_once_on_an_accelerator():
     assert cpu.chunk_tokens(None) < card.chunk_tokens(None)
     assert cpu.chunk_tokens(100) == card.chunk_tokens(100) == 100
     assert free_bytes(cpu.device) == float("inf")
+
+
+def test_of_a_model_with_large_activations_a_core_computes_less_at_once():
+    cpu = BACKENDS["operators"](torch.device("cpu"), torch.float32)
+    assert cpu.chunk_tokens(None, 1e4) == cpu.chunk_tokens(None)
+    assert cpu.chunk_tokens(None, 250e3) == 320
+    assert cpu.chunk_tokens(100, 250e3) == 100

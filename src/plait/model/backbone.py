@@ -37,6 +37,7 @@ from plait.model.heads import (
     judge_in_parts,
     losses_in_parts,
 )
+from plait.model.interface_encoder import InterfaceEncoder
 from plait.model.loading import Loaded
 from plait.model.own_forward import OwnForward
 from plait.model.quantized_linear import quantize
@@ -148,7 +149,9 @@ class Backbone:
     @property
     def chunk_tokens(self) -> int:
         """About how many tokens to compute at once."""
-        return self.backend.chunk_tokens(self.machine.chunk_tokens)
+        encoder = self.encoder
+        floats = encoder.token_floats if isinstance(encoder, InterfaceEncoder) else 0.0
+        return self.backend.chunk_tokens(self.machine.chunk_tokens, floats)
 
     def batch(self, tokens: Tokens, rows: np.ndarray) -> Batch:
         """The batch of `rows` (n, b), indices into `tokens`, on the device."""

@@ -42,6 +42,10 @@ StackedHead = Callable[[dict[str, Tensor], Tensor], Tensor]
 """Clients' own parameters by name (n, ...) and features (n, b, d) -> (n, b, C)."""
 
 
+CHUNK_FLOATS = 80e6
+"""What a core's chunk may leave in memory until the backward pass: 320 MB in float32."""
+
+
 class Backend:
     """PyTorch's operators, with weights prepacked for oneDNN where the CPU has it.
 
@@ -157,9 +161,12 @@ class Backend:
 
     # -- how much at once
 
-    def chunk_tokens(self, given: int | None) -> int:
-        """About how many tokens to compute at once: as many as given, or few enough for a cache."""
-        return given or 2048
+    def chunk_tokens(self, given: int | None, token_floats: float = 0.0) -> int:
+        """About how many tokens to compute at once: as many as given, or few enough for a cache.
+
+        Fewer of a model with so many numbers for each of them that chunks would fill the memory.
+        """
+        return given or int(min(2048, CHUNK_FLOATS / max(1.0, token_floats)))
 
     def workers(self) -> int:
         """How many chunks can be computed at once: PyTorch's threads."""
@@ -270,7 +277,7 @@ class AcceleratorBackend(Backend):
         """All clients at once."""
         return [part]
 
-    def chunk_tokens(self, given: int | None) -> int:
+    def chunk_tokens(self, given: int | None, _token_floats: float = 0.0) -> int:
         """Enough to be busy for as long as the host takes to say what comes next."""
         return given or 32768
 
@@ -284,7 +291,7 @@ class SlowBackend(Backend):
 
     packs = False
 
-    def chunk_tokens(self, _given: int | None) -> int:
+    def chunk_tokens(self, _given: int | None, _token_floats: float = 0.0) -> int:
         """One client at a time, and in evaluation one text."""
         return 1
 
