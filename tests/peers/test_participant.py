@@ -252,7 +252,9 @@ def test_a_trainer_of_transformers_does_what_the_loop_does_bit_for_bit(
         assert torch.equal(peers[1].process.stack.factors[factor], value)
         assert not torch.equal(peers[1].process.stack.factors[factor], 0 * value)
     said = [
-        event.train_losses[0] for event in peers[1].process.done if isinstance(event, RoundDone)
+        event.train_losses[0]
+        for event in load_events(peers[1].process.folder.path)
+        if isinstance(event, RoundDone)
     ]
     assert math.isnan(said[0])
     assert 0 < said[1] < 2, "what the trainer logged before"
