@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import datetime as dt
@@ -27,6 +28,7 @@ from plait.peers.certificates import init_federation, make_authority, make_certi
 from plait.peers.codec import PIECE_BYTES, Ack, Answer, Header, Message, Question, encode
 from plait.peers.credentials import Pair
 from plait.peers.envelope import read_ack, write_header
+from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import Limits, Member, load_federation, load_peer
 from plait.peers.grpc_server import OPTIONS
 from plait.peers.guard import OPEN_CALLS
@@ -596,6 +598,30 @@ def test_a_peer_that_is_gone_is_said_at_once_and_found_again(network):
         time.sleep(0.1)
         ack = network.peers["alice"].send("carol", network.message(), SOON_S)
     assert ack.accepted
+
+
+@pytest.mark.parametrize("how", ["before a call", "during one"])
+def test_a_channel_that_is_closed_is_a_call_that_failed(network, monkeypatch, how):
+    """As happens when certificates are renewed."""
+    alice = network.peers["alice"]
+
+    async def close(grace_s):
+        channel = await alice._channels.to("bob")
+        task = asyncio.ensure_future(channel.close(grace_s))
+        await asyncio.sleep(0)
+        return task
+
+    network.desks["bob"].message = network.message(sender="bob")
+    if how == "before a call":
+        BACKGROUND.run(close(0)).result()
+    else:
+        monkeypatch.setattr(network.desks["bob"], "answer", lambda _: time.sleep(0.5))
+        threading.Timer(0.1, lambda: BACKGROUND.run(close(0.0))).start()
+    with pytest.raises(Refused) as caught:
+        alice.ask("bob", Question(kind="round", round=3), SOON_S)
+    assert caught.value.reason is Reason.UNREACHABLE
+    if how == "before a call":
+        assert alice.send("bob", network.message(), SOON_S).reason is Reason.UNREACHABLE
 
 
 def test_a_peer_that_hangs_costs_no_more_than_the_deadline(network):

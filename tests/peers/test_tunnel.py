@@ -19,7 +19,7 @@ from plait.peers import tunnel
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.codec import Question, encode
 from plait.peers.event_loop import BACKGROUND
-from plait.peers.federation import load_federation, load_peer
+from plait.peers.federation import load_federation, load_peer, split_address
 from plait.peers.guard import TUNNELS
 from plait.peers.pem import Pair
 from plait.peers.refusals import Reason
@@ -56,6 +56,9 @@ class Office:
         peer.start()
         self.stopping.callback(peer.stop, 0)
         return peer
+
+    def listens(self, name: str) -> str:
+        return load_peer(self.path, name).listen
 
     def send(self, sender: str, to: str, factors=None):
         message = encode(
@@ -137,19 +140,19 @@ def test_certificates_are_renewed_and_revoked_behind_streams_and_the_relay(tmp_p
             old.write_bytes(new[name].certificate)
             (folder / name / "key.pem").write_bytes(new[name].key)
         soon(lambda: all(rings[name]._papers.now.own == new[name] for name in rings))
-        for _ in range(2):
-            office.relay.look()
+        relay = office.relay
+        soon(lambda: relay.look() or relay._keyring._papers.now.own == new["relay"])
         (folder / "revoked.txt").write_text("".join(lines))
         shown = {name: pair.certificate for name, pair in new.items()}
         others = {name: {k: v for k, v in shown.items() if k != name} for name in rings}
-        soon(lambda: all(rings[name]._pins == others[name] for name in rings))
+        soon(lambda: {name: ring._pins for name, ring in rings.items()} == others)
         for sender, to in itertools.permutations(office.peers, 2):
             ack = office.send(sender, to)
             assert ack.accepted, (sender, to, ack)
 
 
 def soon(what) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 20
     while not what():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -168,6 +171,33 @@ def watched(monkeypatch) -> list[bytes]:
 
     monkeypatch.setattr(tunnel, "_pour", watching)
     return seen
+
+
+def test_a_channel_that_is_closed_under_a_waiting_stream_is_made_anew(office):
+    """As certificates are renewed: between having a channel and opening a stream on it, too."""
+    channels, closed = office.peers["ben"]._channels, []
+
+    async def to():
+        channel = await channels.to("ada")
+        if len(closed) < 3:
+            closed.append(channel)
+            await channel.close()
+            channels._open.clear()
+        return channel
+
+    async def wait():
+        return asyncio.create_task(tunnel.wait_at(to, "ben", *split_address(office.listens("ben"))))
+
+    waiting = BACKGROUND.run(wait()).result()
+    assert until(lambda: len(closed) == 3)
+    assert office.send("ada", "ben").accepted
+    assert not waiting.done()
+
+    async def stop():
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    BACKGROUND.run(stop()).result()
 
 
 @RELAYED

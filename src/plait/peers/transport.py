@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +49,7 @@ from plait.peers.refusals import Reason, Refused
 from plait.peers.revocation import shown
 from plait.peers.tunnel import Carrier
 
+CLOSED = "the channel was closed, as new certificates are taken"
 WORD_S = 1.0
 """How long the last word of a call may take."""
 
@@ -206,6 +208,8 @@ class GrpcTransport:
             return BACKGROUND.run(self._send(to, message, deadline_s)).result()
         except Refused as refused:
             return Ack(False, refused.reason, refused.detail)
+        except CancelledError:
+            return Ack(False, Reason.UNREACHABLE, CLOSED)
 
     def ask(self, to: str, question: Question, deadline_s: float) -> Reply:
         """Ask a peer.
@@ -213,7 +217,10 @@ class GrpcTransport:
         Raises:
             Refused: By the peer, or because it can't be reached, or because its answer is bad.
         """
-        return BACKGROUND.run(self._ask(to, question, deadline_s)).result()
+        try:
+            return BACKGROUND.run(self._ask(to, question, deadline_s)).result()
+        except CancelledError:
+            raise Refused(Reason.UNREACHABLE, CLOSED) from None
 
     def alive(self, to: str, deadline_s: float) -> bool:
         """Whether a peer's health service says that it serves."""
@@ -331,13 +338,13 @@ class GrpcTransport:
         channel, pieces = await self._channels.to(to), message.pieces
         seconds = deadline_s + len(message.body) / SLOWEST
         how = {"timeout": seconds, "metadata": ((HEADER, write_header(message.header, to)),)}
-        # On the wire one piece is the same either way; as a stream it takes gRPC more steps.
-        call = (
-            channel.unary_unary(DELIVER)(pieces[0], **how)
-            if len(pieces) == 1
-            else channel.stream_unary(DELIVER)(iter(pieces), **how)
-        )
         with _grpc_errors(to):
+            # On the wire one piece is the same either way; as a stream it takes gRPC more steps.
+            call = (
+                channel.unary_unary(DELIVER)(pieces[0], **how)
+                if len(pieces) == 1
+                else channel.stream_unary(DELIVER)(iter(pieces), **how)
+            )
             ack = read_ack(await call)
         self.counts.sent_bytes[to] += len(message.body) if ack.accepted else 0
         return ack
@@ -357,15 +364,16 @@ class GrpcTransport:
                 have_digest=kept.digest if kept else b"",
             )
         )
-        call = (await self._channels.to(to)).unary_stream(ASK)(asked)
-        try:
-            with _grpc_errors(to):
+        channel = await self._channels.to(to)
+        with _grpc_errors(to):
+            call = channel.unary_stream(ASK)(asked)
+            try:
                 async with paced(deadline_s):
                     return await self._reply(to, call)
-        except TimeoutError:
-            raise Refused(Reason.NO_ANSWER, f"{to}: no answer in time") from None
-        finally:
-            call.cancel()
+            except TimeoutError:
+                raise Refused(Reason.NO_ANSWER, f"{to}: no answer in time") from None
+            finally:
+                call.cancel()
 
     async def _reply(self, to: str, stream: Stream) -> Reply:
         """Read an answer, as distrustful as a message that comes by itself."""
@@ -444,6 +452,8 @@ def _grpc_errors(to: str) -> Iterator[None]:
     except aio.AioRpcError as error:
         reason = REASONS.get(error.code(), Reason.UNREACHABLE)
         raise Refused(reason, f"{to}: {error.code().name} {error.details()}") from None
+    except aio.UsageError:
+        raise Refused(Reason.UNREACHABLE, CLOSED) from None
 
 
 async def _healthy(_stream: Any, context: Any) -> None:

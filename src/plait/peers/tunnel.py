@@ -13,6 +13,7 @@ its ciphertext, and can't pose as either of its ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import tempfile
 from collections import defaultdict
@@ -30,6 +31,8 @@ from plait.peers.refusals import Refused
 NAME, TO = "plait-peer", "plait-to"
 """Metadata of a stream of `CARRY`: who opens it, and whom it wants; without the latter it waits."""
 
+LOG = logging.getLogger("plait.peer")
+
 CHUNK_BYTES = 1 << 20
 WAIT_S = 2.0
 """How long a caller waits for one that is not there: it may be opening its next stream."""
@@ -39,6 +42,10 @@ MOST_CALLS = 4
 
 PAUSES_S = (0.1, 1.0)
 """Between two attempts to get through to a member: the first, and the longest."""
+
+
+ENDED = (aio.AioRpcError, aio.UsageError)
+"""What gRPC raises of a call that failed, or whose channel was closed before it began."""
 
 
 class Closed(Exception):  # noqa: N818 - the other end is gone, which is nobody's error
@@ -202,7 +209,7 @@ class Doors:
             self._guests.add(guest)
             guest.add_done_callback(self._guests.discard)
             # A stream's own task is asked for what it raised, which of one cancelled is an error.
-            ended = (Closed, Refused, OSError, aio.AioRpcError, asyncio.CancelledError)
+            ended = (Closed, Refused, OSError, *ENDED, asyncio.CancelledError)
             with closing(writer), suppress(*ended):
                 await connect(of_socket(reader, writer))
 
@@ -278,8 +285,10 @@ async def _serve_one(
                 server = of_socket(reader, writer)
                 await server.write(first)
                 await pipe(of_call(call), server)
-    except (aio.AioRpcError, Refused, OSError):
-        pass  # the stream broke; the next one is opened after a pause
+    except (*ENDED, Refused, OSError):
+        pass  # the stream broke, or its channel was closed; the next one is opened after a pause
+    except Exception:  # a bug of ours must not leave a peer that nobody can call any more
+        LOG.exception("a stream that waits to be called failed")
     finally:
         if not called.done():
             called.set_result(False)
