@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 NEIGHBOUR_S = 2.0
 CLOCKS_S = 60.0
 """Certificates begin and end by a peer's own clock, and logs are compared."""
-
-SOON = timedelta(days=30)
 
 
 def examine_peers(folder: Path) -> Iterator[Finding]:
@@ -77,6 +75,7 @@ def check_peer(file: Path) -> Iterator[Finding]:
 def _papers(about: str, own: PeerSettings) -> Finding:
     """A peer's certificate, key and authority, as it looks at them itself when it starts."""
     from plait.peers.credentials import read_credentials
+    from plait.peers.keyring import SOON
     from plait.peers.pem import certificates_in
     from plait.peers.revocation import fingerprint, read_revoked
 
