@@ -75,6 +75,11 @@ class TwoFaced(FakeTransport):
     def send(self, to: str, message: Message, deadline_s: float):
         return super().send(to, self._changed(to, message), deadline_s)
 
+    def ask(self, to: str, question: Question, deadline_s: float):
+        if (self.name, to, question.kind) == ("p2", "p1", "round"):  # it would get the true ones
+            raise Refused(Reason.NOT_HERE, "not yet")
+        return super().ask(to, question, deadline_s)
+
     def _changed(self, to: str, message: Message) -> Message:
         if (self.name, to) != ("p1", "p2"):
             return message
