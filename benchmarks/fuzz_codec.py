@@ -40,7 +40,11 @@ from plait.peers.refusals import Reason, Refused
 
 LAYOUT = Layout((Site("layer.0", 6, 4), Site("layer.1", 6, 6)), rank=2, scale=2.0)
 IDENTITY = Identity(
-    name="bob", federation="fed", config_digest="c0ffee", layout=LAYOUT, max_message_bytes=1 << 16
+    name="bob",
+    federation="fed",
+    config_digest=lambda _: "c0ffee",
+    layout=LAYOUT,
+    max_message_bytes=1 << 16,
 )
 TEMPLATE = template_of(LAYOUT, tuple((VALUE, factor) for factor in Factor.AB))
 FACTORS = {

@@ -32,6 +32,7 @@ from plait.lora import Layout, Site
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.codec import Answer, Header, Question, encode
 from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
+from plait.peers.membership import Members
 from plait.peers.refusals import Reason
 from plait.peers.transport import GrpcTransport
 
@@ -99,7 +100,7 @@ class Grpc:
     def __init__(self, federation: Federation, settings: PeerSettings, index: int) -> None:
         self.federation, self.index = federation, index
         self.taken: queue.Queue[Header] = queue.Queue()
-        self.transport = GrpcTransport(federation, settings, LAYOUT, self)
+        self.transport = GrpcTransport(Members(federation), settings, LAYOUT, self)
         self.factors = {(VALUE, f): torch.randn(LAYOUT.size(f)) for f in (Factor.A, Factor.B)}
         self.rounds = 0
         self.pool = ThreadPoolExecutor(2)

@@ -16,6 +16,7 @@ from plait.cli.main import main
 from plait.lora import Layout
 from plait.peers.codec import Answer
 from plait.peers.federation import load_federation, load_peer, split_address
+from plait.peers.membership import Members
 from plait.peers.revocation import fingerprint_of
 from plait.peers.signing import make_authority, make_certificate
 from plait.peers.status import _Nobody
@@ -120,7 +121,7 @@ def there(folder, desk=None, change=lambda path: None):
     change(copy)
     file = copy / "federation.toml"
     transport = GrpcTransport(
-        load_federation(file), load_peer(file, "p1"), Layout((), 1, 1.0), desk or Desk()
+        Members(load_federation(file)), load_peer(file, "p1"), Layout((), 1, 1.0), desk or Desk()
     )
     transport.start()
     try:

@@ -25,6 +25,7 @@ from plait.events import Evaluated, RoundDone
 from plait.peers.certificates import init_federation
 from plait.peers.exchange import differences
 from plait.peers.federation import load_federation, load_peer
+from plait.peers.membership import Members
 from plait.peers.process import Process, own_task, prepare_peer
 from plait.runs.answers import answer
 from plait.runs.run_folder import load_samples, load_summary
@@ -121,7 +122,7 @@ def test_with_rows_of_their_own_they_are_the_simulation_with_these_rows_by_key(
 
 
 def process(file, name):
-    return Process(load_federation(file), load_peer(file, name), threading.Event())
+    return Process(Members(load_federation(file)), load_peer(file, name), threading.Event())
 
 
 def test_another_chat_template_is_refused_and_named(federation):
@@ -129,11 +130,12 @@ def test_another_chat_template_is_refused_and_named(federation):
     other = save_language_model(file.parent / "ben" / "model")
     local(file.parent / "ben", 'backbone = "model"')
     ada, ben = process(file, "ada"), process(file, "ben")
-    assert ada.federation.digest() == ben.federation.digest()
+    assert ada.members.digest(0) == ben.members.digest(0)
     (other / "chat_template.jinja").write_text(CHATML.replace("im_start", "end"))
     shutil.rmtree(file.parent / "ben" / "out")
     ben = process(file, "ben")
-    assert ada.transport.identity.config_digest != ben.transport.identity.config_digest
+    digests = [one.transport.identity.config_digest(0) for one in (ada, ben)]
+    assert digests[0] != digests[1]
     said = differences(ada.desk.settings, ben.desk.settings, "ben")
     assert re.fullmatch(r"chat_template_hash is '\w+' here and '\w+' at ben", said)
 

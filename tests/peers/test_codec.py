@@ -20,6 +20,7 @@ from plait.peers.codec import Ack, Answer, Identity, Message, Question, decode, 
 from plait.peers.envelope import (
     ENVELOPE_BYTES,
     Assembly,
+    Begin,
     read_ack,
     read_answer,
     read_header,
@@ -40,7 +41,11 @@ LAYOUT = Layout(
     head=(("classifier.weight", (3, 6)), ("classifier.bias", (3,))),
 )
 IDENTITY = Identity(
-    name="bob", federation="fed", config_digest="c0ffee", layout=LAYOUT, max_message_bytes=1 << 20
+    name="bob",
+    federation="fed",
+    config_digest=lambda _: "c0ffee",
+    layout=LAYOUT,
+    max_message_bytes=1 << 20,
 )
 ALICE = frozenset({"alice"})
 
@@ -264,10 +269,11 @@ def test_a_body_that_comes_in_one_piece_is_not_copied():
 def test_questions_and_answers_are_read_as_written():
     question = Question(kind="round", round=3, asker_round=2, sender="a", receiver="b")
     assert read_question(write_question(question)) == question
-    assert read_answer(write_answer(Answer({"round": 3}), "b")) == ({"round": 3}, None, 0)
+    assert read_answer(write_answer(Answer({"round": 3}), "b")) == Begin({"round": 3})
+    assert read_answer(write_answer(Answer({}, roster="x"), "b")).roster == "x"
     message = some_message(receiver="")
     answer = write_answer(Answer({}, message), "bob", 7)
-    assert read_answer(answer) == ({}, dataclasses.replace(message.header, receiver="bob"), 7)
+    assert read_answer(answer) == Begin({}, dataclasses.replace(message.header, receiver="bob"), 7)
     refused = Refused(Reason.NOT_HERE, "gone")
     with pytest.raises(Refused, match="gone") as caught:
         read_answer(write_refusal(refused))

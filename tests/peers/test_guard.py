@@ -49,11 +49,12 @@ from pathlib import Path
 sys.path.insert(0, "..")  # conftest.py
 from plait.peers.federation import load_federation, load_peer
 from plait.peers.guard import raise_descriptor_limit
+from plait.peers.membership import Members
 from plait.peers.transport import GrpcTransport
 from test_transport import LAYOUT, Desk
 path = Path(sys.argv[1])
 raise_descriptor_limit()
-transport = GrpcTransport(load_federation(path), load_peer(path, "bob"), LAYOUT, Desk())
+transport = GrpcTransport(Members(load_federation(path)), load_peer(path, "bob"), LAYOUT, Desk())
 transport.start()
 print("listening", flush=True)
 for line in sys.stdin:

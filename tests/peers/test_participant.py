@@ -34,6 +34,7 @@ from plait.model.peft_model import ClientModel
 from plait.peers import json_log
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
+from plait.peers.membership import Members
 from plait.peers.participant import Participant, _hand_over
 from plait.peers.process import Process, own_task
 from plait.peers.round_loop import Due
@@ -168,7 +169,9 @@ def beside(work, *args):
 
 
 def plait_peer(file, name):
-    with Process(load_federation(file), load_peer(file, name), threading.Event()) as process:
+    with Process(
+        Members(load_federation(file)), load_peer(file, name), threading.Event()
+    ) as process:
         assert process.run()
     return process
 
@@ -293,7 +296,7 @@ def test_rows_that_the_loop_alone_knows(federation):
         peer.model()
         assert list(peer.rounds()) == []
         assert set(peer._client.row(Factor.B).flatten().tolist()) == {1 + 2 + 3}
-    ben = Process(load_federation(file), load_peer(file, "ben"), threading.Event())
+    ben = Process(Members(load_federation(file)), load_peer(file, "ben"), threading.Event())
     assert ben.federation.digest() == digest, "rows are nobody else's business"
 
 

@@ -16,6 +16,7 @@ from plait.peers import process as peers
 from plait.peers.audit_check import PeersBook
 from plait.peers.certificates import init_federation
 from plait.peers.federation import load_federation, load_peer
+from plait.peers.membership import Members
 from plait.runs.run_folder import RunFolder, load_events
 from power_cut import Disk
 
@@ -36,7 +37,7 @@ def process(tmp_path, monkeypatch):
 
     def make(out):
         settings = dataclasses.replace(load_peer(file, "p0"), out=out)
-        return peers.Process(load_federation(file), settings, threading.Event(), False)
+        return peers.Process(Members(load_federation(file)), settings, threading.Event(), False)
 
     return make
 

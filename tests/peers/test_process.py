@@ -31,7 +31,7 @@ from plait.peers import process as peers
 from plait.peers.certificates import free_ports, init_federation
 from plait.peers.federation import Federation, Limits, load_federation, load_peer
 from plait.peers.json_log import Few, JsonLines
-from plait.peers.membership import check_members
+from plait.peers.membership import Members, check_members
 from plait.peers.process import (
     check_sizes,
     counting_alone,
@@ -173,10 +173,10 @@ def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeyp
     federation, job = load_federation(file), one_peer().job
     job.backbone.tokenizer = tiny_tokenizer()
     monkeypatch.setattr(peers, "prepare_peer", lambda *_: job)
-    process = peers.Process(federation, load_peer(file, "p0"), threading.Event(), False)
+    process = peers.Process(Members(federation), load_peer(file, "p0"), threading.Event(), False)
     assert process.desk.settings["weights_hash"] == job.backbone.weights_hash
-    digest = process.transport.identity.config_digest
-    assert digest == process.federation.digest() != federation.digest()
+    digest = process.transport.identity.config_digest(0)
+    assert digest == process.members.digest(0) != federation.digest()
 
 
 READ = ("edges", "label mixtures", "plugins", "training rows", "test rows", "backbone")
@@ -191,7 +191,8 @@ def test_what_all_must_read_alike_is_part_of_it(name):
     def digest(config: Config = CONFIG, **changed: str) -> str:
         federation = Federation(id="f", config=config, peers=members)
         read = dict.fromkeys(READ, "0") | changed
-        return peers.with_what_was_read(federation, job, read).digest()
+        found = peers.what_was_read(federation, job, read)
+        return dataclasses.replace(federation, read=found).digest()
 
     before = digest()
     assert (digest(**{name: "1"}) == before) == (name == "backbone"), "which the weights tell"
@@ -282,7 +283,7 @@ def test_status_of_a_federation(tmp_path, capsys):
     federation = load_federation(file)
     peer = one_peer()
     settings = peers.load_peer(file, "p0")
-    transport = GrpcTransport(federation, settings, peer.job.backbone.layout, peer.desk)
+    transport = GrpcTransport(Members(federation), settings, peer.job.backbone.layout, peer.desk)
     transport.start()
     try:
         found = ask_all(file)

@@ -19,6 +19,7 @@ from plait.peers.codec import Ack, Message, Question, decode, encode
 from plait.peers.envelope import read_ack, write_header
 from plait.peers.federation import Limits, load_federation, load_peer
 from plait.peers.grpc_server import OPTIONS
+from plait.peers.membership import Members
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import DELIVER, HEADER, GrpcTransport
 
@@ -38,7 +39,7 @@ class Two:
         self.federation = load_federation(path)
         self.desks = {name: Desk() for name in names}
         self.alice, self.bob = self.peers = [
-            GrpcTransport(self.federation, load_peer(path, name), LAYOUT, self.desks[name])
+            GrpcTransport(Members(self.federation), load_peer(path, name), LAYOUT, self.desks[name])
             for name in names
         ]
         self.message = self.of(torch.randn)

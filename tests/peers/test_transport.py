@@ -32,6 +32,7 @@ from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import Limits, Member, load_federation, load_peer
 from plait.peers.grpc_server import OPTIONS
 from plait.peers.guard import OPEN_CALLS
+from plait.peers.membership import Members
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import DELIVER, HEADER, GrpcTransport
 
@@ -97,7 +98,7 @@ class Network:
 
     def start(self, name: str) -> None:
         self.peers[name] = GrpcTransport(
-            self.federation,
+            Members(self.federation),
             load_peer(self.path, name),
             LAYOUT,
             self.desks[name],
@@ -231,7 +232,8 @@ def test_a_large_message_arrives_or_its_sender_hears_why_not(tmp_path, width, pi
     path = init_federation(tmp_path / "f", ["alice", "bob"], Config(topology="ring"))
     federation, desk = load_federation(path), Desk()
     alice, bob = (
-        GrpcTransport(federation, load_peer(path, name), layout, desk) for name in ("alice", "bob")
+        GrpcTransport(Members(federation), load_peer(path, name), layout, desk)
+        for name in ("alice", "bob")
     )
     factors = {(VALUE, f): torch.randn(layout.size(f)) for f in (Factor.A, Factor.B)}
     message = encode(
@@ -268,7 +270,7 @@ def test_what_a_method_sends_of_a_factor_besides_its_value_arrives(tmp_path):
     for kinds, accepted in (((VALUE, "m"), True), ((VALUE,), False)):
         desk = Desk()
         alice, bob = (
-            GrpcTransport(federation, load_peer(path, name), LAYOUT, desk, kinds=kinds)
+            GrpcTransport(Members(federation), load_peer(path, name), LAYOUT, desk, kinds=kinds)
             for name in ("alice", "bob")
         )
         message = encode(
@@ -398,7 +400,7 @@ def test_there_is_no_falling_back_to_an_insecure_channel(network, tmp_path):
     settings = load_peer(network.path, "alice")
     missing = dataclasses.replace(settings, certificate=tmp_path / "none.pem")
     with pytest.raises(ValueError, match=r"none\.pem is missing"):
-        GrpcTransport(network.federation, missing, LAYOUT, Desk())
+        GrpcTransport(Members(network.federation), missing, LAYOUT, Desk())
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:7600", "0.0.0.0:7600", "localhost:7600", "[::]:1"])
@@ -407,8 +409,8 @@ def test_insecure_means_this_machine_only(network, address):
     members = (*network.federation.peers[1:], Member(name="alice", address=address))
     elsewhere = dataclasses.replace(network.federation, peers=members)
     for given in (
-        (network.federation, dataclasses.replace(settings, listen=address)),
-        (elsewhere, settings),
+        (Members(network.federation), dataclasses.replace(settings, listen=address)),
+        (Members(elsewhere), settings),
     ):
         with pytest.raises(ValueError, match="insecure-loopback takes addresses such as"):
             GrpcTransport(*given, LAYOUT, Desk(), insecure_loopback=True)
@@ -418,12 +420,12 @@ def test_a_port_in_use_is_said(network):
     settings = load_peer(network.path, "alice")
     taken = dataclasses.replace(settings, listen=network.federation.member("bob").address)
     with pytest.raises(ValueError, match="Can't listen on"):
-        GrpcTransport(network.federation, taken, LAYOUT, Desk()).start()
+        GrpcTransport(Members(network.federation), taken, LAYOUT, Desk()).start()
 
 
 def test_settings_and_status_are_told_to_a_member_whose_digest_is_another(network):
     network.peers["alice"].identity = dataclasses.replace(
-        network.peers["alice"].identity, config_digest="other"
+        network.peers["alice"].identity, config_digest=lambda _: "other"
     )
     try:
         with pytest.raises(Refused, match="config_digest"):

@@ -21,6 +21,7 @@ from plait.peers.codec import Question, encode
 from plait.peers.event_loop import BACKGROUND
 from plait.peers.federation import load_federation, load_peer, split_address
 from plait.peers.guard import TUNNELS
+from plait.peers.membership import Members
 from plait.peers.pem import Pair
 from plait.peers.refusals import Reason
 from plait.peers.relay import Relay
@@ -43,14 +44,14 @@ class Office:
         self.desks = {name: Desk() for name in self.federation.names}
         self.stopping = contextlib.ExitStack()
         if relay:
-            self.relay = Relay(self.federation, load_peer(self.path, "relay"), insecure)
+            self.relay = Relay(Members(self.federation), load_peer(self.path, "relay"), insecure)
             self.relay.start()
             self.stopping.callback(self.relay.stop)
         self.peers = {name: self.peer(name) for name in self.federation.names}
 
     def peer(self, name: str) -> GrpcTransport:
         peer = GrpcTransport(
-            self.federation, load_peer(self.path, name), LAYOUT, self.desks[name],
+            Members(self.federation), load_peer(self.path, name), LAYOUT, self.desks[name],
             insecure_loopback=self.insecure,
         )  # fmt: skip
         peer.start()
@@ -258,7 +259,7 @@ def test_messages_go_through_the_proxy_of_the_environment_unless_switched_off(
             made.peers["cai"].stop(0)
             del asked[:]
             settings = dataclasses.replace(load_peer(made.path, "cai"), http_proxy=False)
-            made.peers["cai"] = GrpcTransport(made.federation, settings, LAYOUT, Desk())
+            made.peers["cai"] = GrpcTransport(Members(made.federation), settings, LAYOUT, Desk())
             made.peers["cai"].start()
             assert made.send("cai", "ada").accepted
             assert not asked

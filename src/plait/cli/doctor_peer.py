@@ -23,6 +23,7 @@ from plait.presets import as_settings
 
 if TYPE_CHECKING:
     from plait.peers.federation import Federation, Member, PeerSettings
+    from plait.peers.membership import Members
     from plait.peers.transport import GrpcTransport
 
 NEIGHBOUR_S = 2.0
@@ -54,7 +55,8 @@ def check_peer(file: Path) -> Iterator[Finding]:
     if not all(map(installed, PEER_PACKAGES)):
         yield Finding(about, "bad", f"{file} can't be checked", "pip install 'plait[peer]'")
         return
-    from plait.peers.federation import load_federation, load_peer
+    from plait.peers.federation import load_peer
+    from plait.peers.membership import load_members
 
     shared = file.resolve().parents[1] / "federation.toml"
     try:
@@ -65,9 +67,9 @@ def check_peer(file: Path) -> Iterator[Finding]:
             if address is not None:
                 yield _listen(about, address, what)
         yield room(about, own.out, "make room, or change `out` in peer.toml")
-        federation = load_federation(shared)
-        yield _rows(about, federation, own)
-        yield from _others(about, federation, own)
+        members = load_members(shared, own)
+        yield _rows(about, members.newest, own)
+        yield from _others(about, members, own)
     except (OSError, ValueError) as error:
         yield Finding(about, "bad", f"{error}", "mend it, or write it anew")
 
@@ -133,20 +135,20 @@ def _rows(about: str, federation: Federation, own: PeerSettings) -> Finding:
     return Finding(about, "ok", text)
 
 
-def _others(about: str, federation: Federation, own: PeerSettings) -> Iterator[Finding]:
+def _others(about: str, members: Members, own: PeerSettings) -> Iterator[Finding]:
     """Each other peer that is there: reached, known by its certificate, on time, of one mind."""
     from plait.peers.status import asking
 
-    others = [member for member in federation.peers if member.name != about]
+    others = [member for member in members.newest.peers if member.name != about]
     try:
-        with asking(federation, own) as transport, ThreadPoolExecutor(len(others)) as pool:
+        with asking(members, own) as transport, ThreadPoolExecutor(len(others)) as pool:
             met = list(pool.map(partial(_meet, about, own, transport), others))
     except ValueError:
         return  # its own papers are unfit, and that was said
     for one in met:
         yield from one.found
     if there := [one for one in met if one.settings is not None]:
-        yield from _agreed(about, federation, own, there)
+        yield from _agreed(about, members.newest, own, there)
 
 
 @dataclass

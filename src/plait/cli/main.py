@@ -21,6 +21,7 @@ from plait.cli import cert as cli_cert
 from plait.cli import data as cli_data
 from plait.cli import doctor as cli_doctor
 from plait.cli import lists as cli_lists
+from plait.cli import members as cli_members
 from plait.cli import peers as cli_peers
 from plait.cli import report as cli_report
 from plait.cli import runs as cli_runs
@@ -251,6 +252,11 @@ COMMANDS: dict[str, CommandRow] = {
     ),
     "peer": CommandRow(
         cli_peers.peer, "take part in a federation, as one of its peers", cli_peers.PeerCommand
+    ),
+    "members": CommandRow(
+        cli_members.members,
+        "let peers join or leave while a federation runs",
+        cli_members.MembersCommand,
     ),
     "relay": CommandRow(
         cli_peers.relay, "pass on what peers say that can't be called", cli_peers.RelayCommand

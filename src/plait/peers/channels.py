@@ -17,6 +17,7 @@ from plait.peers.federation import (
 )
 from plait.peers.grpc_server import OPTIONS, Options
 from plait.peers.keyring import Keyring
+from plait.peers.membership import Members
 from plait.peers.refusals import Reason, Refused
 from plait.peers.revocation import Route
 from plait.peers.tunnel import Doors, Ends, Switchboard, call_through, wait_at
@@ -29,25 +30,23 @@ class Channels:
         board: Those that wait here to be called; nobody where this process serves none.
     """
 
-    def __init__(
-        self, federation: Federation, settings: PeerSettings, keyring: Keyring | None
-    ) -> None:
+    def __init__(self, members: Members, settings: PeerSettings, keyring: Keyring | None) -> None:
         """Nothing is opened yet.
 
         Args:
-            federation: Who takes part, and where.
+            members: Who takes part, and where.
             settings: Of this peer.
             keyring: For mutual TLS; None without.
         """
         self.board = Switchboard()
-        self._federation, self._settings = federation, settings
+        self._members, self._settings = members, settings
         self._keyring = keyring
         self._serves = False
         self._open: dict[str, aio.Channel] = {}
         self._opening = asyncio.Lock()
         self._doors = Doors()
         self._routes: dict[str, Route] = {}
-        self._waiting: list[asyncio.Task[None]] = []
+        self._waiting: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def to(self, name: str) -> aio.Channel:
@@ -64,16 +63,25 @@ class Channels:
     async def serve(self) -> None:
         """Be the peer itself, through whom others are called or who is called through others."""
         self._serves = True
-        if self._own.reachable:
+        self._wait()
+
+    def _wait(self) -> None:
+        """Be there to be called, where this peer accepts no connection."""
+        if self._own.reachable or not self._serves:
             return
         host, port = split_address(local(self._settings.listen))
         names = [one.name for one in self._federation.peers if one.reachable]
         for name in [*names, *([RELAY] if self._federation.relay else [])]:
-            waiting = wait_at(partial(self.to, name), self._own.name, host, port)
-            self._waiting.append(asyncio.create_task(waiting))
+            if name not in self._waiting:
+                waiting = wait_at(partial(self.to, name), self._own.name, host, port)
+                self._waiting[name] = asyncio.create_task(waiting)
 
-    def renew(self, grace_s: float) -> None:
+    async def renew(self, grace_s: float) -> None:
         """Make new channels for what comes; what is on its way over the old ones may yet arrive."""
+        self._routes = {
+            n: one for n, one in self._routes.items() if one.address.startswith("unix:")
+        }
+        self._wait()
         for channel in self._open.values():
             closing = asyncio.create_task(channel.close(grace_s))
             self._closing.add(closing)
@@ -82,7 +90,8 @@ class Channels:
 
     async def close(self, grace_s: float) -> None:
         """Let open calls end, for so long, and close all."""
-        tasks = [*self._waiting, *self._closing]
+        tasks = [*self._waiting.values(), *self._closing]
+        self._waiting.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -90,6 +99,10 @@ class Channels:
             await channel.close(grace_s)
         self._open.clear()
         await self._doors.close()
+
+    @property
+    def _federation(self) -> Federation:
+        return self._members.newest
 
     @property
     def _own(self) -> Member:

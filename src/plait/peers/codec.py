@@ -8,7 +8,7 @@ names and shapes of its tensors, before one is made; by its values, before one i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -64,6 +64,11 @@ class Header:
     digest: bytes
     dtype: str = DTYPE
     version: int = VERSION
+
+    @property
+    def about(self) -> int:
+        """The round that it is about."""
+        return self.round
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,10 @@ class Question:
 
     Attributes:
         kind: For its `status`, its factors of a `round`, its `state`, or, whatever the digest of
-            one's own is, for the `settings` that all must share.
-        round: Which round's factors.
+            one's own is, for the `settings` that all must share, or a version of the list of
+            `members`.
+        round: Which round's factors; of the list, which version.
+        members: The newest version of the list that the asker has.
         asker_round: Where the one who asks is.
         sender: Who asks; the transport fills in this one and the following.
         receiver: Who is asked.
@@ -133,7 +140,7 @@ class Question:
         version: Of the protocol.
     """
 
-    kind: Literal["status", "round", "state", "settings"]
+    kind: Literal["status", "round", "state", "settings", "members"]
     round: int = 0
     asker_round: int = 0
     sender: str = ""
@@ -142,15 +149,28 @@ class Question:
     config_digest: str = ""
     have: int = 0
     have_digest: bytes = b""
+    members: int = 0
     version: int = VERSION
+
+    @property
+    def about(self) -> int:
+        """The round that it is about."""
+        return self.round if self.kind == "round" else self.asker_round
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a peer answers: a few facts (a small JSON object), and a message if it has one."""
+    """What a peer answers: a few facts (a small JSON object), and what was asked for.
+
+    Attributes:
+        facts: A few words and numbers.
+        message: Factors, if it has them.
+        roster: The text of a list of members.
+    """
 
     facts: dict[str, Any]
     message: Message | None = None
+    roster: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +180,7 @@ class Identity:
     Attributes:
         name: The peer's name.
         federation: The federation's id.
-        config_digest: Of the settings that all peers share.
+        config_digest: Round -> digest of what all peers share then.
         layout: Of a client's factors.
         kinds: The kinds of slot that the method sends.
         max_message_bytes: The most that a body may have.
@@ -169,7 +189,7 @@ class Identity:
 
     name: str
     federation: str
-    config_digest: str
+    config_digest: Callable[[int], str]
     layout: Layout
     max_message_bytes: int
     norm_bound: float | None = None
@@ -207,11 +227,11 @@ class Identity:
             "version": (VERSION, Reason.WRONG_VERSION),
             "federation": (self.federation, Reason.WRONG_FEDERATION),
             "receiver": (self.name, Reason.WRONG_RECEIVER),
-            "config_digest": (self.config_digest, Reason.WRONG_CONFIG),
+            "config_digest": (self.config_digest(header.about), Reason.WRONG_CONFIG),
             "layout": (self.layout_digest, Reason.WRONG_SHAPE),
             "dtype": (DTYPE, Reason.WRONG_SHAPE),
         }
-        if getattr(header, "kind", "") in ("settings", "status"):
+        if getattr(header, "kind", "") in ("settings", "status", "members"):
             del expected["config_digest"]  # one with others is told which they are
         for name, (ours, reason) in expected.items():
             theirs = getattr(header, name, ours)

@@ -6,6 +6,7 @@ Nothing here does I/O: a transport feeds in what comes and sends what is given o
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -15,6 +16,7 @@ from plait.peers import wire_pb2 as pb
 from plait.peers.codec import Ack, Answer, Header, Question
 from plait.peers.facts import read_facts
 from plait.peers.refusals import MOST_DETAIL, Reason, Refused, plain
+from plait.peers.roster import MOST_BYTES
 
 ENVELOPE_BYTES = 1 << 12
 """The most that a header, a question or an acknowledgement may have."""
@@ -89,7 +91,9 @@ def write_answer(answer: Answer, receiver: str, offset: int = 0) -> bytes:
     assert len(facts) <= FACTS_BYTES, "facts are a few words, not data"
     header = _header(answer.message.header, receiver) if answer.message else None
     taken = pb.Ack(accepted=True)
-    return pb.Answer(ack=taken, facts=facts, header=header, offset=offset).SerializeToString()
+    return pb.Answer(
+        ack=taken, facts=facts, header=header, offset=offset, roster=answer.roster
+    ).SerializeToString()
 
 
 def write_refusal(refused: Refused) -> bytes:
@@ -97,18 +101,35 @@ def write_refusal(refused: Refused) -> bytes:
     return pb.Answer(ack=_refusal(refused)).SerializeToString()
 
 
-def read_answer(data: bytes) -> tuple[dict[str, Any], Header | None, int]:
-    """The facts of an answer, the header of the message that follows, and where its pieces begin.
+@dataclass(frozen=True)
+class Begin:
+    """What an answer begins with.
+
+    Attributes:
+        facts: A few words and numbers.
+        header: Of the message that follows, if one does.
+        offset: Where in its body the pieces begin.
+        roster: The text of a list of members, if that was asked for.
+    """
+
+    facts: dict[str, Any]
+    header: Header | None = None
+    offset: int = 0
+    roster: str = ""
+
+
+def read_answer(data: bytes) -> Begin:
+    """What an answer begins with.
 
     Raises:
         Refused: The question was, or this is no answer.
     """
-    answer = _parsed(pb.Answer, data, ENVELOPE_BYTES + FACTS_BYTES)
+    answer = _parsed(pb.Answer, data, ENVELOPE_BYTES + FACTS_BYTES + MOST_BYTES)
     ack = _ack(answer.ack)
     if not ack.accepted:
         raise Refused(ack.reason or Reason.OTHER, ack.detail)
     header = Header(**_fields(answer.header)) if answer.HasField("header") else None
-    return read_facts(answer.facts), header, answer.offset
+    return Begin(read_facts(answer.facts), header, answer.offset, answer.roster)
 
 
 def write_question(question: Question) -> bytes:
@@ -123,7 +144,7 @@ def read_question(data: bytes) -> Question:
         Refused: It is none.
     """
     values = _fields(_parsed(pb.Question, data, ENVELOPE_BYTES))
-    if values["kind"] not in ("status", "round", "state", "settings"):
+    if values["kind"] not in ("status", "round", "state", "settings", "members"):
         raise Refused(Reason.MALFORMED, f"a question for {values['kind']!r:.80}")
     return Question(**values)
 

@@ -69,6 +69,7 @@ class Exchange:
         neighbours: Those that it exchanges messages with in some round; the rest need not be
             reachable, and nothing is said of them.
         leave: Set it to end every wait.
+        learn: Takes the text of a newer list of members; whether it counts.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Exchange:
         self.others = frozenset(range(len(desk.names))) - {self.inbox.me}
         self.neighbours = self.others if neighbours is None else frozenset(neighbours)
         self.leave = threading.Event()
+        self.learn: Callable[[int, str], bool] = lambda *_: False
         self._counted_bytes = 0
         self._refusing: dict[int, str] = {}
         self._survey_due = 0.0
@@ -91,7 +93,8 @@ class Exchange:
         self._answering: set[int] = set()
         self._without_row: set[tuple[int, int]] = set()
         # Enough threads for every link at once: a stopped neighbour holds its own until a deadline.
-        self._pool = ThreadPoolExecutor(2 * len(desk.names), "plait-exchange")
+        # Members may become more.
+        self._pool = ThreadPoolExecutor(max(32, 3 * len(desk.names)), "plait-exchange")
         self._begin = time.monotonic()
 
     def stop(self) -> None:
@@ -121,6 +124,7 @@ class Exchange:
         while left := self._left():
             if self.leave.is_set():
                 raise Left
+            self._learn_from(self.desk.newer)
             now = time.monotonic()
             if now >= due:
                 for peer, tasks in left.items():
@@ -241,6 +245,44 @@ class Exchange:
             f"whom to believe, start this peer again with --trust NAME, such as --trust {example}."
         )
 
+    def meets(self, neighbours: Collection[int]) -> None:
+        """The members, and those of them with whom messages are exchanged, are others now."""
+        self.others = frozenset(range(len(self.desk.names))) - {self.inbox.me}
+        self.neighbours = frozenset(neighbours)
+
+    def spread(self) -> None:
+        """Tell all that there is a newer list of members: whoever is asked anything hears of it."""
+        for peer in self.others:
+            self._pool.submit(self.inquire, peer)
+
+    def _learn_from(self, peers: Iterable[int]) -> None:
+        """Have newer lists of members from some peers, on threads of the pool."""
+        for peer in [*peers]:
+            self._do(peer, LinkTask.LEARN, partial(self._fetch, peer))
+
+    def _fetch(self, peer: int) -> bool:
+        """Have a peer's lists of members that are newer; whether one counts."""
+        learned = False
+        while True:
+            here = self.desk.version
+            question = Question(kind="members", round=here + 1, asker_round=self.inbox.round)
+            try:
+                text = self.transport.ask(self.desk.names[peer], question, ASK_S).roster
+            except Refused:
+                text = ""
+            if not text or not self.learn(peer, text) or self.desk.version == here:
+                with self.desk.condition:
+                    self.desk.newer.discard(peer)
+                return learned
+            learned = True
+
+    def _is_of_another_list(self, peer: int) -> bool:
+        """Whether a peer that refuses has another version of the list; both have the newer soon."""
+        before = self.desk.version
+        reply = self.inquire(peer)
+        there = reply.facts.get("members", 1) if reply else before
+        return there < before or (there > before and self._fetch(peer))
+
     def greet(self, peers: Iterable[int]) -> None:
         """Ask some peers where they are, all at once; returns when all have answered or not."""
         asked = [self._pool.submit(self.inquire, peer) for peer in peers]
@@ -286,7 +328,7 @@ class Exchange:
         }
         self._do(peer, task, work[task])
 
-    def _do(self, peer: int, task: LinkTask, work: Callable[[], None]) -> None:
+    def _do(self, peer: int, task: LinkTask, work: Callable[[], object]) -> None:
         if (peer, task) in self._busy:
             return
         self._busy.add((peer, task))
@@ -353,6 +395,8 @@ class Exchange:
         self._gone.discard(peer)
         self._answering.add(peer)
         self.desk.heard_of(peer, reply.facts.get("round"))
+        if reply.facts.get("members", 1) > self.desk.version:
+            self._learn_from([peer])
 
     def _outcome(self, peer: int, reason: Reason, detail: str) -> None:
         """Take note of a call that a neighbour refused, or that did not get through."""
@@ -366,6 +410,8 @@ class Exchange:
         self._gone.discard(peer)
         self._answering.add(peer)
         if reason in EXPECTED:
+            return
+        if reason is Reason.WRONG_CONFIG and self._is_of_another_list(peer):
             return
         if reason is Reason.WRONG_CONFIG:
             detail = self._what_differs(name) or detail

@@ -83,7 +83,9 @@ def _are_counts(value: object) -> bool:
 
 FACTS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("name", "phase"), _is_word),
-    **dict.fromkeys(("round", "rounds", "missing", "sent_bytes", "received_bytes"), _is_count),
+    **dict.fromkeys(
+        ("round", "rounds", "missing", "sent_bytes", "received_bytes", "members"), _is_count
+    ),
     **dict.fromkeys(("time", "up_seconds", "loss", "score"), _is_number),
     **dict.fromkeys(("seen", "refused", "expires"), _are_counts),
     "absent": _are_words,

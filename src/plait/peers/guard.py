@@ -54,7 +54,7 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(
         self,
-        members: Collection[str],
+        members: Callable[[], Collection[str]],
         certified: Callable[[Any], Names],
         revoked: Callable[[Any], bool],
         call_timeout_s: float,
@@ -63,13 +63,13 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         """Of one server.
 
         Args:
-            members: Who may call.
+            members: The names of those who may call, at the time.
             certified: Context of a call -> the names in the caller's certificate.
             revoked: Context of a call -> whether that certificate counts no more.
             call_timeout_s: The longest that a call may stand still, but for `CARRY`.
             refused: Told (caller, reason, detail) of each refusal.
         """
-        self._members, self._certified, self._revoked = frozenset(members), certified, revoked
+        self._members, self._certified, self._revoked = members, certified, revoked
         self._call_timeout_s, self._refused = call_timeout_s, refused
         self._open: Counter[tuple[str, bool]] = Counter()
 
@@ -89,8 +89,9 @@ class Guard(aio.ServerInterceptor):  # type: ignore[misc]
         context: Any,
     ) -> None:
         names = self._certified(context)
-        caller = caller_of(names, self._members, context)
-        if names is not None and not names & self._members:
+        members = frozenset(self._members())
+        caller = caller_of(names, members, context)
+        if names is not None and not names & members:
             await self._end(context, caller, Reason.WRONG_SENDER, f"{caller:.200} is no member")
         if self._revoked(context):
             detail = f"{caller:.200}'s certificate is revoked"

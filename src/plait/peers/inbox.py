@@ -73,6 +73,7 @@ class LinkTask(Enum):
 
     PUSH = "push"
     ASK = "ask"
+    LEARN = "learn"
 
 
 @dataclass

@@ -86,20 +86,23 @@ class Keyring:
     """A peer's credentials and its list of revoked certificates, as its files have them now."""
 
     def __init__(
-        self, settings: PeerSettings, others: Collection[str], show: Callable[[str], bytes]
+        self,
+        settings: PeerSettings,
+        others: Callable[[], Collection[str]],
+        show: Callable[[str], bytes],
     ) -> None:
         """Read the files.
 
         Args:
             settings: Which files they are.
-            others: Who may be called.
+            others: The names of those who may be called, at the time.
             show: The name of one of them -> the certificate, PEM, that its server shows; an
                 `OSError` or `Refused` of who can't be reached, or shows none.
 
         Raises:
             ValueError: A file is missing or unfit.
         """
-        self.settings, self._others, self._show = settings, frozenset(others), show
+        self.settings, self._others, self._show = settings, others, show
         papers = (settings.ca, settings.certificate, settings.key)
         self._papers = Watched(papers, lambda: read_credentials(settings))
         self._revoked = Watched([settings.revoked], lambda: read_revoked(settings.revoked))
@@ -177,7 +180,7 @@ class Keyring:
 
     def _see(self) -> bool:
         """Look at what those on the list show, to trust that alone; whether it is news."""
-        listed, before = sorted(self._others & set(self._revoked.now.values())), self._pins
+        listed, before = sorted(set(self._others()) & set(self._revoked.now.values())), self._pins
         with ThreadPoolExecutor(len(listed) or 1) as pool:
             found = pool.map(self._certificate_of, listed)
         self._pins = dict(zip(listed, found, strict=True))

@@ -50,6 +50,9 @@ class Desk:
         facts: What else the status says, set by the engine.
         live: As `facts`, looked up when somebody asks.
         note: Adds a line to the audit book.
+        version: Of the newest list of members.
+        roster: Version -> the text of that list; empty if there is none.
+        newer: Peers that say they have a newer one.
     """
 
     def __init__(self, inbox: Inbox, names: Sequence[str], quorum: Quorum | None = None) -> None:
@@ -66,6 +69,9 @@ class Desk:
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
         self.note: Note = no_note
+        self.version = 1
+        self.roster: Callable[[int], str] = lambda _: ""
+        self.newer: set[int] = set()
         self._moving: dict[int, float] = {}
         self._took: set[int] = set()
         self._gave: dict[int, Message] = {}
@@ -107,8 +113,13 @@ class Desk:
         """Answer a neighbour; raises `Refused`."""
         with self.condition:
             asker = self._number(question.sender)
+            if question.members > self.version:
+                self.newer.add(asker)
+                self.condition.notify_all()
             if question.kind == "settings":
                 return Answer(self.settings)
+            if question.kind == "members":
+                return Answer({"members": self.version}, roster=self.roster(question.round))
             if question.asker_round != OBSERVER:
                 self._hear(asker, question.asker_round)
             if question.kind == "status":
@@ -117,7 +128,8 @@ class Desk:
                 state = self._asked_for_state(asker, question.asker_round)
                 return Answer({"round": self.inbox.round}, state)
             word = self.inbox.answer(asker, question.round)
-            return Answer({"round": self.inbox.round, "agreed": word.agreed}, word.message)
+            facts = {"round": self.inbox.round, "agreed": word.agreed, "members": self.version}
+            return Answer(facts, word.message)
 
     def gave(self, asker: str, message: Message) -> None:
         """Note that an answer's message has gone out whole."""
@@ -140,7 +152,9 @@ class Desk:
         if reason in EXPECTED:
             return
         self.report("refused", sender, detail, reason.name)
-        if reason in FOREIGN and sender in self.names:
+        # One that hasn't the newest list yet is no stranger: it gets it with the next question.
+        lags = reason is Reason.WRONG_CONFIG and self.version > 1
+        if reason in FOREIGN and sender in self.names and not lags:
             self.set_foreign(self.names.index(sender), detail)
 
     # -- what the engine calls
@@ -153,6 +167,7 @@ class Desk:
                 refused[reason] += count
         return {
             "name": self.name,
+            "members": self.version,
             "round": self.inbox.round,
             "rounds": self.inbox.rounds,
             "absent": [self.names[peer] for peer in sorted(self.absent)],

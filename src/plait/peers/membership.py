@@ -1,18 +1,186 @@
-"""Whether the members of a federation can do what its graph asks of them."""
+"""The members of a federation, round by round, and whether they can do what its graph asks."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+from cryptography import x509
 
+from plait.machine.files import write_atomically
+from plait.machine.text_files import read_text
 from plait.methods import settled
 from plait.mixing import neighbour_weights
-from plait.peers.federation import Federation
+from plait.peers.federation import Federation, PeerSettings, load_federation
+from plait.peers.pem import certificates_in, read_pem
+from plait.peers.revocation import fingerprint_of, read_revoked
+from plait.peers.roster import (
+    Roster,
+    check_follows,
+    check_quorum,
+    first,
+    read_roster,
+    signers,
+    write_roster,
+)
 from plait.topology import build_schedule, topology_row
+
+LISTS = "members-*.toml"
+"""Files of later versions of the list; `*` is the version."""
+
+OWN_ROWS = ("file", "chat")
+"""Tasks to which each peer brings rows of its own."""
 
 MOST_TURNS = 1000
 """Of a long run the first rounds decide who meets whom."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A version of the list, and the federation with it."""
+
+    roster: Roster
+    federation: Federation
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what must be agreed on while it holds."""
+        return self.federation.digest()
+
+
+class Members:
+    """A federation whose list of members grows by versions while it runs.
+
+    It stands where a `Federation` does: the settings stay, and the peers are those of the newest
+    version. What is agreed on for a round goes by the version that holds for it.
+    """
+
+    def __init__(self, federation: Federation, rosters: Iterable[Roster] = ()) -> None:
+        """The first version, and those that are known already, in their order."""
+        self._first = federation
+        self._known: tuple[Known, ...] = (Known(first(federation), federation),)
+        for roster in rosters:
+            self.add(roster)
+
+    def add(self, roster: Roster) -> None:
+        """Let another version hold from its round on.
+
+        Raises:
+            ValueError: It doesn't follow from the newest, or its members can't do what they must.
+        """
+        check_follows(self.roster, roster)
+        if len(roster.peers) > len(self.roster.peers) and self._first.config.task not in OWN_ROWS:
+            raise ValueError(
+                f"nobody can join while the task is {self._first.config.task}, whose rows were "
+                "dealt to the first members; peers with rows of their own can"
+            )
+        config = dataclasses.replace(self._first.config, clients=len(roster.peers))
+        federation = dataclasses.replace(self._first, config=config, peers=roster.peers)
+        check_members(federation)
+        self._known = (*self._known, Known(roster, federation))
+
+    def with_read(self, read: Mapping[str, str]) -> Members:
+        """The same with hashes of what all peers must have read alike."""
+        federation = dataclasses.replace(self._first, read=read)
+        return Members(federation, [one.roster for one in self._known[1:]])
+
+    @property
+    def roster(self) -> Roster:
+        """The newest version."""
+        return self._known[-1].roster
+
+    def version(self, number: int) -> Roster | None:
+        """A version by its number, if it is known; the first is in federation.toml."""
+        return next((k.roster for k in self._known if k.roster.version == number), None)
+
+    def at(self, round_: int) -> Federation:
+        """The federation of a round."""
+        return self._of(round_).federation
+
+    def _of(self, round_: int) -> Known:
+        return next(one for one in reversed(self._known) if one.roster.from_round <= round_)
+
+    def first_with(self, name: str) -> Federation:
+        """The federation in whose list a member came first; the newest if it is in none."""
+        known = (one.federation for one in self._known)
+        return next((one for one in known if name in one.names), self.newest)
+
+    def digest(self, round_: int) -> str:
+        """Of what must be agreed on for a round."""
+        return self._of(round_).digest
+
+    @property
+    def newest(self) -> Federation:
+        """The federation with its newest list."""
+        return self._known[-1].federation
+
+
+def load_members(federation_file: Path, settings: PeerSettings) -> Members:
+    """The members as files have them: federation.toml, and lists beside it or in the run folder.
+
+    Args:
+        federation_file: `federation.toml`.
+        settings: Of the peer that reads it; its `ca` says whose signatures count.
+
+    Raises:
+        ValueError: A file isn't what it should be, or a list lacks signatures.
+        OSError: One can't be read.
+    """
+    members = Members(load_federation(federation_file))
+    found = [
+        path for folder in (federation_file.parent, settings.out) for path in folder.glob(LISTS)
+    ]
+    for path in sorted(found, key=_version_of):
+        try:
+            roster = read_roster(read_text(path))
+            if roster.version > members.roster.version:
+                add_signed(members, roster, settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return members
+
+
+def signed_by(members: Members, roster: Roster, settings: PeerSettings) -> str:
+    """Who has signed a list, in words, and whose signatures don't count."""
+    before = members.version(roster.version - 1)
+    if before is None:
+        return f"version {roster.version - 1} isn't known here, so nobody can say who may sign"
+    names, wrong = signers(before, roster, *_trust(settings))
+    return "; ".join([f"signed by {', '.join(names) or 'nobody'}", *wrong])
+
+
+def _trust(
+    settings: PeerSettings,
+) -> tuple[list[x509.Certificate], Callable[[bytes], bool]]:
+    """Whose certificates count, and which of them don't any more."""
+    authorities = certificates_in(read_pem(settings.ca), settings.ca, "the authority's certificate")
+    listed = read_revoked(settings.revoked)
+    return authorities, lambda pem: fingerprint_of(pem) in listed
+
+
+def add_signed(members: Members, roster: Roster, settings: PeerSettings) -> None:
+    """Let a list hold that enough members have signed.
+
+    Raises:
+        ValueError: It doesn't follow, lacks signatures, or its members can't do what they must.
+    """
+    check_quorum(members.roster, roster, *_trust(settings))
+    members.add(roster)
+
+
+def keep_list(roster: Roster, folder: Path) -> None:
+    """Write a list where `load_members` finds it."""
+    write_atomically(folder / LISTS.replace("*", str(roster.version)), write_roster(roster))
+
+
+def _version_of(path: Path) -> int:
+    number = path.stem.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def check_members(federation: Federation) -> None:

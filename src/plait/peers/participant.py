@@ -75,21 +75,22 @@ def join(
     """
     for package in PEER_PACKAGES:
         need(package, "peer", "A federation")
-    from plait.peers.federation import load_federation, load_peer
+    from plait.peers.federation import load_peer
     from plait.peers.guard import raise_descriptor_limit
     from plait.peers.json_log import log_events
+    from plait.peers.membership import load_members
     from plait.peers.process import Process, saying_what_stops, was_finished
 
     log_events(name)
     raise_descriptor_limit()
     with saying_what_stops():
         file = Path(federation_file)
-        federation, own = load_federation(file), load_peer(file, name)
-        _check_method(federation.config)
-        over = was_finished(federation, own)
-        process = Process(
-            federation, own, threading.Event(), insecure_loopback, trust, own_loop=True
-        )
+        own = load_peer(file, name)
+        members = load_members(file, own)
+        _check_method(members.newest.config)
+        over = was_finished(members.first_with(name), own)
+        process = Process(members, own, threading.Event(), insecure_loopback, trust, own_loop=True)
+        process.lists = file.parent
         return Participant(process, over)
 
 

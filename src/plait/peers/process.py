@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from plait.figures import FIGURES, taken
 from plait.lora import Stack
 from plait.machine.files import held, make_lasting
 from plait.machine.process_settings import configure_process
+from plait.machine.text_files import read_text
 from plait.model.peft_adapters import save_adapter
 from plait.peers.audit import BOOK, Book
 from plait.peers.certificates import write_secret
@@ -50,7 +50,6 @@ from plait.peers.federation import (
     Limits,
     Member,
     PeerSettings,
-    load_federation,
     load_peer,
 )
 from plait.peers.guard import HANDSHAKE_S, raise_descriptor_limit
@@ -58,11 +57,19 @@ from plait.peers.inbox import FactorRows, Inbox, Turn
 from plait.peers.joining import Entrance
 from plait.peers.json_log import log_to_stderr
 from plait.peers.mailbox import Desk
-from plait.peers.membership import MOST_TURNS, check_members
+from plait.peers.membership import (
+    MOST_TURNS,
+    Members,
+    add_signed,
+    check_members,
+    keep_list,
+    load_members,
+)
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
 from plait.peers.quorum import Quorum, middle
 from plait.peers.refusals import plain
+from plait.peers.roster import Roster, read_roster, write_roster
 from plait.peers.round_loop import Due, Peer, agreed_turns
 from plait.peers.transport import GrpcTransport
 from plait.plugins import load_plugins
@@ -105,12 +112,13 @@ def run_peer(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
     with saying_what_stops():
-        federation = load_federation(federation_file)
         settings = load_peer(federation_file, name)
-        if was_finished(federation, settings):
+        members = load_members(federation_file, settings)
+        if was_finished(members.first_with(name), settings):
             LOG.info("the run was finished before: %s", settings.out)
             return True
-        with Process(federation, settings, leave, insecure_loopback, trust) as process:
+        with Process(members, settings, leave, insecure_loopback, trust) as process:
+            process.lists = federation_file.parent
             return process.run()
 
 
@@ -132,7 +140,7 @@ class Process:
 
     def __init__(
         self,
-        federation: Federation,
+        members: Members,
         settings: PeerSettings,
         leave: threading.Event,
         insecure_loopback: bool = False,
@@ -145,10 +153,12 @@ class Process:
         trains, and may have the rows, too.
         """
         self.settings = settings
+        federation = members.first_with(settings.name)
         self.me = federation.index(settings.name)
-        self.member = federation.member(settings.name)
         load_plugins(settings.apply(federation.config).plugin)
         check_members(federation)
+        self.lists: Path | None = None
+        self._learning = threading.Lock()
         self._until_end = ExitStack()
         taken_up = settings.out.exists()
         if taken_up:
@@ -163,25 +173,25 @@ class Process:
         config = settings.apply(federation.config)
         if not self.folder.finished(config):
             self.folder.create(config, read, made_by(settings.machine))
-        self.federation = with_what_was_read(federation, self.job, read)
+        self.members = members.with_read(what_was_read(federation, self.job, read))
         self.stack = self.job.initial_stack(num_clients=1)
         noise = noise_of(self.folder, self.job.config)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
-        turn = agreed_turns(self.job, self.me, federation.peers)
+        turn = agreed_turns(self.job, self.me, self._peers)
         rounds = self.job.config.rounds
         inbox = Inbox(self.me, turn, rounds, limits.keep_rounds, limits.symmetric_loss)
         trusted = None if trust is None else federation.index(trust)
-        quorum = Quorum(voters=voters_of(federation.peers, self.me), trusted=trusted)
-        self.desk = Desk(inbox, federation.names, quorum)
-        self.desk.settings = self.federation.shared()
+        quorum = Quorum(voters=voters_of(self._peers, self.me), trusted=trusted)
+        self.desk = Desk(inbox, self.members.newest.names, quorum)
+        self.desk.roster = self._list
         noted = load_beside(self.folder.checkpoint_file, NOTED)
         vouched = None if noted is None else noted.numpy().tobytes().hex()
         self.book = Book(self.folder.path, vouched)
         self._until_end.callback(self.book.close)
         self.desk.note = self.book.note
         self.transport = GrpcTransport(
-            self.federation, settings, self.job.backbone.layout, self.desk,
+            self.members, settings, self.job.backbone.layout, self.desk,
             kinds=self.job.method.kinds, insecure_loopback=insecure_loopback,
         )  # fmt: skip
         counts = self.transport.counts
@@ -197,11 +207,27 @@ class Process:
                 start_timeout_s=limits.start_timeout_s,
                 linger_s=limits.linger_s,
             ),
-            neighbours_of(turn, rounds),
         )
         self.exchange.leave = self.leave
+        self.exchange.learn = self.learn
         self.peer = Peer(self.job, self.stack, self.exchange, self.write, noise)
-        self.end = min(rounds, self.member.leaves or rounds)
+        self._follow()
+
+    @property
+    def federation(self) -> Federation:
+        """The federation with its newest list of members."""
+        return self.members.newest
+
+    @property
+    def joins(self) -> int:
+        """The first round that this peer takes part in."""
+        return self.federation.member(self.settings.name).joins
+
+    @property
+    def end(self) -> int:
+        """The round before which this peer's part is over."""
+        rounds = self.job.config.rounds
+        return min(rounds, self.federation.member(self.settings.name).leaves or rounds)
 
     def __enter__(self) -> Process:
         """Begin to listen."""
@@ -249,12 +275,62 @@ class Process:
             rows,
             layout=self.job.backbone.layout,
             federation=self.federation.id,
-            config_digest=self.federation.digest(),
+            config_digest=self.members.digest(round_),
             sender=self.settings.name,
             round=round_,
             active=active,
             kind="state" if kind == "state" else "round",
         )
+
+    # -- the list of members
+
+    def _peers(self, round_: int) -> tuple[Member, ...]:
+        return self.members.at(round_).peers
+
+    def learn(self, peer: int, text: str) -> bool:
+        """Take a newer list of members from a peer; whether it counts. Called on any thread."""
+        try:
+            return self._learn(read_roster(text), self.desk.names[peer])
+        except ValueError as error:
+            detail = f"its list of members doesn't count: {error}"
+            self.desk.report("refused", self.desk.names[peer], detail, "MEMBERS")
+            return False
+
+    def _learn(self, roster: Roster, source: str) -> bool:
+        with self._learning:
+            if roster.version <= self.members.roster.version:
+                return True  # another was quicker
+            before = self.members.roster
+            add_signed(self.members, roster, self.settings)
+            keep_list(roster, self.folder.path)
+            self._follow()
+        self.transport.renew()
+        self.desk.report("members", self.desk.name, changes(before, roster, source))
+        self.exchange.spread()
+        return True
+
+    def _follow(self) -> None:
+        """Go by the newest list."""
+        newest, turn = self.members.newest, self.desk.inbox.turn
+        neighbours = neighbours_of(turn, self.job.config.rounds)
+        with self.desk.condition:
+            self.desk.names, self.desk.version = newest.names, self.members.roster.version
+            self.desk.settings = newest.shared()
+        self.exchange.meets(neighbours)
+        self.peer.end = self.end
+
+    def _look(self) -> None:
+        """Take a list of members that somebody has put beside federation.toml."""
+        path = self.lists and self.lists / f"members-{self.members.roster.version + 1}.toml"
+        if path and path.is_file():
+            try:
+                self._learn(read_roster(read_text(path)), str(path))
+            except ValueError as error:
+                self.desk.report("refused", self.desk.name, f"{path}: {error}", "MEMBERS")
+
+    def _list(self, version: int) -> str:
+        roster = self.members.version(version)
+        return "" if roster is None or version == 1 else write_roster(roster)
 
     # -- where to begin
 
@@ -272,11 +348,9 @@ class Process:
             self.desk.inbox.skip_to(self.first_round)
             self._remember(self.first_round - 1)
         turn = self.desk.inbox.turn
-        entrance = Entrance(
-            self.exchange, self.member.joins, lambda done: state_of(self.job, turn, done)
-        )
+        entrance = Entrance(self.exchange, self.joins, lambda done: state_of(self.job, turn, done))
         has_state = self.first_round > 0
-        if not has_state and (self.member.joins > 0 or entrance.is_late()):
+        if not has_state and (self.joins > 0 or entrance.is_late()):
             self._join(entrance)
         if has_state:
             self.exchange.greet(self.exchange.neighbours)
@@ -285,7 +359,7 @@ class Process:
     def _join(self, entrance: Entrance) -> None:
         """Wait until there is a state to begin from, and begin from it."""
         target, states = entrance.find()
-        self.first_round = min(max(target, self.member.joins), self.end - 1)
+        self.first_round = min(max(target, self.joins), self.end - 1)
         own = {slot: self.stack.state[slot][0].cpu() for slot in states[0]}
         self.peer.adopt(middle(own, states))
         names = ", ".join(self.desk.names[peer] for peer in sorted(entrance.states))
@@ -300,6 +374,7 @@ class Process:
         with_descriptors(lambda: self.folder.record(event))
         match event:
             case RoundDone():
+                self._look()
                 self.desk.facts["phase"] = event.active
                 self._tell(loss=event.train_losses[0])
                 LOG.info(
@@ -433,8 +508,8 @@ def open_folder(
     return folder, read
 
 
-def with_what_was_read(federation: Federation, job: Job, read: Mapping[str, str]) -> Federation:
-    """The federation with hashes of what all peers must have read alike.
+def what_was_read(federation: Federation, job: Job, read: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of what all peers must have read alike.
 
     Args:
         federation: As its file has it.
@@ -445,15 +520,16 @@ def with_what_was_read(federation: Federation, job: Job, read: Mapping[str, str]
     if federation.config.task not in ("file", "chat"):  # else peers may have rows of their own
         names += ["training rows", "test rows"]
     common = {name: read[name] for name in names if name in read}
-    return dataclasses.replace(federation, read=common | of_model(job.backbone))
+    return common | of_model(job.backbone)
 
 
 def as_read(federation: Federation, settings: PeerSettings) -> Federation:
-    """`with_what_was_read` before a run: reads all of it, and loads the model."""
+    """The federation with `what_was_read`, before a run: reads it all, and loads the model."""
     config = settings.apply(federation.config)
     load_plugins(config.plugin)
     read = fingerprints(config, own_task(federation, settings))
-    return with_what_was_read(federation, prepare_peer(federation, settings), read)
+    read = what_was_read(federation, prepare_peer(federation, settings), read)
+    return dataclasses.replace(federation, read=read)
 
 
 def noise_of(folder: RunFolder, config: Config) -> Noise:
@@ -544,15 +620,36 @@ def neighbours_of(turn: Callable[[int], Turn], rounds: int) -> frozenset[int]:
     return frozenset(peer for one in turns for peer in (*one.hears, *one.heard_by))
 
 
-def voters_of(members: Sequence[Member], me: int) -> Callable[[int], frozenset[int]]:
+def voters_of(
+    members: Callable[[int], Sequence[Member]], me: int
+) -> Callable[[int], frozenset[int]]:
     """Round -> the other members that have come as far: those of the round before it."""
 
-    @lru_cache(maxsize=1024)
     def voters(round_: int) -> frozenset[int]:
-        took_part = (k for k, one in enumerate(members) if one.takes_part(max(0, round_ - 1)))
+        before = max(0, round_ - 1)
+        took_part = (k for k, one in enumerate(members(before)) if one.takes_part(before))
         return frozenset(took_part) - {me}
 
     return voters
+
+
+def changes(before: Roster, after: Roster, source: str) -> str:
+    """What a new list of members changes, in words.
+
+    Args:
+        before: The list that it follows.
+        after: The new one.
+        source: Who brought it.
+    """
+    old = {peer.name: peer for peer in before.peers}
+    said = [f"{peer.name} joins" for peer in after.peers if peer.name not in old]
+    said += [
+        f"{peer.name} leaves"
+        for peer in after.peers
+        if peer.leaves is not None and old.get(peer.name) and old[peer.name].leaves is None
+    ]
+    what = ", ".join(said) or "addresses change"
+    return f"version {after.version} from {source}: {what}, from round {after.from_round} on"
 
 
 def state_of(job: Job, turn: Callable[[int], Turn], round_: int) -> tuple[str, str]:

@@ -17,11 +17,12 @@ from pathlib import Path
 from grpc import aio
 
 from plait.peers.event_loop import BACKGROUND
-from plait.peers.federation import RELAY, Federation, PeerSettings, load_federation, load_peer
+from plait.peers.federation import RELAY, PeerSettings, load_peer
 from plait.peers.grpc_server import certified, revoked, serve
 from plait.peers.guard import CARRY, Guard
 from plait.peers.json_log import log_to_stderr
 from plait.peers.keyring import LOOK_S, Keyring
+from plait.peers.membership import Members, load_members
 from plait.peers.refusals import Reason
 from plait.peers.tunnel import Carrier, Switchboard
 
@@ -34,22 +35,20 @@ SAY_S = 60.0
 class Relay:
     """The server of a relay."""
 
-    def __init__(
-        self, federation: Federation, settings: PeerSettings, insecure: bool = False
-    ) -> None:
+    def __init__(self, members: Members, settings: PeerSettings, insecure: bool = False) -> None:
         """Read the certificates; nothing listens yet.
 
         Raises:
             ValueError: A certificate is missing or unfit, or the federation has no relay.
         """
-        if federation.relay is None:
+        if members.newest.relay is None:
             raise ValueError(
                 'The federation has no relay; write relay = "host:port" at the top of '
                 "federation.toml at every peer."
             )
         self.board = Switchboard()
-        self._federation, self._settings = federation, settings
-        self._keyring = None if insecure else Keyring(settings, (), lambda _: b"")
+        self._members, self._settings = members, settings
+        self._keyring = None if insecure else Keyring(settings, tuple, lambda _: b"")
         self._server: aio.Server | None = None
 
     def start(self) -> None:
@@ -77,13 +76,15 @@ class Relay:
         BACKGROUND.release()
 
     async def _serve(self) -> None:
-        names = self._federation.names
         who = partial(certified, secure=self._keyring is not None)
-        carrier = Carrier(self.board, who, lambda _caller, wanted: wanted in names)
-        guard = Guard(names, who, partial(revoked, keyring=self._keyring), 0.0, _refused)
+        carrier = Carrier(self.board, who, lambda _caller, wanted: wanted in self._names())
+        guard = Guard(self._names, who, partial(revoked, keyring=self._keyring), 0.0, _refused)
         self._server = await serve(
-            self._settings.listen, self._keyring, guard, {CARRY: carrier.carry}, len(names)
+            self._settings.listen, self._keyring, guard, {CARRY: carrier.carry}, len(self._names())
         )
+
+    def _names(self) -> tuple[str, ...]:
+        return self._members.newest.names
 
 
 def run_relay(federation_file: Path) -> None:
@@ -100,7 +101,7 @@ def run_relay(federation_file: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
     settings = load_peer(federation_file, RELAY)
-    relay = Relay(load_federation(federation_file), settings)
+    relay = Relay(load_members(federation_file, settings), settings)
     relay.start()
     LOG.info("listening on %s", settings.listen)
     said, due = [""], 0.0

@@ -9,7 +9,7 @@ exchange.py; this loop says when training is due, hands over, mixes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -30,12 +30,15 @@ from plait.peers.exchange import Exchange, Left
 from plait.peers.federation import Member
 from plait.peers.inbox import FactorRows, Turn
 from plait.privacy import Noise
+from plait.topology import MixingSchedule, build_schedule
 
 Write = Callable[[FactorRows, int, str, str], Message]
 """(factors, round, active, kind) -> a message of this peer."""
 
 
-def agreed_turns(job: Job, me: int, members: Sequence[Member]) -> Callable[[int], Turn]:
+def agreed_turns(
+    job: Job, me: int, members: Callable[[int], tuple[Member, ...]]
+) -> Callable[[int], Turn]:
     """Round -> what all peers agree on for it without a word: phase, factors and weights.
 
     Whoever has not joined yet, or has left, gives and gets no weight; what its neighbours gave it
@@ -44,12 +47,18 @@ def agreed_turns(job: Job, me: int, members: Sequence[Member]) -> Callable[[int]
     Args:
         job: The prepared run.
         me: This peer's number.
-        members: All peers, in the order of their numbers.
+        members: Round -> all peers of the list that holds for it, in the order of their numbers.
     """
 
+    @lru_cache(maxsize=8)
+    def schedule(clients: int) -> MixingSchedule:
+        return build_schedule(replace(job.config, clients=clients))
+
     @lru_cache(maxsize=64)
-    def turn(round_: int) -> Turn:
-        W = neighbour_weights(job.schedule(round_))
+    def of(members: tuple[Member, ...], round_: int) -> Turn:
+        size = max(len(members), me + 1)  # one that comes later is there, and meets nobody
+        W = np.zeros((size, size))
+        W[: len(members), : len(members)] = neighbour_weights(schedule(len(members))(round_))
         out = [k for k, member in enumerate(members) if not member.takes_part(round_)]
         W[out] = 0
         W[:, out] = 0
@@ -63,7 +72,7 @@ def agreed_turns(job: Job, me: int, members: Sequence[Member]) -> Callable[[int]
             heard_by=tuple(int(peer) for peer in np.flatnonzero(W[:, me])),
         )
 
-    return turn
+    return lambda round_: of(members(round_), round_)
 
 
 @dataclass
@@ -121,7 +130,7 @@ class Peer:
             yield self.job.started
             if self.judges:
                 yield evaluation(self.job, self.stack, [self.me], -1)
-        while (round_ := self._catch_up()) < end:
+        while (round_ := self._catch_up()) < self.end:
             done = yield from self._round(round_)
             yield from self.desk.incidents()
             yield done

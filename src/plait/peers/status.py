@@ -18,13 +18,13 @@ from plait.factors import Slot
 from plait.lora import Layout
 from plait.peers.codec import Answer, Header, Message, Question
 from plait.peers.federation import (
-    Federation,
     Member,
     PeerSettings,
     load_federation,
     load_peer,
 )
 from plait.peers.mailbox import OBSERVER
+from plait.peers.membership import Members, load_members
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import GrpcTransport
 
@@ -95,23 +95,25 @@ def status(
     Raises:
         ValueError: No peer's certificate is here.
     """
-    federation = load_federation(federation_file)
-    here = [n for n in federation.names if (federation_file.parent / n / "peer.toml").is_file()]
-    if name is None and not here:
+    folders = sorted(path.parent.name for path in federation_file.parent.glob("*/peer.toml"))
+    names = [one for one in load_federation(federation_file).names if one in folders] or folders
+    if name is None and not names:
         raise ValueError(f"No peer.toml lies beside {federation_file}; give --name of yours.")
-    settings = load_peer(federation_file, name or here[0])
+    settings = load_peer(federation_file, name or names[0])
+    members = load_members(federation_file, settings)
+    federation = members.newest
 
     def ask(peer: str) -> PeerStatus:
         try:
             reply = transport.ask(peer, Question(kind="status", asker_round=OBSERVER), ASK_S)
         except Refused as refused:
-            own = load_peer(federation_file, peer) if peer in here else None
+            own = load_peer(federation_file, peer) if peer in folders else None
             return PeerStatus(peer, {}, _why(refused, federation.member(peer), own))
         lacks = sorted(NEEDED - reply.facts.keys())
         return PeerStatus(peer, reply.facts, f"its answer has no {lacks[0]}" if lacks else "")
 
     with (
-        asking(federation, settings, insecure_loopback) as transport,
+        asking(members, settings, insecure_loopback) as transport,
         ThreadPoolExecutor(len(federation.names)) as pool,
     ):
         return list(pool.map(ask, federation.names))
@@ -119,7 +121,7 @@ def status(
 
 @contextmanager
 def asking(
-    federation: Federation, settings: PeerSettings, insecure_loopback: bool = False
+    members: Members, settings: PeerSettings, insecure_loopback: bool = False
 ) -> Iterator[GrpcTransport]:
     """What can ask the members as one of them, without being reached itself.
 
@@ -127,7 +129,7 @@ def asking(
         ValueError: The peer's certificate is missing or unfit.
     """
     transport = GrpcTransport(
-        federation, settings, Layout((), 1, 1.0), _Nobody(), insecure_loopback=insecure_loopback
+        members, settings, Layout((), 1, 1.0), _Nobody(), insecure_loopback=insecure_loopback
     )
     transport.start(serve=False)
     try:

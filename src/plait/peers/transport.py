@@ -40,10 +40,11 @@ from plait.peers.envelope import (
     write_refusal,
 )
 from plait.peers.event_loop import BACKGROUND
-from plait.peers.federation import RELAY, Federation, PeerSettings, is_loopback, split_address
+from plait.peers.federation import RELAY, PeerSettings, is_loopback, split_address
 from plait.peers.grpc_server import certified, revoked, serve
 from plait.peers.guard import CARRY, REASONS, Guard, Names, caller_of
 from plait.peers.keyring import LOOK_S, Keyring
+from plait.peers.membership import Members
 from plait.peers.pace import SLOWEST, moved, paced
 from plait.peers.refusals import Reason, Refused
 from plait.peers.revocation import shown
@@ -61,11 +62,12 @@ HEADER = "plait-header-bin"
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back on a question: facts, and factors if a message came with them."""
+    """What came back on a question: facts, and factors or a list of members if it was for them."""
 
     facts: dict[str, Any]
     header: Header | None = None
     factors: dict[Slot, Tensor] | None = None
+    roster: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class GrpcTransport:
 
     def __init__(
         self,
-        federation: Federation,
+        members: Members,
         settings: PeerSettings,
         layout: Layout,
         desk: Desk,
@@ -145,7 +147,7 @@ class GrpcTransport:
         """Read the certificates; nothing listens yet.
 
         Args:
-            federation: Who takes part.
+            members: Who takes part.
             settings: Of this peer.
             layout: Of a client's factors.
             desk: Takes what comes.
@@ -155,21 +157,21 @@ class GrpcTransport:
         Raises:
             ValueError: A certificate is missing or unfit, or an address is not of this machine.
         """
+        federation = members.newest
         limits = federation.limits
         self.counts = Counts()
         self.identity = Identity(
             name=settings.name,
             federation=federation.id,
-            config_digest=federation.digest(),
+            config_digest=members.digest,
             layout=layout,
             max_message_bytes=limits.max_message_bytes,
             norm_bound=limits.norm_bound,
             kinds=kinds,
         )
         self._listen = settings.listen
-        self._names = frozenset(federation.names)
-        others = {*self._names, RELAY} - {settings.name}
-        self._keyring = None if insecure_loopback else Keyring(settings, others, self.shows)
+        self._members = members
+        self._keyring = None if insecure_loopback else Keyring(settings, self._others, self.shows)
         self._certified = partial(certified, secure=not insecure_loopback)
         if insecure_loopback:
             for address in (
@@ -179,7 +181,7 @@ class GrpcTransport:
                 _check_loopback(address)
         self._desk = desk
         self._call_timeout_s = limits.round_timeout_s
-        self._channels = Channels(federation, settings, self._keyring)
+        self._channels = Channels(members, settings, self._keyring)
         self._kept: dict[str, Kept] = {}
         self._server: aio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -226,6 +228,17 @@ class GrpcTransport:
         """Whether a peer's health service says that it serves."""
         return BACKGROUND.run(self._alive(to, deadline_s)).result()
 
+    def renew(self) -> None:
+        """Reach the members where the newest list has them, from the next call on."""
+
+        async def renew() -> None:
+            await self._channels.renew(self._call_timeout_s)
+
+        BACKGROUND.run(renew()).result()
+
+    def _others(self) -> set[str]:
+        return {*self._members.newest.names, RELAY} - {self.identity.name}
+
     def expires(self) -> dict[str, int]:
         """Until when this peer's `certificate` and `authority` are valid, seconds since 1970."""
         return self._keyring.expires() if self._keyring else {}
@@ -251,7 +264,7 @@ class GrpcTransport:
     async def _serve(self) -> None:
         # A call gets a little longer than what it is for, so that the caller still hears why.
         guard = Guard(
-            self._names,
+            lambda: self._members.newest.names,
             self._certified,
             partial(revoked, keyring=self._keyring),
             self._call_timeout_s + WORD_S,
@@ -265,7 +278,9 @@ class GrpcTransport:
             HEALTH: _healthy,
             CARRY: carrier.carry,
         }
-        self._server = await serve(self._listen, self._keyring, guard, methods, len(self._names))
+        self._server = await serve(
+            self._listen, self._keyring, guard, methods, len(self._members.newest.names)
+        )
         await self._channels.serve()
         if self._keyring:
             self._watch = asyncio.create_task(self._keep_current(self._keyring))
@@ -313,14 +328,14 @@ class GrpcTransport:
 
     def _check(self, header: Header | Question, certified: Names) -> None:
         self.identity.check(header, certified)
-        if header.sender not in self._names:
+        if header.sender not in self._members.newest.names:
             raise Refused(Reason.WRONG_SENDER, f"{header.sender!r:.80} is no member")
 
     async def _attempt(
         self, work: Callable[[], Awaitable[None]], certified: Names, context: Any
     ) -> Refused | None:
         """Do a peer's bidding within a time. A refusal is counted."""
-        caller = caller_of(certified, self._names, context)
+        caller = caller_of(certified, self._members.newest.names, context)
         try:
             async with paced(self._call_timeout_s):
                 await work()
@@ -359,7 +374,8 @@ class GrpcTransport:
                 sender=self.identity.name,
                 receiver=to,
                 federation=self.identity.federation,
-                config_digest=self.identity.config_digest,
+                config_digest=self.identity.config_digest(question.about),
+                members=self._members.roster.version,
                 have=kept.assembly.num_bytes if kept else 0,
                 have_digest=kept.digest if kept else b"",
             )
@@ -377,9 +393,10 @@ class GrpcTransport:
 
     async def _reply(self, to: str, stream: Stream) -> Reply:
         """Read an answer, as distrustful as a message that comes by itself."""
-        facts, header, offset = read_answer(await _next(stream) or b"")
+        begin = read_answer(await _next(stream) or b"")
+        facts, header, offset = begin.facts, begin.header, begin.offset
         if header is None:
-            return Reply(facts=facts)
+            return Reply(facts=facts, roster=begin.roster)
         # The channel was opened to this name, so the certificate has it.
         self.identity.check(header, frozenset([to]))
         self.identity.template(header)
@@ -427,7 +444,7 @@ class GrpcTransport:
         while True:
             await asyncio.sleep(LOOK_S)
             if await asyncio.to_thread(keyring.look):
-                self._channels.renew(self._call_timeout_s)
+                await self._channels.renew(self._call_timeout_s)
 
     async def _stop(self, grace_s: float) -> None:
         if self._watch:

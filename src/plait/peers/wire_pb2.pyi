@@ -46,7 +46,7 @@ class Ack(_message.Message):
     def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Question(_message.Message):
-    __slots__ = ("version", "federation", "kind", "round", "asker_round", "config_digest", "sender", "receiver", "have", "have_digest")
+    __slots__ = ("version", "federation", "kind", "round", "asker_round", "config_digest", "sender", "receiver", "have", "have_digest", "members")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Question(_message.Message):
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     HAVE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     version: int
     federation: str
     kind: str
@@ -67,16 +68,19 @@ class Question(_message.Message):
     receiver: str
     have: int
     have_digest: bytes
-    def __init__(self, version: _Optional[int] = ..., federation: _Optional[str] = ..., kind: _Optional[str] = ..., round: _Optional[int] = ..., asker_round: _Optional[int] = ..., config_digest: _Optional[str] = ..., sender: _Optional[str] = ..., receiver: _Optional[str] = ..., have: _Optional[int] = ..., have_digest: _Optional[bytes] = ...) -> None: ...
+    members: int
+    def __init__(self, version: _Optional[int] = ..., federation: _Optional[str] = ..., kind: _Optional[str] = ..., round: _Optional[int] = ..., asker_round: _Optional[int] = ..., config_digest: _Optional[str] = ..., sender: _Optional[str] = ..., receiver: _Optional[str] = ..., have: _Optional[int] = ..., have_digest: _Optional[bytes] = ..., members: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("ack", "facts", "header", "offset")
+    __slots__ = ("ack", "facts", "header", "offset", "roster")
     ACK_FIELD_NUMBER: _ClassVar[int]
     FACTS_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
     ack: Ack
     facts: str
     header: Header
     offset: int
-    def __init__(self, ack: _Optional[_Union[Ack, _Mapping]] = ..., facts: _Optional[str] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
+    roster: str
+    def __init__(self, ack: _Optional[_Union[Ack, _Mapping]] = ..., facts: _Optional[str] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., offset: _Optional[int] = ..., roster: _Optional[str] = ...) -> None: ...
