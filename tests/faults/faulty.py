@@ -316,7 +316,7 @@ def _old(_transport, message: Message) -> list[Message]:
 
 
 def _another_name(transport_, message: Message) -> list[Message]:
-    names = [name for name in transport_._names if name != message.header.sender]
+    names = [name for name in transport_._members.newest.names if name != message.header.sender]
     return [
         Message(dataclasses.replace(message.header, sender=name), message.body)
         for name in [*names, "nobody"]

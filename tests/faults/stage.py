@@ -27,7 +27,7 @@ from plait.config import Config
 from plait.engines.job import prepare
 from plait.engines.simulate import simulate
 from plait.events import Evaluated
-from plait.peers.certificates import init_federation
+from plait.peers.certificates import free_ports, init_federation, make_certificate
 from plait.peers.credentials import Pair
 from plait.peers.federation import Limits, load_federation, load_peer
 
@@ -128,8 +128,31 @@ class Play:
     started: dict[str, list[BaseProcess]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, config: Config, limits: Limits = LIMITS, names=NAMES) -> Play:
-        return cls(folder, init_federation(folder / "federation", names, config, limits=limits))
+    def of(
+        cls, folder: Path, config: Config, limits: Limits = LIMITS, names=NAMES, labels=()
+    ) -> Play:
+        place = folder / "federation"
+        return cls(folder, init_federation(place, names, config, limits=limits, labels=labels))
+
+    def add(self, name: str) -> str:
+        """The files of one who is no member yet; its address."""
+        folder, last = self.config_file.parent, load_federation(self.config_file).names[-1]
+        address = f"127.0.0.1:{free_ports(1)[0]}"
+        pair = make_certificate(self.authority(), name)
+        (folder / name).mkdir()
+        (folder / name / "cert.pem").write_bytes(pair.certificate)
+        (folder / name / "key.pem").write_bytes(pair.key)
+        own = (folder / last / "peer.toml").read_text().splitlines()
+        lines = [line for line in own if not line.startswith(("listen", "metrics"))]
+        (folder / name / "peer.toml").write_text("\n".join([f'listen = "{address}"', *lines, ""]))
+        return address
+
+    def own_rows(self, name: str, lines: Sequence[str]) -> None:
+        """Give a peer a file of rows of its own; `lines` has the header, too."""
+        folder = self.config_file.parent / name
+        (folder / "rows.csv").write_text("\n".join([*lines, ""]))
+        with (folder / "peer.toml").open("a") as file:
+            file.write('[local]\ntrain_file = "rows.csv"\n')
 
     def start(
         self,

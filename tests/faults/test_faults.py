@@ -19,6 +19,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,10 +28,15 @@ from faulty import ATTACKS, STAGES
 from proxy import Proxy
 from stage import LIMITS, NAMES, Faultless, Play, chat_files, tiny_files
 
+from membership_twin import simulated
+from plait.cli.main import main
+from plait.engines.checkpoint import load_rows
 from plait.peers.audit_check import PeersBook, findings
 from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.credentials import Pair
-from plait.peers.federation import load_federation
+from plait.peers.federation import load_federation, load_peer
+from plait.peers.membership import load_members
+from plait.peers.process import prepare_peer
 from plait.peers.revocation import fingerprint_of
 
 pytestmark = pytest.mark.faults
@@ -53,9 +59,9 @@ def stage(config, tmp_path):
     """Builds a play; whatever was started is ended."""
     plays = []
 
-    def build(limits=LIMITS, names=NAMES, **changes) -> Play:
+    def build(limits=LIMITS, names=NAMES, labels=(), **changes) -> Play:
         changed = dataclasses.replace(config, clients=len(names), **changes)
-        plays.append(Play.of(tmp_path, changed, limits, names))
+        plays.append(Play.of(tmp_path, changed, limits, names, labels))
         return plays[-1]
 
     yield build
@@ -388,6 +394,74 @@ def test_a_certificate_is_revoked_while_its_owner_runs(stage, faultless):
     for name in ("ada", "ben"):
         assert ("cai", "REVOKED") in kinds(play, name, "refused")
         assert ("cai", "") in kinds(play, name, "absent")
+
+
+# -- members come and go
+
+
+def propose(play, signers, *change):
+    """A new list of members, signed, in the folder that all read."""
+    config = ["--config", str(play.config_file)]
+    main(["members", "propose", *config, "--name", "ada", *change])
+    (proposed,) = play.config_file.parent.glob("proposed-*.toml")
+    for name in signers:
+        main(["members", "sign", str(proposed), *config, "--name", name])
+    proposed.unlink()
+
+
+def renew(play, names) -> list[tuple[str, bytes]]:
+    """New certificates for all; the old ones."""
+    places = {name: play.config_file.parent / name for name in names}
+    old = [(name, (place / "cert.pem").read_bytes()) for name, place in places.items()]
+    for name, place in places.items():
+        replace_certificate(place, make_certificate(play.authority(), name))
+    return old
+
+
+def test_one_joins_one_leaves_all_are_renewed_and_one_is_revoked(stage, config):
+    """A run of 60 rounds that nobody starts again."""
+    play = stage(labels=("0", "1"), rounds=60, local_steps=2, train_file=None)
+    four = (*NAMES, "dan")
+    rows = Path(config.train_file).read_text().splitlines()
+    address = play.add("dan")
+    for k, name in enumerate(four):
+        play.own_rows(name, [rows[0], *rows[1 + 40 * k : 41 + 40 * k]])
+    for name in NAMES:
+        play.start(name, "watchful", 0.3)
+    play.wait_for(lambda: min(map(play.rounds_done, NAMES)) >= 2)
+    propose(play, ("ada", "ben"), "--join", f"dan={address}", "--from-round", "20")
+    play.start("dan", "watchful", 0.3)
+    play.wait_for(lambda: play.rounds_done("dan") >= 2)
+    old = renew(play, four)
+    play.wait_for(lambda: all(taken(play, name) >= 1 for name in four))
+    propose(play, ("ada", "ben", "dan"), "--leave", "cai", "--from-round", "45")
+    play.all_end(["cai"])
+    shown = [*old, ("cai", (play.config_file.parent / "cai" / "cert.pem").read_bytes())]
+    revoke(play, *shown)
+    there = ("ada", "ben", "dan")
+    play.wait_for(lambda: all(taken(play, name) >= 2 for name in there))
+    folder = play.config_file.parent / "cai"
+    cai = Pair((folder / "cert.pem").read_bytes(), (folder / "key.pem").read_bytes())
+    assert says_of(play, "ada", cai) is grpc.StatusCode.UNAUTHENTICATED
+    assert max(map(play.rounds_done, there)) < 60, "all of that was during the run"
+    play.all_end(there)
+    assert [play.summary(name)["incidents"].get("missing", 0) for name in four] == [0] * 4
+
+    settings = [load_peer(play.config_file, name) for name in four]
+    members = load_members(play.config_file, settings[0])
+    jobs = [prepare_peer(members.first_with(one.name), one) for one in settings]
+    stacks = simulated(jobs, members)
+    for k, name in enumerate(four):
+        end = min(60, members.newest.peers[k].leaves or 60)
+        assert play.rounds_done(name) == end - (20 if name == "dan" else 0)
+        found = jobs[k].initial_stack(1)
+        load_rows(found, play.out(name) / "checkpoint.safetensors")
+        for slot, value in stacks[k].state.items():
+            assert torch.equal(found.state[slot], value), (name, slot)
+    books_agree(play, four)
+    book = PeersBook.read(play.out("ada"))
+    lists = [(version.from_round, version.digest) for version in members.rosters]
+    assert [(line["round"], line["digest"]) for line in book.lines("members")] == lists[1:]
 
 
 REASONS = {

@@ -11,19 +11,15 @@ import torch
 from test_chat_peers import SHAPES, jsonl, local
 
 from conftest import save_language_model
+from membership_twin import simulated
 from plait.config import Config
-from plait.engines.steps import local_steps, mix, train_round
-from plait.mixing import neighbour_weights
 from plait.peers import process as peers
 from plait.peers.certificates import init_federation, make_certificate, write_secret
 from plait.peers.federation import Limits, Member, load_federation, load_peer
-from plait.peers.membership import Members, keep_list, load_members
+from plait.peers.membership import keep_list, load_members
 from plait.peers.pem import Pair
 from plait.peers.process import Process
-from plait.peers.quorum import middle
 from plait.peers.roster import after, first, sign
-from plait.privacy import seeded_noise
-from plait.topology import build_schedule
 
 ROUNDS, CHANGE = 10, 6
 CONFIG = Config(
@@ -89,33 +85,6 @@ def start(file, name, errors):
     return process, thread
 
 
-def simulated(processes, members: Members):
-    """One client after another over the same lists; (4, P) of each slot at the end."""
-    jobs = [one.job for one in processes]
-    stacks = [job.initial_stack(1) for job in jobs]
-    noise = seeded_noise(0)
-    start_of_dan = {slot: value[0].clone() for slot, value in stacks[3].state.items()}
-    for t in range(ROUNDS):
-        federation = members.at(t)
-        here = [k for k, one in enumerate(federation.peers) if one.takes_part(t)]
-        if t == CHANGE:
-            states = [{s: v[0] for s, v in stacks[k].state.items() if s in jobs[k].travelled(t)}
-                      for k in (0, 1)]  # fmt: skip
-            for slot, row in middle(start_of_dan, states).items():
-                stacks[3].state[slot] = row[None].clone()
-        for k in here:
-            train_round(jobs[k], stacks[k], t, [k], noise, local_steps)
-        W = neighbour_weights(build_schedule(federation.config)(t))
-        sent = {
-            k: {slot: stacks[k].state[slot].clone() for slot in jobs[k].shared(t)} for k in here
-        }
-        for k in here:
-            heard = [j for j in here if j != k]
-            theirs = {slot: torch.cat([sent[j][slot] for j in heard]) for slot in sent[k]}
-            stacks[k].state |= mix(jobs[k], sent[k], theirs, W[k, heard][None], t)
-    return stacks
-
-
 def test_one_joins_and_one_leaves_and_all_have_the_factors_of_a_simulation(machines, monkeypatch):
     monkeypatch.setattr(peers, "configure_process", lambda: None, raising=False)
     places, dan = machines
@@ -135,7 +104,7 @@ def test_one_joins_and_one_leaves_and_all_have_the_factors_of_a_simulation(machi
     assert not errors
     processes = [process for process, _ in running.values()]
     assert [one.members.roster.version for one in processes] == [2, 2, 2, 2]
-    stacks = simulated(processes, processes[0].members)
+    stacks = simulated([one.job for one in processes], processes[0].members)
     for k, process in enumerate(processes):
         for slot, value in process.stack.state.items():
             assert torch.equal(value, stacks[k].state[slot]), (process.settings.name, slot)

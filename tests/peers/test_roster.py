@@ -13,6 +13,7 @@ from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.federation import Member
 from plait.peers.roster import (
     Roster,
+    Trust,
     after,
     check_quorum,
     read_roster,
@@ -23,7 +24,7 @@ from plait.peers.roster import (
 )
 
 AUTHORITY, OTHER = make_authority("trial"), make_authority("other")
-TRUSTED = x509.load_pem_x509_certificates(AUTHORITY.certificate)
+TRUSTED = Trust(x509.load_pem_x509_certificates(AUTHORITY.certificate))
 PAIRS = {name: make_certificate(AUTHORITY, name) for name in ("ada", "ben", "cai", "dan")}
 FIRST = Roster(
     federation="f", version=1, from_round=0, follows="",
@@ -97,8 +98,30 @@ def test_a_signature_that_proves_nothing_counts_for_nothing(pair, why):
 
 def test_a_revoked_certificate_signs_nothing():
     roster = signed(NEXT, "ada", "ben")
-    names, wrong = signers(FIRST, roster, TRUSTED, PAIRS["ben"].certificate.__eq__)
+    names, wrong = signers(
+        FIRST, roster, Trust(TRUSTED.authorities, PAIRS["ben"].certificate.__eq__)
+    )
     assert (names, wrong) == (["ada"], ["ben was revoked"])
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [make_certificate(OTHER, "ben"), make_certificate(AUTHORITY, "ben", days=-1)],
+    ids=["authority", "expired"],
+)
+def test_a_list_that_counted_once_counts_whatever_became_of_certificates(pair):
+    roster = signed(NEXT, "ada", "ben", pairs={"ada": PAIRS["ada"], "ben": pair})
+    assert signers(FIRST, roster, None) == (["ada", "ben"], [])
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [PAIRS["cai"], dataclasses.replace(PAIRS["ben"], key=PAIRS["cai"].key)],
+    ids=["another's", "key"],
+)
+def test_and_a_signature_that_never_was_one_still_counts_for_nothing(pair):
+    roster = signed(NEXT, "ada", "ben", pairs={"ada": PAIRS["ada"], "ben": pair})
+    assert signers(FIRST, roster, None)[0] == ["ada"]
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "mixed": ("round", "peers"),
     "refused": ("peer", "reason", "round"),
     "asked": ("peer", "what", "round"),
+    "members": ("peer", "round", "digest"),
     "torn": ("bytes",),
     "lost": ("after",),
     "finished": ("round",),
 }
-"""Kind -> what a line of it has. `sent` was acknowledged, `gave` went out as an answer, whole."""
+"""Kind -> what a line of it has. `sent` was acknowledged, `gave` went out as an answer, whole;
+`members` is a list that holds from the round on."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from cryptography import x509
 
 from plait.machine.files import write_atomically
 from plait.machine.text_files import read_text
@@ -21,6 +20,7 @@ from plait.peers.pem import certificates_in, read_pem
 from plait.peers.revocation import fingerprint_of, read_revoked
 from plait.peers.roster import (
     Roster,
+    Trust,
     check_follows,
     check_quorum,
     first,
@@ -74,10 +74,13 @@ class Members:
             ValueError: It doesn't follow from the newest, or its members can't do what they must.
         """
         check_follows(self.roster, roster)
-        if len(roster.peers) > len(self.roster.peers) and self._first.config.task not in OWN_ROWS:
+        first = self._first.config
+        if len(roster.peers) > len(self.roster.peers) and (
+            first.task not in OWN_ROWS or first.train_file
+        ):
             raise ValueError(
-                f"nobody can join while the task is {self._first.config.task}, whose rows were "
-                "dealt to the first members; peers with rows of their own can"
+                f"nobody can join: the rows of {first.train_file or f'task {first.task}'} were "
+                "dealt to the first members; where each peer has rows of its own, others can"
             )
         config = dataclasses.replace(self._first.config, clients=len(roster.peers))
         federation = dataclasses.replace(self._first, config=config, peers=roster.peers)
@@ -87,16 +90,21 @@ class Members:
     def with_read(self, read: Mapping[str, str]) -> Members:
         """The same with hashes of what all peers must have read alike."""
         federation = dataclasses.replace(self._first, read=read)
-        return Members(federation, [one.roster for one in self._known[1:]])
+        return Members(federation, self.rosters[1:])
 
     @property
     def roster(self) -> Roster:
         """The newest version."""
         return self._known[-1].roster
 
+    @property
+    def rosters(self) -> list[Roster]:
+        """All versions that are known; the first is in federation.toml."""
+        return [one.roster for one in self._known]
+
     def version(self, number: int) -> Roster | None:
-        """A version by its number, if it is known; the first is in federation.toml."""
-        return next((k.roster for k in self._known if k.roster.version == number), None)
+        """A version by its number, if it is known."""
+        return next((one for one in self.rosters if one.version == number), None)
 
     def at(self, round_: int) -> Federation:
         """The federation of a round."""
@@ -123,9 +131,12 @@ class Members:
 def load_members(federation_file: Path, settings: PeerSettings) -> Members:
     """The members as files have them: federation.toml, and lists beside it or in the run folder.
 
+    A list that counted once counts on, whatever became of the certificates: like federation.toml it
+    comes from whoever runs the peer.
+
     Args:
         federation_file: `federation.toml`.
-        settings: Of the peer that reads it; its `ca` says whose signatures count.
+        settings: Of the peer that reads it.
 
     Raises:
         ValueError: A file isn't what it should be, or a list lacks signatures.
@@ -139,7 +150,8 @@ def load_members(federation_file: Path, settings: PeerSettings) -> Members:
         try:
             roster = read_roster(read_text(path))
             if roster.version > members.roster.version:
-                add_signed(members, roster, settings)
+                check_quorum(members.roster, roster, None)
+                members.add(roster)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return members
@@ -150,17 +162,14 @@ def signed_by(members: Members, roster: Roster, settings: PeerSettings) -> str:
     before = members.version(roster.version - 1)
     if before is None:
         return f"version {roster.version - 1} isn't known here, so nobody can say who may sign"
-    names, wrong = signers(before, roster, *_trust(settings))
+    names, wrong = signers(before, roster, _trust(settings))
     return "; ".join([f"signed by {', '.join(names) or 'nobody'}", *wrong])
 
 
-def _trust(
-    settings: PeerSettings,
-) -> tuple[list[x509.Certificate], Callable[[bytes], bool]]:
-    """Whose certificates count, and which of them don't any more."""
+def _trust(settings: PeerSettings) -> Trust:
     authorities = certificates_in(read_pem(settings.ca), settings.ca, "the authority's certificate")
     listed = read_revoked(settings.revoked)
-    return authorities, lambda pem: fingerprint_of(pem) in listed
+    return Trust(authorities, lambda pem: fingerprint_of(pem) in listed)
 
 
 def add_signed(members: Members, roster: Roster, settings: PeerSettings) -> None:
@@ -169,8 +178,25 @@ def add_signed(members: Members, roster: Roster, settings: PeerSettings) -> None
     Raises:
         ValueError: It doesn't follow, lacks signatures, or its members can't do what they must.
     """
-    check_quorum(members.roster, roster, *_trust(settings))
+    check_quorum(members.roster, roster, _trust(settings))
     members.add(roster)
+
+
+def take_list(members: Members, folder: Path, settings: PeerSettings) -> Roster | None:
+    """Let the next list hold that lies in a folder, if one does: put there during a run.
+
+    Raises:
+        ValueError: It can't be read, or doesn't count.
+    """
+    path = folder / LISTS.replace("*", str(members.roster.version + 1))
+    if not path.is_file():
+        return None
+    try:
+        roster = read_roster(read_text(path))
+        add_signed(members, roster, settings)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return roster
 
 
 def keep_list(roster: Roster, folder: Path) -> None:

@@ -39,7 +39,6 @@ from plait.figures import FIGURES, taken
 from plait.lora import Stack
 from plait.machine.files import held, make_lasting
 from plait.machine.process_settings import configure_process
-from plait.machine.text_files import read_text
 from plait.model.peft_adapters import save_adapter
 from plait.peers.audit import BOOK, Book
 from plait.peers.certificates import write_secret
@@ -64,6 +63,7 @@ from plait.peers.membership import (
     check_members,
     keep_list,
     load_members,
+    take_list,
 )
 from plait.peers.message_body import template_of, unpack
 from plait.peers.prometheus import serve_metrics
@@ -289,23 +289,38 @@ class Process:
 
     def learn(self, peer: int, text: str) -> bool:
         """Take a newer list of members from a peer; whether it counts. Called on any thread."""
-        try:
-            return self._learn(read_roster(text), self.desk.names[peer])
-        except ValueError as error:
-            detail = f"its list of members doesn't count: {error}"
-            self.desk.report("refused", self.desk.names[peer], detail, "MEMBERS")
-            return False
 
-    def _learn(self, roster: Roster, source: str) -> bool:
-        with self._learning:
+        def add() -> Roster | None:
+            roster = read_roster(text)
             if roster.version <= self.members.roster.version:
-                return True  # another was quicker
-            before = self.members.roster
+                return None  # another was quicker
             add_signed(self.members, roster, self.settings)
+            return roster
+
+        return self._learn(add, self.desk.names[peer])
+
+    def _look(self) -> None:
+        """Take a list of members that somebody has put beside federation.toml."""
+        if folder := self.lists:
+            self._learn(lambda: take_list(self.members, folder, self.settings), self.desk.name)
+
+    def _learn(self, add: Callable[[], Roster | None], source: str) -> bool:
+        """Go by a list that counts, if there is one; False if it doesn't count."""
+        with self._learning:
+            before = self.members.roster
+            try:
+                roster = add()
+            except ValueError as error:
+                detail = f"its list of members doesn't count: {error}"
+                self.desk.report("refused", source, detail, "MEMBERS")
+                return False
+            if roster is None:
+                return True
             keep_list(roster, self.folder.path)
             self._follow()
         self.transport.renew()
         self.desk.report("members", self.desk.name, changes(before, roster, source))
+        self.desk.note("members", peer=source, round=roster.from_round, digest=roster.digest)
         self.exchange.spread()
         return True
 
@@ -318,15 +333,6 @@ class Process:
             self.desk.settings = newest.shared()
         self.exchange.meets(neighbours)
         self.peer.end = self.end
-
-    def _look(self) -> None:
-        """Take a list of members that somebody has put beside federation.toml."""
-        path = self.lists and self.lists / f"members-{self.members.roster.version + 1}.toml"
-        if path and path.is_file():
-            try:
-                self._learn(read_roster(read_text(path)), str(path))
-            except ValueError as error:
-                self.desk.report("refused", self.desk.name, f"{path}: {error}", "MEMBERS")
 
     def _list(self, version: int) -> str:
         roster = self.members.version(version)
@@ -341,7 +347,7 @@ class Process:
         """
         self.desk.note(
             "started", by=self.settings.name, federation=plain(self.federation.id, 80),
-            config=self.federation.digest(), round=self.first_round,
+            config=self.members.digest(0), round=self.first_round,
             keep=self.desk.inbox.keep_rounds, version=version("plait"),
         )  # fmt: skip
         with self.desk.condition:

@@ -22,7 +22,7 @@ from plait.peers.grpc_server import certified, revoked, serve
 from plait.peers.guard import CARRY, Guard
 from plait.peers.json_log import log_to_stderr
 from plait.peers.keyring import LOOK_S, Keyring
-from plait.peers.membership import Members, load_members
+from plait.peers.membership import Members, load_members, take_list
 from plait.peers.refusals import Reason
 from plait.peers.tunnel import Carrier, Switchboard
 
@@ -101,12 +101,18 @@ def run_relay(federation_file: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: leave.set())
     settings = load_peer(federation_file, RELAY)
-    relay = Relay(load_members(federation_file, settings), settings)
+    members = load_members(federation_file, settings)
+    relay = Relay(members, settings)
     relay.start()
     LOG.info("listening on %s", settings.listen)
-    said, due = [""], 0.0
+    said, due, wrong = [""], 0.0, ""
     while not leave.wait(LOOK_S):
         relay.look()
+        try:
+            take_list(members, federation_file.parent, settings)
+        except ValueError as error:
+            if wrong != (wrong := str(error)):
+                LOG.warning("refused: %s", error)
         if time.monotonic() > due and (there := relay.board.present()) != said:
             LOG.info("waiting to be called: %s", ", ".join(there) or "nobody")
             said, due = there, time.monotonic() + SAY_S

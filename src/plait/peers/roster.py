@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from plait.peers.federation import Federation, Member, toml_lines
+from plait.peers.pem import dns_names
 
 MOST_BYTES = 1 << 16
 """The most that a list may have, signatures and certificates included."""
@@ -51,6 +52,19 @@ class Signature:
     name: str
     certificate: str
     signature: str
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose signatures count now.
+
+    Attributes:
+        authorities: Those whose certificates are trusted.
+        revoked: Certificate, PEM -> whether it was revoked.
+    """
+
+    authorities: Sequence[x509.Certificate]
+    revoked: Callable[[bytes], bool] = lambda _: False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,23 +196,18 @@ def voters(before: Roster, roster: Roster) -> list[str]:
     return [peer.name for peer in before.peers if peer.takes_part(round_)]
 
 
-def signers(
-    before: Roster,
-    roster: Roster,
-    authorities: Sequence[x509.Certificate],
-    revoked: Callable[[bytes], bool] = lambda _: False,
-) -> tuple[list[str], list[str]]:
+def signers(before: Roster, roster: Roster, trust: Trust | None) -> tuple[list[str], list[str]]:
     """Whoever has signed a list, and why other signatures don't count.
 
     Args:
         before: The version before it.
         roster: The list.
-        authorities: Those whose certificates are trusted.
-        revoked: Certificate, PEM -> whether it was revoked.
+        trust: Whose certificates count; None for a list that counted once, whose certificates may
+            have ended or been revoked since.
     """
     names, wrong = set[str](), list[str]()
     for one in roster.signatures:
-        why = _wrong(roster, one, authorities, revoked)
+        why = _wrong(roster, one, trust)
         if one.name not in voters(before, roster):
             why = "is no member who may sign"
         if why:
@@ -208,25 +217,19 @@ def signers(
     return sorted(names), wrong
 
 
-def check_quorum(
-    before: Roster,
-    roster: Roster,
-    authorities: Sequence[x509.Certificate],
-    revoked: Callable[[bytes], bool] = lambda _: False,
-) -> None:
+def check_quorum(before: Roster, roster: Roster, trust: Trust | None) -> None:
     """Refuse a list that doesn't follow, or that too few have signed.
 
     Args:
         before: The version that holds.
         roster: The list.
-        authorities: Those whose certificates are trusted.
-        revoked: Certificate, PEM -> whether it was revoked.
+        trust: As for `signers`.
 
     Raises:
         ValueError: With what is wrong.
     """
     check_follows(before, roster)
-    signed, wrong = signers(before, roster, authorities, revoked)
+    signed, wrong = signers(before, roster, trust)
     needed = len(voters(before, roster)) // 2 + 1
     if len(signed) < needed:
         have = ", ".join(signed) or "nobody"
@@ -236,18 +239,11 @@ def check_quorum(
         )
 
 
-def _wrong(
-    roster: Roster,
-    one: Signature,
-    authorities: Sequence[x509.Certificate],
-    revoked: Callable[[bytes], bool],
-) -> str:
+def _wrong(roster: Roster, one: Signature, trust: Trust | None) -> str:
     """Why a signature doesn't count; empty if it does."""
     try:
         chain = x509.load_pem_x509_certificates(one.certificate.encode())
-        verifier = PolicyBuilder().store(Store(list(authorities))).build_client_verifier()
-        found = verifier.verify(chain[0], chain[1:])
-        names = [str(name.value) for name in found.subjects or ()]
+        names = _names_of(chain, trust)
         signature = base64.b64decode(one.signature, validate=True)
         _verify(chain[0].public_key(), signature, roster.signed)
     except (ValueError, binascii.Error, VerificationError) as error:
@@ -256,7 +252,15 @@ def _wrong(
         return "has signed something else"
     if one.name not in names:
         return "has signed with another's certificate"
-    return "was revoked" if revoked(one.certificate.encode()) else ""
+    return "was revoked" if trust and trust.revoked(one.certificate.encode()) else ""
+
+
+def _names_of(chain: Sequence[x509.Certificate], trust: Trust | None) -> list[str]:
+    if trust is None:
+        return dns_names(chain[0])
+    verifier = PolicyBuilder().store(Store(list(trust.authorities))).build_client_verifier()
+    found = verifier.verify(chain[0], list(chain[1:])).subjects or ()
+    return [str(name.value) for name in found]
 
 
 def _verify(key: Any, signature: bytes, data: bytes) -> None:
