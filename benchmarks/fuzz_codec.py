@@ -18,10 +18,12 @@ import time
 from collections import Counter
 
 import torch
+from cryptography import x509
 
 from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
 from plait.peers.audit_lines import START, hash_of, read_chain
+from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.codec import Answer, Identity, Question, decode, encode
 from plait.peers.envelope import (
     Assembly,
@@ -35,8 +37,10 @@ from plait.peers.envelope import (
     write_question,
     write_refusal,
 )
+from plait.peers.federation import Member
 from plait.peers.message_body import pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
+from plait.peers.roster import Roster, Trust, after, read_roster, sign, signers, write_roster
 
 LAYOUT = Layout((Site("layer.0", 6, 4), Site("layer.1", 6, 6)), rank=2, scale=2.0)
 IDENTITY = Identity(
@@ -104,6 +108,14 @@ MESSAGE = encode(
 HEADER = write_header(MESSAGE.header, "bob")
 PIECES = [MESSAGE.body[start : start + 300] for start in range(0, len(MESSAGE.body), 300)]
 BODY = pack(FACTORS, TEMPLATE)
+AUTHORITY = make_authority("fed")
+FIRST = Roster(
+    federation="fed", version=1, from_round=0, follows="",
+    peers=tuple(Member(name=name, address=f"{name}:7600") for name in ("alice", "bob")),
+)  # fmt: skip
+PAIR = make_certificate(AUTHORITY, "alice")
+LIST = sign(after(FIRST, 9, leave=["bob"]), "alice", PAIR.certificate, PAIR.key)
+TRUST = Trust(x509.load_pem_x509_certificates(AUTHORITY.certificate))
 SMALL = [
     (read_header, HEADER),
     (read_answer, write_answer(Answer({"round": 3, "absent": [1, 2]}), "bob")),
@@ -111,6 +123,8 @@ SMALL = [
     (read_answer, write_refusal(Refused(Reason.NOT_HERE, "gone"))),
     (read_ack, write_ack(Refused(Reason.NOT_HERE, "gone"))),
     (read_question, write_question(Question(kind="round", round=3, sender="alice"))),
+    (read_answer, write_answer(Answer({}, roster=write_roster(LIST)), "bob")),
+    (read_question, write_question(Question(kind="members", members=1, sender="alice"))),
 ]
 
 
@@ -170,6 +184,17 @@ def changed_book(rng: random.Random) -> None:
     assert chain.wrong or chain.size == len(data)
 
 
+def changed_list(rng: random.Random) -> None:
+    """A signed list of members with changes: who signed it has signed this."""
+    text = mutated(write_roster(LIST).encode(), rng).decode(errors="replace")
+    try:
+        roster = read_roster(text)
+    except ValueError as error:
+        raise Refused(Reason.MALFORMED, str(error)) from error
+    signed, _ = signers(FIRST, roster, TRUST)
+    assert not signed or roster.signed == LIST.signed
+
+
 def random_bytes(rng: random.Random) -> None:
     """Noise, for every reader."""
     data = rng.randbytes(rng.randint(0, 200))
@@ -187,7 +212,10 @@ def changed_small(rng: random.Random) -> None:
     read(mutated(data, rng))
 
 
-KINDS = (changed_pieces, changed_body, resent_body, random_bytes, changed_small, changed_book)
+KINDS = (
+    changed_pieces, changed_body, resent_body, random_bytes, changed_small, changed_book,
+    changed_list,
+)  # fmt: skip
 
 
 def main() -> None:
