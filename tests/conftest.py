@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
 import time
@@ -52,12 +53,16 @@ def tiny_model(architecture: str, num_labels: int = 3):
     torch.manual_seed(0)
     if architecture == "distilbert":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 99}
+    elif architecture == "xlnet":
+        sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 99}
     else:
         sizes = dict(TINY)
     if architecture == "roberta":
         sizes |= {"type_vocab_size": 1, "pad_token_id": 1}
-    if architecture == "electra":
+    if architecture in ("electra", "albert"):
         sizes |= {"embedding_size": 16}
+    if architecture == "modernbert":  # a window shorter than the texts
+        sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0}
     kind = "bert" if architecture == "mean-pooled" else architecture
     config = AutoConfig.for_model(kind, num_labels=num_labels, **sizes)
     if architecture == "mean-pooled":
@@ -238,3 +243,12 @@ def save_language_model(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def of_another_version(pem: bytes) -> bytes:
+    """A certificate, PEM, that says it is of version 107 of X.509."""
+    head, tail = pem.splitlines()[0], pem.splitlines()[-1]
+    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+    changed = der.replace(bytes.fromhex("a003020102"), bytes.fromhex("a00302016a"), 1)
+    assert changed != der
+    return b"\n".join([head, base64.encodebytes(changed).strip(), tail, b""])

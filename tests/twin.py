@@ -23,6 +23,7 @@ from plait.model.backbone import TARGET_MODULES, Backbone
 from plait.model.loading import Loaded
 
 ARCHITECTURES = ("bert", "roberta", "electra", "distilbert", "deberta-v2", "mean-pooled")
+OTHERS = ("modernbert", "albert", "xlnet")
 PHASES = (Factor.A, Factor.B, Factor.AB)
 
 
@@ -75,8 +76,10 @@ def padded(tokens: Tokens, rows, pad_id):
 
 
 def twin_logits(peft_model, tokens, rows):
-    """(b, C) float64 from the whole PEFT model, padded."""
+    """(b, C) float64 from the whole PEFT model, padded; XLNet, which goes by the last, isn't."""
     config = peft_model.config if hasattr(peft_model, "config") else peft_model.base_model.config
+    if config.model_type == "xlnet" and len(rows) > 1:
+        return torch.cat([twin_logits(peft_model, tokens, [row]) for row in rows])
     ids, types, mask = padded(tokens, rows, config.pad_token_id or 0)
     kinds = {"token_type_ids": types} if getattr(config, "type_vocab_size", 0) > 1 else {}
     return peft_model(input_ids=ids, attention_mask=mask, **kinds).logits

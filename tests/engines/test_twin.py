@@ -12,7 +12,7 @@ from plait.config import Config, Machine
 from plait.engines.local_training import batch_rows, local_phase
 from plait.factors import Factor
 from plait.machine.devices import bfloat16_units, resolve_dtype
-from twin import ARCHITECTURES, PHASES, all_logits, setup, twin_evaluation, twin_local_phase
+from twin import ARCHITECTURES, OTHERS, PHASES, all_logits, setup, twin_evaluation, twin_local_phase
 
 
 @pytest.mark.usefixtures("ways")
@@ -24,17 +24,28 @@ def test_local_phase_equals_peft(architecture, train, head, ragged_tokens):
     config = Config(
         clients=4, local_steps=5, batch_size=6, rank=4, head=head, lr=5e-3, clip_norm=0.5
     )
+    same_training(architecture, train, config, ragged_tokens)
+
+
+@pytest.mark.parametrize("train", PHASES)
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_so_it_does_for_others(architecture, train, ragged_tokens):
+    config = Config(clients=3, local_steps=5, batch_size=4, rank=4, lr=5e-3, clip_norm=0.5)
+    same_training(architecture, train, config, ragged_tokens)
+
+
+def same_training(architecture, train, config, tokens):
     model, backbone, stack, shares, targets = setup(
-        architecture, config, ragged_tokens, machine=Machine(chunk_tokens=150)
+        architecture, config, tokens, machine=Machine(chunk_tokens=150)
     )
-    if head == "mixed":
+    if backbone.layout.head:
         train |= Factor.HEAD
     expected_losses, expected = twin_local_phase(
-        model, backbone.layout, stack, train, 1, ragged_tokens, shares, config, targets
+        model, backbone.layout, stack, train, 1, tokens, shares, config, targets
     )
     frozen = {f: value.clone() for f, value in stack.factors.items() if f not in train}
 
-    losses = local_phase(backbone, stack, train, 1, ragged_tokens, shares, range(4), config)
+    losses = local_phase(backbone, stack, train, 1, tokens, shares, range(config.clients), config)
 
     np.testing.assert_allclose(losses, expected_losses, rtol=0, atol=1e-5)
     for factor in backbone.layout.factors:

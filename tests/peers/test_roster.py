@@ -9,6 +9,7 @@ from cryptography import x509
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import of_another_version
 from plait.peers.certificates import make_authority, make_certificate
 from plait.peers.federation import Member
 from plait.peers.roster import (
@@ -96,6 +97,17 @@ def test_a_signature_that_proves_nothing_counts_for_nothing(pair, why):
     assert why in wrong[0]
 
 
+def test_a_certificate_that_no_parser_takes_signs_nothing():
+    """OpenSSL's parsers raise errors of many types; this one is no `ValueError`."""
+    odd = dataclasses.replace(
+        PAIRS["ben"], certificate=of_another_version(PAIRS["ben"].certificate)
+    )
+    for trust in (TRUSTED, None):
+        names, wrong = signers(FIRST, signed(NEXT, "ada", "ben", pairs=PAIRS | {"ben": odd}), trust)
+        assert names == ["ada"]
+        assert "InvalidVersion" in wrong[0]
+
+
 def test_a_revoked_certificate_signs_nothing():
     roster = signed(NEXT, "ada", "ben")
     names, wrong = signers(
@@ -161,6 +173,12 @@ def test_an_address_may_change():
     moved = (dataclasses.replace(FIRST.peers[0], address="new:1"), *FIRST.peers[1:])
     roster = dataclasses.replace(NEXT, peers=moved)
     check_quorum(FIRST, signed(roster, "ada", "ben"), TRUSTED)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 20000, "version = " + "9" * 5000, "version = "])
+def test_what_is_no_toml_is_a_line(text):
+    with pytest.raises(ValueError, match="it is not TOML"):
+        read_roster(text)
 
 
 @pytest.mark.parametrize("names", [["dan"], ["ada", "eve"]])

@@ -9,6 +9,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from conftest import of_another_version
+from plait.peers.pem import certificates_in
 from plait.peers.signing import (
     KEY_USAGES,
     approve,
@@ -122,3 +124,14 @@ def test_a_request_of_ours_is_approved():
     assert approve(made.certificate, AUTHORITY)
     with pytest.raises(ValueError, match="peer is named"):
         make_request("Ada")
+
+
+def test_errors_of_other_types_are_lines_too(tmp_path):
+    x400 = x509.UnrecognizedExtension(
+        x509.SubjectAlternativeName.oid, bytes.fromhex("3004a3020500")
+    )
+    with pytest.raises(ValueError, match="UnsupportedGeneralNameType"):
+        read_request(request([], "ada", None, x400))
+    odd = of_another_version(make_certificate(AUTHORITY, "ada").certificate)
+    with pytest.raises(ValueError, match="holds no PEM certificate"):
+        certificates_in(odd, tmp_path / "cert.pem", "it")

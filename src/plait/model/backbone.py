@@ -48,6 +48,8 @@ HEAD_NAMES = ("classifier", "score")
 TARGET_MODULES: dict[str, Sequence[str]] = {
     "distilbert": ["q_lin", "v_lin"],
     "albert": ["query", "value"],
+    "modernbert": ["Wqkv"],
+    "xlnet": ["layer_1", "layer_2"],
 } | TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 """Architecture -> names of the linear layers that are adapted by default, as PEFT has them."""
 

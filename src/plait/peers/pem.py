@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +29,17 @@ class Pair:
     key: bytes
 
 
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Of the many types of errors that OpenSSL's parsers raise there is one: `ValueError`."""
+    try:
+        yield
+    except (ValueError, InvalidSignature):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error!s:.200}") from error
+
+
 def read_pem(path: Path) -> bytes:
     """A PEM file, without the byte order mark that some editors put before it."""
     return path.read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -35,7 +48,8 @@ def read_pem(path: Path) -> bytes:
 def certificates_in(data: bytes, path: Path, what: str) -> list[x509.Certificate]:
     """The certificates in a file's bytes; a `ValueError` asks for `what` if there are none."""
     try:
-        return x509.load_pem_x509_certificates(data)
+        with parsing():
+            return x509.load_pem_x509_certificates(data)
     except ValueError as error:
         raise ValueError(
             f"{path} holds no PEM certificate ({str(error).splitlines()[0]:.80}); put {what} "
@@ -82,8 +96,13 @@ def issued(above: x509.Certificate, below: x509.Certificate) -> bool:
     return True
 
 
+@parsing()
 def extension(certificate: Signed, kind: type[E]) -> E | None:
-    """An extension of a certificate or a request; None if it has none of the kind."""
+    """An extension of a certificate or a request; None if it has none of the kind.
+
+    Raises:
+        ValueError: They can't be read.
+    """
     try:
         return certificate.extensions.get_extension_for_class(kind).value
     except x509.ExtensionNotFound:

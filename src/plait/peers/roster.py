@@ -21,7 +21,6 @@ at its end, and one that leaves stays in it.
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
 import json
@@ -34,10 +33,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from cryptography.x509.verification import PolicyBuilder, Store
 
 from plait.peers.federation import Federation, Member, toml_lines
-from plait.peers.pem import dns_names
+from plait.peers.pem import dns_names, parsing
 
 MOST_BYTES = 1 << 16
 """The most that a list may have, signatures and certificates included."""
@@ -242,11 +241,12 @@ def check_quorum(before: Roster, roster: Roster, trust: Trust | None) -> None:
 def _wrong(roster: Roster, one: Signature, trust: Trust | None) -> str:
     """Why a signature doesn't count; empty if it does."""
     try:
-        chain = x509.load_pem_x509_certificates(one.certificate.encode())
-        names = _names_of(chain, trust)
-        signature = base64.b64decode(one.signature, validate=True)
-        _verify(chain[0].public_key(), signature, roster.signed)
-    except (ValueError, binascii.Error, VerificationError) as error:
+        with parsing():
+            chain = x509.load_pem_x509_certificates(one.certificate.encode())
+            names = _names_of(chain, trust)
+            signature = base64.b64decode(one.signature, validate=True)
+            _verify(chain[0].public_key(), signature, roster.signed)
+    except ValueError as error:
         return f"has a certificate that is not taken ({error!s:.100})"
     except InvalidSignature:
         return "has signed something else"
@@ -298,7 +298,7 @@ def read_roster(text: str) -> Roster:
         raise ValueError(f"a list of members has at most {MOST_BYTES} bytes, this {len(text)}")
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not TOML: {error!s:.200}") from None
     try:
         return Roster(

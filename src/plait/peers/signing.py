@@ -21,6 +21,7 @@ from plait.peers.pem import (
     Pair,
     certificates_in,
     extension,
+    parsing,
     private_key,
     read_pem,
     useless_kind,
@@ -96,6 +97,7 @@ def approve(request: bytes, authority: Pair, days: float = 365) -> bytes:
     return builder.sign(signer_key, hashes.SHA256()).public_bytes(PEM)
 
 
+@parsing()
 def read_request(data: bytes) -> x509.CertificateSigningRequest:
     """A request that whoever made it has the key of, and that asks for a peer's certificate.
 
@@ -103,7 +105,8 @@ def read_request(data: bytes) -> x509.CertificateSigningRequest:
         ValueError: It is none, or asks for something else; the message says what.
     """
     try:
-        request = x509.load_pem_x509_csr(data)
+        with parsing():
+            request = x509.load_pem_x509_csr(data)
     except ValueError:
         raise ValueError(
             "This is no request in PEM; have one made with plait cert request, a text that begins "
