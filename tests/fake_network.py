@@ -108,12 +108,12 @@ def start_peer(
     names = [one.name for one in members]
     turn = agreed_turns(job, me, lambda _: tuple(members))
     desk = Desk(Inbox(me, turn, config.rounds, keep_rounds, symmetric), names)
-    layout, stack = job.backbone.layout, job.initial_stack(1)
+    layout, stack = job.backbone.layout, job.initial_stack([me])
 
     def write(rows, round_, active, kind):
         return encode(
-            rows, layout=layout, federation="f", config_digest="d", sender=names[me],
-            round=round_, active=active, kind=kind,
+            job.own(rows, me), layout=job.layout_of(me), federation="f", config_digest="d",
+            sender=names[me], round=round_, active=active, kind=kind,
         )  # fmt: skip
 
     hub.identities[names[me]] = Identity(
@@ -123,6 +123,7 @@ def start_peer(
         layout=layout,
         max_message_bytes=1 << 20,
         kinds=job.method.kinds,
+        rank_of=lambda name: config.rank_of(names.index(name)),
     )
     hub.desks[names[me]] = desk
     return Peer(

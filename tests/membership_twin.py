@@ -25,7 +25,7 @@ def simulated(jobs: Sequence[Job], members: Members) -> list[Stack]:
         jobs: Of each peer, in the order of the newest list.
         members: The lists.
     """
-    stacks = [job.initial_stack(1) for job in jobs]
+    stacks = [job.initial_stack([k]) for k, job in enumerate(jobs)]
     noise = seeded_noise(0)
     before: list[int] = []
     for t in range(jobs[0].config.rounds):
@@ -49,6 +49,6 @@ def simulated(jobs: Sequence[Job], members: Members) -> list[Stack]:
         for k in here:
             heard = [j for j in here if j != k and W[k, j]]
             theirs = {slot: torch.cat([sent[j][slot] for j in heard]) for slot in sent[k]}
-            stacks[k].state |= mix(jobs[k], sent[k], theirs, W[k, heard][None], t)
+            stacks[k].state |= mix(jobs[k], sent[k], theirs, W[k, heard][None], t, [k])
         before = here
     return stacks

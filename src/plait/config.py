@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plait.plugins import plugin_files
+from plait.ranks import listed, read_ranks
 
 Head = Literal["frozen", "mixed", "local"]
 Pooling = Literal["auto", "model", "mean"]
@@ -126,6 +127,9 @@ class ModelSettings:
     The default is `frozen` with the model's own head and `mixed` with mean pooling."""
     rank: int = 8
     """LoRA rank, r."""
+    ranks: str | None = None
+    """Ranks of the clients, by turns, `4,8,16`, or a file with one on each line; `rank` is then the
+    largest, and all have its scale."""
     alpha: float = 16.0
     """LoRA scale: the update is (alpha / r) B A."""
     lora_dropout: float = 0.0
@@ -247,6 +251,8 @@ class Config(
         """Refuse what cannot run, with the reason and the fix."""
         if self.plugin:  # the run may go on from another folder
             object.__setattr__(self, "plugin", ",".join(map(str, plugin_files(self.plugin))))
+        if self.ranks is not None:
+            self._take_ranks(self.ranks)
         for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -283,6 +289,22 @@ class Config(
             raise ValueError(f"p is {self.p}; a probability lies between 0 and 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
+
+    def _take_ranks(self, given: str) -> None:
+        """Keep the numbers themselves, with the largest as `rank`; equal ones are no list."""
+        ranks = read_ranks(given)
+        if self.rank not in (Config.rank, max(ranks)):
+            raise ValueError(
+                f"rank is {self.rank}, and the largest of ranks {max(ranks)}; leave out rank."
+            )
+        same = len(set(ranks)) == 1
+        object.__setattr__(self, "ranks", None if same else ",".join(map(str, ranks)))
+        object.__setattr__(self, "rank", max(ranks))
+
+    def rank_of(self, client: int) -> int:
+        """The rank of a client's adapter."""
+        ranks = listed(self.ranks) if self.ranks else (self.rank,)
+        return ranks[client % len(ranks)]
 
     @property
     def most_tokens(self) -> int:

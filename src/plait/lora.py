@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from plait.factors import VALUE, Factor, Slot
 from plait.optimizers import ADAMW
@@ -53,7 +54,7 @@ class Layout:
     Attributes:
         sites: The adapted layers, in the model's order.
         rank: r.
-        scale: alpha / r.
+        scale: alpha / r, of clients of different rank with the largest.
         head: Names and shapes of the head's parameters; empty when the head is frozen.
     """
 
@@ -66,6 +67,10 @@ class Layout:
     def factors(self) -> tuple[Factor, ...]:
         """The blocks that a client's state has."""
         return (Factor.A, Factor.B, Factor.HEAD) if self.head else (Factor.A, Factor.B)
+
+    def of_rank(self, rank: int) -> Layout:
+        """The same of another rank; the scale stays."""
+        return self if rank == self.rank else replace(self, rank=rank)
 
     def shapes(self, factor: Factor) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each part of one client's block."""
@@ -87,6 +92,45 @@ class Layout:
             name: part.unflatten(1, shape)
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
+
+
+def resized(layout: Layout, state: Mapping[Slot, Tensor], rank: int) -> State:
+    """Rows (n, P) as those of clients of another rank: cut, or filled up with zeros.
+
+    Args:
+        layout: Of the rows as they are.
+        state: The rows.
+        rank: The other rank.
+    """
+    more = rank - layout.rank
+    pads = {Factor.A: (0, 0, 0, more), Factor.B: (0, more)}
+
+    def row(factor: Factor, flat: Tensor) -> Tensor:
+        views = layout.views(factor, flat).values()
+        return torch.cat([pad(view, pads[factor]).flatten(1) for view in views], dim=1)
+
+    return {
+        slot: row(slot[1], value) if more and slot[1] in pads else value
+        for slot, value in state.items()
+    }
+
+
+def cut(layout: Layout, state: State, ranks: Sequence[int]) -> None:
+    """Set to zero what clients of smaller rank don't have, in place.
+
+    Such a client is a row whose last directions are zero in A and in B: then their gradients are,
+    too, and local steps leave them so.
+
+    Args:
+        layout: Of the largest rank.
+        state: Slot -> (n, P).
+        ranks: Of the n clients.
+    """
+    for rank in set(ranks) - {layout.rank}:
+        rows = [k for k, own in enumerate(ranks) if own == rank]
+        small = resized(layout, {slot: value[rows] for slot, value in state.items()}, rank)
+        for slot, value in resized(layout.of_rank(rank), small, layout.rank).items():
+            state[slot][rows] = value
 
 
 def values(state: Mapping[Slot, Tensor]) -> Mapping[Factor, Tensor]:

@@ -125,12 +125,15 @@ def build_method(config: Config) -> Method:
     """
     method = lookup(METHODS, config.method, "method")(config)
     _check(method, config)
-    if config.mix == Config.mix:
-        return method
-    rule = build_rule(config.mix)
-    if method.mix is not AVERAGE:
-        raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
-    return replace(method, mix=each_factor(rule))
+    if config.mix != Config.mix:
+        rule = build_rule(config.mix)
+        if method.mix is not AVERAGE:
+            raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
+        method = replace(method, mix=each_factor(rule))
+    if config.ranks and not method.mix.any_rank:
+        how = config.method if config.mix == Config.mix else f"mix {config.mix}"
+        raise ValueError(f"{how} needs clients of one rank: give --rank instead of --ranks.")
+    return method
 
 
 def settled(config: Config) -> Config:

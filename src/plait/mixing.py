@@ -49,19 +49,22 @@ class Mix:
         combine: (layout, mine, heard, W) -> mine after mixing; slots are (m, P) and (n, P), W as
             for a `Rule`.
         together: Factors that must travel in the same rounds, or `combine` can't work.
+        any_rank: Whether zeros may stand for the directions that clients of smaller rank lack; what
+            they get in them is cut off again.
     """
 
     combine: Callable[[Layout, Mixed, Mixed, np.ndarray], State]
     together: Factor = NONE
+    any_rank: bool = False
 
 
-def each_factor(rule: Rule) -> Mix:
+def each_factor(rule: Rule, any_rank: bool = False) -> Mix:
     """Mix every slot by itself."""
 
     def combine(_layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
         return {slot: rule(own, heard[slot], W) for slot, own in mine.items()}
 
-    return Mix(combine)
+    return Mix(combine, any_rank=any_rank)
 
 
 def each_site(rule: SiteRule) -> Mix:
@@ -117,7 +120,7 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
     return mixed
 
 
-AVERAGE = each_factor(average)
+AVERAGE = each_factor(average, any_rank=True)
 """What a method mixes by that says nothing else."""
 
 

@@ -150,15 +150,15 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "topology", "workers", "task"),
+    ("method", "topology", "workers", "more"),
     [
-        ("adf", "ring", 2, "trec"), ("rolora", "pairs", 3, "trec"), ("local", "pairs", 2, "trec"),
-        ("ffa", "hypercube", 4, "trec"), ("adf", "ring", 2, "chat"),
+        ("adf", "ring", 2, {}), ("rolora", "pairs", 3, {}), ("local", "pairs", 2, {}),
+        ("ffa", "hypercube", 4, {"clients": 8}), ("adf", "ring", 2, {"task": "chat", "head": None}),
+        ("dec-lora", "ring", 3, {"rank": 8, "ranks": "2,1"}),
     ],
 )  # fmt: skip
-def test_blocks_say_what_a_simulation_says(method, topology, workers, task):
-    settings = SETTINGS | {"clients": 8 if topology == "hypercube" else 5, "task": task}
-    settings |= {"head": None} if task == "chat" else {}
+def test_blocks_say_what_a_simulation_says(method, topology, workers, more):
+    settings = SETTINGS | {"task": "trec"} | more
     config = Config(method=method, topology=topology, p=0.5, **settings)
     job = tiny_job(config)
     expected = [e for e in simulate(job, job.initial_stack()) if isinstance(e, RoundDone)]

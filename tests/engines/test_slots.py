@@ -106,7 +106,7 @@ def test_all_that_travels_is_counted(monkeypatch, way):
     kinds = len(job.method.kinds)
     assert len(job.travels) == 3 * kinds
     for event in rounds:
-        assert job.message_bytes(event.round) == 4 * kinds * one
+        assert job.message_bytes(event.round, 0) == 4 * kinds * one
         assert event.sent_bytes == 4 * kinds * one * len(event.edges)
     names = ["A|B|HEAD", "m.A|m.B|m.HEAD", "v.A|v.B|v.HEAD"][:kinds]
     assert {event.shared for event in rounds} == {"|".join(names)}

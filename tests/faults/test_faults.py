@@ -454,7 +454,7 @@ def test_one_joins_one_leaves_all_are_renewed_and_one_is_revoked(stage, config):
     for k, name in enumerate(four):
         end = min(60, members.newest.peers[k].leaves or 60)
         assert play.rounds_done(name) == end - (20 if name == "dan" else 0)
-        found = jobs[k].initial_stack(1)
+        found = jobs[k].initial_stack([k])
         load_rows(found, play.out(name) / "checkpoint.safetensors")
         for slot, value in stacks[k].state.items():
             assert torch.equal(found.state[slot], value), (name, slot)

@@ -12,7 +12,7 @@ from conftest import random_tokens, tiny_causal_model, tiny_model
 from plait.config import Config
 from plait.data.objectives import LANGUAGE
 from plait.factors import Factor
-from plait.lora import initial_stack
+from plait.lora import cut, initial_stack
 from plait.model.backbone import Backbone
 from plait.model.loading import Loaded
 from plait.model.peft_adapters import lora_config
@@ -56,6 +56,18 @@ def test_a_state_goes_into_the_model_and_comes_back_to_the_bit(head, saved):
     theirs = peft_client(tiny_model("bert"), backbone.layout, stack, 1, CONFIG, ["query", "value"])
     expected = twin_logits(theirs.float(), random_tokens(), rows)
     assert torch.equal(twin_logits(ours.model, random_tokens(), rows), expected)
+
+
+def test_a_client_of_smaller_rank_has_a_model_of_its_own_rank():
+    backbone, stack, model, _ = parts()
+    config = Config(clients=2, ranks="2,1", alpha=4.0, head="frozen")
+    cut(backbone.layout, stack.state, [2, 1])
+    ours = ClientModel(get_peft_model(model, lora_config(backbone, config, 1)), backbone, 1)
+    ours.take({factor: value[1:] for factor, value in stack.factors.items()})
+    for factor, value in stack.factors.items():
+        assert torch.equal(ours.row(factor), value[1:])
+    with pytest.raises(ValueError, match="has rank 1"):
+        ClientModel(ours.model, backbone)
 
 
 def test_what_rests_takes_no_gradient_and_keeps_none():

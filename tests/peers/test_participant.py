@@ -104,7 +104,7 @@ def simulation(file, monkeypatch):
 def plait_steps(peer, model, round_):
     """Plait's own local steps, on what the model holds."""
     process, client = peer.process, peer._client
-    stack = process.job.initial_stack(1)
+    stack = process.job.initial_stack([0])
     stack.state |= {(VALUE, factor): client.row(factor) for factor in stack.factors}
     loss = local_steps(process.job, stack, round_.number, [process.me])[0]
     client.take(stack.factors)
@@ -339,7 +339,7 @@ class Skipping(ExitStack):
     def __init__(self, **settings):
         super().__init__()
         self.job = tiny_job(Config(clients=2, rank=2, rounds=6, switch_every=2, **settings))
-        self.stack, self.peer = self.job.initial_stack(1), SimpleNamespace(train=lambda *_: None)
+        self.stack, self.peer = self.job.initial_stack([0]), SimpleNamespace(train=lambda *_: None)
 
     def rounds(self):
         return map(Due, (0, 1, 5))
@@ -375,7 +375,7 @@ def test_moments_start_anew_where_the_peers_do(policy, anew):
 def test_what_diverged_or_should_have_rested_is_not_handed_over(spoil, loss, said):
     job = tiny_job(Config(clients=2, rank=2, local_steps=1, batch_size=2))
     model = get_peft_model(tiny_model("bert"), lora_config(job.backbone, job.config))
-    client, stack = ClientModel(model.requires_grad_(False), job.backbone), job.initial_stack(1)
+    client, stack = ClientModel(model.requires_grad_(False), job.backbone), job.initial_stack([0])
     client.take(stack.factors)
     before = {slot: value.clone() for slot, value in stack.state.items()}
     spoil(client.parameters(Factor.A)[0], client.parameters(Factor.B)[0])

@@ -133,7 +133,7 @@ class Block:
         Raises:
             ValueError: The config asks for what can't be.
         """
-        self.stack = self.job.initial_stack(len(self.clients))
+        self.stack = self.job.initial_stack(self.clients)
         if checkpoint:
             load_rows(self.stack, _in_sight(checkpoint), self.clients.start)
         sites = [site.name for site in self.job.backbone.layout.sites]
@@ -189,7 +189,9 @@ class Block:
             pieces = [torch.tensor(part[slot], device=job.backbone.device) for part in rows]
             pieces[self.number] = now.before[slot]
             now.theirs[slot] = torch.cat(pieces)
-        self.stack.state |= mix(job, now.before, now.theirs, weights[:, now.heard], round_)
+        self.stack.state |= mix(
+            job, now.before, now.theirs, weights[:, now.heard], round_, self.clients
+        )
         now.times.append(time.perf_counter())
         return self._to_everyone(self.sums())
 
@@ -228,7 +230,7 @@ class Block:
         # Layer by layer in turn, so that all blocks have as much to add up.
         handed = self._hand_over([[c[k::half] for c in crosses] for k in range(half)])
         edges = edges_of(self.job.schedule(round_), self.clients)
-        sent_bytes = self.job.message_bytes(round_) * len(edges)
+        sent_bytes = self.job.sent_bytes(round_, edges)
         done = round_done(
             self.job, round_, now.losses, edges, sent_bytes, before=[], after=[],
             train_seconds=now.times[1] - now.times[0],

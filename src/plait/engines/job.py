@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.choices import Choices
@@ -25,13 +25,16 @@ from plait.data.tokens import Tokens
 from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import Factor, Slot
-from plait.lora import Stack, initial_stack
+from plait.lora import Layout, Stack, State, cut, initial_stack, resized
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
 from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
+
+Edge = tuple[int, int, float]
+"""(i, j, w_ij): client i heard j and gave it the weight."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,42 @@ class Job:
         """When clients are evaluated."""
         return _schedule(self.config, self.held_out, self.choices)
 
-    def initial_stack(self, num_clients: int | None = None) -> Stack:
-        """The common start of all N clients, or of so many."""
+    def initial_stack(self, clients: Sequence[int] | None = None) -> Stack:
+        """The common start of all N clients, or of some."""
         backbone = self.backbone
-        return initial_stack(
+        clients = range(self.config.clients) if clients is None else clients
+        stack = initial_stack(
             backbone.layout,
             backbone.head_start,
-            num_clients or self.config.clients,
+            len(clients),
             self.config.seed,
             backbone.device,
             self.method.optimizer.kinds,
         )
+        self.cut(stack.state, clients)
+        return stack
+
+    def cut(self, state: State, clients: Sequence[int]) -> None:
+        """Set to zero what clients of smaller rank don't have, in place; a row for each client."""
+        if self.config.ranks:
+            cut(self.backbone.layout, state, [self.config.rank_of(k) for k in clients])
+
+    def layout_of(self, client: int) -> Layout:
+        """Where everything lies in what a client sends, and in its adapter."""
+        return self.backbone.layout.of_rank(self.config.rank_of(client))
+
+    def own(self, rows: Mapping[Slot, Tensor], client: int) -> State:
+        """Slot -> (P,) as a client sends it: without the directions that it doesn't have."""
+        return self._of_rank(rows, self.config.rank, self.config.rank_of(client))
+
+    def whole(self, rows: Mapping[Slot, Tensor], client: int) -> State:
+        """Slot -> (P,) that a client has sent, as a row of the stack."""
+        return self._of_rank(rows, self.config.rank_of(client), self.config.rank)
+
+    def _of_rank(self, rows: Mapping[Slot, Tensor], old: int, new: int) -> State:
+        flat = {slot: row[None] for slot, row in rows.items()}
+        found = resized(self.backbone.layout.of_rank(old), flat, new)
+        return {slot: row[0] for slot, row in found.items()}
 
     def trained(self, round_: int) -> Factor:
         """What takes local steps in a round: the method's factors, and a head that is trained."""
@@ -110,9 +138,14 @@ class Job:
         """The slots that are sent in some round of the run."""
         return self.travelled(self.config.rounds)
 
-    def message_bytes(self, round_: int) -> int:
+    def message_bytes(self, round_: int, client: int) -> int:
         """The bytes of what a client sends to each neighbour in a round."""
-        return 4 * sum(self.backbone.layout.size(factor) for _, factor in self.shared(round_))
+        layout = self.layout_of(client)
+        return 4 * sum(layout.size(factor) for _, factor in self.shared(round_))
+
+    def sent_bytes(self, round_: int, edges: Iterable[Edge]) -> int:
+        """The bytes of all that was heard in a round."""
+        return sum(self.message_bytes(round_, sender) for _, sender, _ in edges)
 
     @cached_property
     def judged(self) -> Objective:

@@ -47,7 +47,7 @@ class Simulation:
         trained = time.perf_counter()
         W = job.schedule(round_)
         before = stack.factors
-        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
+        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_, everyone)
         mixed = time.perf_counter()
         edges = edges_of(W, everyone)
         return round_done(
@@ -55,7 +55,7 @@ class Simulation:
             round_,
             losses,
             edges,
-            job.message_bytes(round_) * len(edges),
+            job.sent_bytes(round_, edges),
             **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
             pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
             train_seconds=trained - begin,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from plait.engines.job import Job
+from plait.engines.job import Edge, Job
 from plait.engines.local_training import local_phase
 from plait.events import RoundDone
 from plait.factors import Factor, Slot, factors_name, slots_name
@@ -63,11 +63,17 @@ def train_round(
     losses = phase(job, stack, round_, clients)
     if before:
         privatise(before, stack.state, round_, clients, job.config, noise)
+        job.cut(stack.state, clients)
     return losses
 
 
 def mix(
-    job: Job, mine: Mapping[Slot, Tensor], heard: Mapping[Slot, Tensor], W: np.ndarray, round_: int
+    job: Job,
+    mine: Mapping[Slot, Tensor],
+    heard: Mapping[Slot, Tensor],
+    W: np.ndarray,
+    round_: int,
+    clients: Sequence[int],
 ) -> State:
     """What some clients make of the slots that travel in a round, their own and those they heard.
 
@@ -77,13 +83,16 @@ def mix(
         heard: Slot -> (n, P), of the clients that were heard.
         W: (m, n) what each of mine gives to each of those heard; 0 for itself.
         round_: The round's number.
+        clients: Whose slots `mine` are.
 
     Returns:
         Slot -> (m, P) after mixing, of the slots that travel.
     """
     slots = job.shared(round_)
     own, theirs = ({slot: state[slot] for slot in slots} for state in (mine, heard))
-    return job.method.mix.combine(job.backbone.layout, own, theirs, W) if slots else {}
+    mixed = job.method.mix.combine(job.backbone.layout, own, theirs, W) if slots else {}
+    job.cut(mixed, clients)
+    return mixed
 
 
 def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None:
@@ -119,10 +128,6 @@ def _begins(job: Job, factor: Factor, round_: int) -> bool:
     """Whether a phase of a factor begins with a round."""
     before = round_ > 0 and factor in job.trained(round_ - 1)
     return factor in job.trained(round_) and not before
-
-
-Edge = tuple[int, int, float]
-"""(i, j, w_ij): client i heard j and gave it the weight."""
 
 
 def edges_of(W: np.ndarray, clients: range) -> list[Edge]:

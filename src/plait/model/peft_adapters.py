@@ -15,8 +15,8 @@ from torch import Tensor
 
 from plait.config import Config
 from plait.data.objectives import LANGUAGE
-from plait.factors import Factor
-from plait.lora import Stack
+from plait.factors import VALUE, Factor
+from plait.lora import Stack, resized, values
 from plait.machine.files import save_tensors
 from plait.mixing import mean
 from plait.model.backbone import Backbone
@@ -35,10 +35,16 @@ def save_clients(
     """Write a PEFT folder under `out` for each client of a stack, numbered from `first` on."""
     for k in range(len(stack.factors[Factor.A])):
         row = {factor: value[k] for factor, value in stack.factors.items()}
-        save_adapter(backbone, row, config, out / f"client-{first + k}")
+        save_adapter(backbone, row, config, out / f"client-{first + k}", config.rank_of(first + k))
 
 
-def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, out: Path) -> None:
+def save_adapter(
+    backbone: Backbone,
+    row: dict[Factor, Tensor],
+    config: Config,
+    out: Path,
+    rank: int | None = None,
+) -> None:
     """Write one client's state as a PEFT folder.
 
     Args:
@@ -46,18 +52,23 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
         row: Factor -> (P,).
         config: The run's config.
         out: The folder; what is there is replaced.
+        rank: Of the client; the run's if not given.
     """
-    layout = backbone.layout
+    rank = rank or config.rank
+    layout = backbone.layout.of_rank(rank)
+    whole = {(VALUE, factor): value[None] for factor, value in row.items()}
+    rows = values(resized(backbone.layout, whole, rank))
     tensors = dict(backbone.kept)
     for factor, suffix in ((Factor.A, ".lora_A.weight"), (Factor.B, ".lora_B.weight")):
-        views = layout.views(factor, row[factor][None])
+        views = layout.views(factor, rows[factor])
         tensors |= {name + suffix: value[0] for name, value in views.items()}
     if layout.head:
-        views = layout.views(Factor.HEAD, row[Factor.HEAD][None])
+        views = layout.views(Factor.HEAD, rows[Factor.HEAD])
         tensors |= {name: value[0] for name, value in views.items()}
     peft_config = lora_config(
         backbone,
         config,
+        rank,
         base_model_name_or_path=config.backbone,
         inference_mode=True,
         modules_to_save=sorted({_module(backbone, name) for name in backbone.kept}),
@@ -72,18 +83,22 @@ def save_adapter(backbone: Backbone, row: dict[Factor, Tensor], config: Config, 
     peft_config.save_pretrained(str(out))
 
 
-def lora_config(backbone: Backbone, config: Config, **more: Any) -> LoraConfig:
+def lora_config(
+    backbone: Backbone, config: Config, rank: int | None = None, **more: Any
+) -> LoraConfig:
     """PEFT's settings of a run's adapters.
 
     Args:
         backbone: The frozen model that they sit in.
         config: The run's config.
+        rank: Of the client; the run's if not given.
         **more: Other settings of PEFT's.
     """
+    rank = rank or config.rank
     return LoraConfig(
         task_type="CAUSAL_LM" if backbone.objective is LANGUAGE else None,
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        r=rank,
+        lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         # Whole paths: a bare `query` would also match layers that were not adapted.
         target_modules=[site.name for site in backbone.layout.sites],

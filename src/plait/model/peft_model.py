@@ -14,7 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from plait.factors import Factor
+from plait.factors import VALUE, Factor
+from plait.lora import Layout, resized, values
 from plait.model.backbone import Backbone
 from plait.model.loading import hash_of_weights
 
@@ -31,20 +32,22 @@ class ClientModel:
         model: The model.
     """
 
-    def __init__(self, model: Any, backbone: Backbone) -> None:
+    def __init__(self, model: Any, backbone: Backbone, rank: int | None = None) -> None:
         """Find them.
 
         Args:
             model: With LoRA, as the run has it, on the model that the run has.
             backbone: The run's.
+            rank: The client's; the run's if not given.
 
         Raises:
             ValueError: The model is another one, or something trains that would not travel; what
                 to change.
         """
         self.model, self._backbone = model, backbone
+        self._layout = backbone.layout.of_rank(rank or backbone.layout.rank)
         adapter = _adapter(model)
-        _check_layers(_layers(model, adapter), adapter, backbone)
+        _check_layers(_layers(model, adapter), adapter, self._layout)
         named = dict(model.named_parameters())
         own = {_plain(name, adapter): parameter for name, parameter in named.items()
                if ".original_module." not in name}  # fmt: skip
@@ -75,17 +78,20 @@ class ClientModel:
                 part.grad = None
 
     def row(self, factor: Factor) -> Tensor:
-        """(1, P) float32, a factor as the model has it now."""
+        """(1, P) float32, a factor as the model has it now, as a row of the largest rank."""
         flat = [part.detach().flatten().cpu() for part in self._parts[factor]]
-        return torch.cat(flat).float()[None].to(self._backbone.device)
+        row = {(VALUE, factor): torch.cat(flat).float()[None].to(self._backbone.device)}
+        return resized(self._layout, row, self._backbone.layout.rank)[VALUE, factor]
 
     @torch.no_grad()
     def take(self, rows: Mapping[Factor, Tensor]) -> None:
         """Put a state, factor -> (1, P), into the model, and what all have drawn alike."""
         for name, parameter in self._kept.items():
             parameter.copy_(self._backbone.kept[name])
+        whole = {(VALUE, factor): row for factor, row in rows.items()}
+        own = values(resized(self._backbone.layout, whole, self._layout.rank))
         for factor, parts in self._parts.items():
-            views = self._backbone.layout.views(factor, rows[factor])
+            views = self._layout.views(factor, own[factor])
             for part, value in zip(parts, views.values(), strict=True):
                 part.copy_(value[0])
 
@@ -129,9 +135,9 @@ def _layers(model: Any, adapter: str) -> dict[str, Any]:
     }
 
 
-def _check_layers(layers: Mapping[str, Any], adapter: str, backbone: Backbone) -> None:
-    """That the same layers are adapted, with the same rank and scale."""
-    layout, remedy = backbone.layout, "make the adapter with peer.lora_config()"
+def _check_layers(layers: Mapping[str, Any], adapter: str, layout: Layout) -> None:
+    """That the same layers are adapted, with the client's rank and the same scale."""
+    remedy = "make the adapter with peer.lora_config()"
     sites = {site.name for site in layout.sites}
     said = [
         f"{how} {_few(sorted(names))}"

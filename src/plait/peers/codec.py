@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import combinations
 from typing import Any, Literal
@@ -181,10 +181,11 @@ class Identity:
         name: The peer's name.
         federation: The federation's id.
         config_digest: Round -> digest of what all peers share then.
-        layout: Of a client's factors.
+        layout: Of the factors of a client of the largest rank.
         kinds: The kinds of slot that the method sends.
         max_message_bytes: The most that a body may have.
         norm_bound: The largest norm of a message's values, if there is one.
+        rank_of: Name -> that peer's rank; all have the layout's if not given.
     """
 
     name: str
@@ -194,11 +195,11 @@ class Identity:
     max_message_bytes: int
     norm_bound: float | None = None
     kinds: tuple[str, ...] = (VALUE,)
+    rank_of: Callable[[str], int] | None = None
 
-    @cached_property
-    def layout_digest(self) -> str:
-        """Of the names and shapes of everything that a client has."""
-        return layout_digest(self.layout)
+    def layout_of(self, sender: str) -> Layout:
+        """Of the factors that a peer sends."""
+        return self.layout.of_rank(self.rank_of(sender)) if self.rank_of else self.layout
 
     @cached_property
     def _slots(self) -> dict[str, tuple[Slot, ...]]:
@@ -228,7 +229,7 @@ class Identity:
             "federation": (self.federation, Reason.WRONG_FEDERATION),
             "receiver": (self.name, Reason.WRONG_RECEIVER),
             "config_digest": (self.config_digest(header.about), Reason.WRONG_CONFIG),
-            "layout": (self.layout_digest, Reason.WRONG_SHAPE),
+            "layout": (layout_digest(self.layout_of(header.sender)), Reason.WRONG_SHAPE),
             "dtype": (DTYPE, Reason.WRONG_SHAPE),
         }
         if getattr(header, "kind", "") in ("settings", "status", "members"):
@@ -247,7 +248,7 @@ class Identity:
         slots = self._slots.get(header.factors)
         if slots is None:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
-        template = template_of(self.layout, slots)
+        template = template_of(self.layout_of(header.sender), slots)
         most = min(template.most_bytes, self.max_message_bytes)
         if header.num_bytes > most:
             raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
@@ -258,6 +259,7 @@ class Identity:
         return template
 
 
+@lru_cache(maxsize=64)
 def layout_digest(layout: Layout) -> str:
     """Sixteen hex digits that are equal when two peers' tensors have equal names and shapes."""
     return template_of(layout, tuple((VALUE, factor) for factor in layout.factors)).digest

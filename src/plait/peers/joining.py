@@ -62,12 +62,13 @@ class Entrance:
             self._pause()
         return desk.target() > keep
 
-    def find(self) -> tuple[int, list[FactorRows]]:
-        """Wait until there is a round to begin at, and states to begin from.
+    def find(self) -> int:
+        """Wait until there is a round to begin at, and `states` to begin from.
+
+        They are of neighbours that have reached it: one of a peer that is trusted, or two or more.
 
         Returns:
-            The round, and the states of neighbours that have reached it: one of a peer that is
-            trusted, or two or more.
+            The round.
 
         Raises:
             ValueError: There are too few.
@@ -81,7 +82,7 @@ class Entrance:
                 end = end or time.monotonic() + self.exchange.terms.start_timeout_s
                 self._ask(target)
                 if self._enough():
-                    return target, list(self.states.values())
+                    return target
                 if time.monotonic() > end or self._hopeless():
                     raise ValueError(self._too_few())
             elif self._hopeless():

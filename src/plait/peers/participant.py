@@ -163,9 +163,13 @@ class Participant:
 
     # -- the model
 
+    @property
+    def _rank(self) -> int:
+        return self.config.rank_of(self.process.me)
+
     def lora_config(self) -> LoraConfig:
         """PEFT's settings of the adapter that the federation trains, for `get_peft_model`."""
-        return lora_config(self.process.job.backbone, self.config)
+        return lora_config(self.process.job.backbone, self.config, self._rank)
 
     def tokenizer(self) -> Any:
         """The tokenizer of the frozen model."""
@@ -180,7 +184,7 @@ class Participant:
         task = self.process.job.task
         loaded = load_for(self.config, task.objective, task.label_names)
         model = get_peft_model(loaded.model.requires_grad_(False), self.lora_config())
-        self._client = ClientModel(model, self.process.job.backbone)
+        self._client = ClientModel(model, self.process.job.backbone, self._rank)
         self._client.train(~Factor.NONE)
         self._client.take(self.process.stack.factors)
         return model
@@ -201,7 +205,7 @@ class Participant:
                 can't go on; its message is in the log, too.
         """
         if model is not None and (self._client is None or model is not self._client.model):
-            self._client = ClientModel(model, self.process.job.backbone)
+            self._client = ClientModel(model, self.process.job.backbone, self._rank)
             self.put_back()
         if self._client is None:
             raise ValueError("There is no model: take peer.model(), or give yours, rounds(model).")

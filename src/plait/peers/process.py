@@ -174,7 +174,7 @@ class Process:
         if not self.folder.finished(config):
             self.folder.create(config, read, made_by(settings.machine))
         self.members = members.with_read(what_was_read(federation, self.job, read))
-        self.stack = self.job.initial_stack(num_clients=1)
+        self.stack = self.job.initial_stack([self.me])
         noise = noise_of(self.folder, self.job.config)
         self.done, self.first_round = take_up(self.folder, self.stack)
         limits = federation.limits
@@ -192,7 +192,7 @@ class Process:
         self.desk.note = self.book.note
         self.transport = GrpcTransport(
             self.members, settings, self.job.backbone.layout, self.desk,
-            kinds=self.job.method.kinds, insecure_loopback=insecure_loopback,
+            kinds=self.job.method.kinds, rank_of=self._rank_of, insecure_loopback=insecure_loopback,
         )  # fmt: skip
         counts = self.transport.counts
         self.desk.live = lambda: {
@@ -272,8 +272,8 @@ class Process:
     def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
         """A message of this peer."""
         return encode(
-            rows,
-            layout=self.job.backbone.layout,
+            self.job.own(rows, self.me),
+            layout=self.job.layout_of(self.me),
             federation=self.federation.id,
             config_digest=self.members.digest(round_),
             sender=self.settings.name,
@@ -281,6 +281,10 @@ class Process:
             active=active,
             kind="state" if kind == "state" else "round",
         )
+
+    def _rank_of(self, name: str) -> int:
+        names, config = self.members.newest.names, self.job.config
+        return config.rank_of(names.index(name)) if name in names else config.rank
 
     # -- the list of members
 
@@ -364,8 +368,9 @@ class Process:
 
     def _join(self, entrance: Entrance) -> None:
         """Wait until there is a state to begin from, and begin from it."""
-        target, states = entrance.find()
+        target = entrance.find()
         self.first_round = min(max(target, self.joins), self.end - 1)
+        states = [self.job.whole(rows, peer) for peer, rows in entrance.states.items()]
         own = {slot: self.stack.state[slot][0].cpu() for slot in states[0]}
         self.peer.adopt(middle(own, states))
         names = ", ".join(self.desk.names[peer] for peer in sorted(entrance.states))
@@ -406,8 +411,8 @@ class Process:
         sent = load_beside(self.folder.checkpoint_file, SENT)
         if sent is None:
             return
-        template = template_of(self.job.backbone.layout, self.job.shared(round_))
-        rows = unpack(bytearray(sent.numpy()), template)
+        template = template_of(self.job.layout_of(self.me), self.job.shared(round_))
+        rows = self.job.whole(unpack(bytearray(sent.numpy()), template), self.me)
         active = self.desk.inbox.turn(round_).active
         (last,) = (e for e in self.done if isinstance(e, RoundDone) and e.round == round_)
         heard = {peer for _, peer, _ in last.edges}
@@ -430,7 +435,8 @@ class Process:
     def _finish(self) -> None:
         row = {factor: value[0] for factor, value in self.stack.factors.items()}
         adapter = self.folder.path / "adapters" / f"client-{self.me}"
-        save_adapter(self.job.backbone, row, self.job.config, adapter)
+        config = self.job.config
+        save_adapter(self.job.backbone, row, config, adapter, config.rank_of(self.me))
         self.done = load_events(self.folder.path)
         summary = self._summary()
         if self.peer.judges:

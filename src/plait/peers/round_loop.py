@@ -157,6 +157,7 @@ class Peer:
         """Begin from a neighbour's state: one that lost its own, or joins late."""
         for slot, row in rows.items():
             self.stack.state[slot] = row[None].to(self.job.backbone.device)
+        self.job.cut(self.stack.state, [self.me])
         for factor in factors_of(rows):
             self.stack.reset(factor)
         self._rest()
@@ -218,8 +219,9 @@ class Peer:
             anyone after mixing; the mixing error it knows of itself alone.
         """
         mine, W = dict(self.stack.state), turn.weights[list(heard)][None]
+        heard = {peer: self.job.whole(rows, peer) for peer, rows in heard.items()}
         theirs = {slot: _stacked(heard, slot, mine[slot]) for slot in self.job.shared(round_)}
-        self.stack.state |= mix(self.job, mine, theirs, W, round_)
+        self.stack.state |= mix(self.job, mine, theirs, W, round_, [self.me])
         before = values({slot: torch.cat([mine[slot], rows]) for slot, rows in theirs.items()})
         if not heard or not {Factor.A, Factor.B} <= before.keys():
             return [], []

@@ -142,6 +142,7 @@ class GrpcTransport:
         desk: Desk,
         *,
         kinds: tuple[str, ...] = (VALUE,),
+        rank_of: Callable[[str], int] | None = None,
         insecure_loopback: bool = False,
     ) -> None:
         """Read the certificates; nothing listens yet.
@@ -149,9 +150,10 @@ class GrpcTransport:
         Args:
             members: Who takes part.
             settings: Of this peer.
-            layout: Of a client's factors.
+            layout: Of the factors of a client of the largest rank.
             desk: Takes what comes.
             kinds: The kinds of slot that the method sends.
+            rank_of: Name -> that peer's rank; all have the layout's if not given.
             insecure_loopback: No TLS and no certificates, and no address but of this machine.
 
         Raises:
@@ -165,6 +167,7 @@ class GrpcTransport:
             federation=federation.id,
             config_digest=members.digest,
             layout=layout,
+            rank_of=rank_of,
             max_message_bytes=limits.max_message_bytes,
             norm_bound=limits.norm_bound,
             kinds=kinds,

@@ -1,0 +1,35 @@
+"""Ranks of clients, as they are given: a few numbers that are dealt by turns, or a file."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from plait.machine.text_files import read_text
+
+
+@lru_cache(maxsize=8)
+def listed(ranks: str) -> tuple[int, ...]:
+    """The numbers of `4,8,16`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    found = [int(word) if word.strip().isdecimal() else 0 for word in ranks.split(",")]
+    if min(found) < 1:
+        raise ValueError(
+            f"ranks is {ranks!r:.80}; write whole numbers above 0, 4,8,16, or name a file that has "
+            "one on each line."
+        )
+    return tuple(found)
+
+
+def read_ranks(given: str) -> tuple[int, ...]:
+    """The numbers of `4,8,16`, or of a file with one on each line.
+
+    Raises:
+        ValueError: They are none, or the file can't be read as text.
+        OSError: It can't be read.
+    """
+    path = Path(given)
+    return listed(",".join(read_text(path).split()) if path.is_file() else given)
