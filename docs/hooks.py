@@ -29,7 +29,7 @@ from plait.methods import METHODS
 from plait.mixing import MIXES
 from plait.presets import PRESETS
 from plait.runs.loggers import LOGGERS
-from plait.topology import TOPOLOGIES, WEIGHTS, rho_of
+from plait.topology import TOPOLOGIES, WEIGHTS, measure
 
 
 def on_page_markdown(markdown: str, **_others: Any) -> str:
@@ -143,18 +143,23 @@ def methods() -> str:
 
 
 def topologies() -> str:
-    """The topologies, with rho where ten clients, or eight, can have them."""
+    """The topologies, with what `plait topologies --clients 10` measures, or eight."""
     rows = []
     for name, row in TOPOLOGIES.items():
-        N = 8 if name == "hypercube" else 10
-        weights = "metropolis"
-        p = 0.5 if name == "erdos_renyi" else 0.1
-        config = Config(topology=name, clients=N, weights=weights, p=p)
-        rho = "" if name == "file" else f"{rho_of(config):.3f} (N = {N}, p = {p})"
-        if name not in ("pairs", "erdos_renyi"):
-            rho = rho.replace(f", p = {p}", "")
-        rows.append([f"`{name}`", row.summary, rho])
-    return table(["topology", "", "rho"], rows)
+        N, p = 8 if name == "hypercube" else 10, 0.5 if name == "erdos_renyi" else 0.1
+        measures = [""] * 4
+        if name != "file":
+            one = measure(Config(topology=name, clients=N, p=p))
+            settings = f"N = {N}, p = {p}" if "p" in row.uses else f"N = {N}"
+            rounds = f"{one.rounds}, exact" if one.exact else str(one.rounds)
+            measures = [
+                f"{one.rho:.3f} ({settings})",
+                f"{one.degree:.2g}",
+                str(one.max_degree),
+                rounds,
+            ]
+        rows.append([f"`{name}`", row.summary, *measures])
+    return table(["topology", "", "rho", "messages", "at most", "rounds to consensus"], rows)
 
 
 def _summaries(head: str, rows: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from plait.config import Config
 from plait.engines.job import Rules
 from plait.experiments.comparison import entries
 from plait.experiments.plan import Plan, slug
-from plait.methods import METHODS, Control, Method, settled
+from plait.methods import METHODS, Control, Method, build_method, settled
 from plait.topology import rho_of
 
 # `local` is also a word of `head` and of peer.toml.
@@ -31,6 +31,20 @@ def test_other_methods_leave_topology_and_weights_to_the_user():
     for method in set(METHODS) - {"fedavg"}:
         config = Config(method=method, topology="ring", weights="laplacian")
         assert settled(config) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "T"),
+    [({"topology": "complete"}, 1), ({"topology": "ring"}, 3), ({"p": 0, "clients": 2}, 20),
+     ({"topology": "ring", "switch_scale": 2}, 6), ({"topology": "hypercube", "clients": 8}, 2)],
+)  # fmt: skip
+def test_tad_is_adf_with_an_interval_from_rho(settings, T):
+    tad = build_method(Config(method="tad", **settings))
+    adf = build_method(Config(method="adf", switch_every=T, **settings))
+    assert f"T = {T} on" in tad.summary
+    assert (tad.control, tad.mix, tad.kinds) == (adf.control, adf.mix, adf.kinds)
+    for t in range(3 * T):
+        assert (tad.train(t), tad.share(t)) == (adf.train(t), adf.share(t))
 
 
 def plan_of(*methods: str, **lrs: float) -> Plan:

@@ -19,6 +19,7 @@ from plait.mixing_matrix import WEIGHTS
 from plait.topology import (
     TOPOLOGIES,
     build_schedule,
+    measure,
     measure_rho,
     neighbours,
     rho_of,
@@ -29,6 +30,7 @@ from plait.topology import (
 SIZES = {
     "torus": st.sampled_from([4, 6, 8, 9, 12, 20]),
     "hypercube": st.sampled_from([2, 4, 8, 16]),
+    **dict.fromkeys(["regular", "small_world", "equistatic"], st.integers(5, 24)),
 }
 CASES = [
     (topology, weights)
@@ -113,6 +115,18 @@ def test_pairs_meet_with_probability_p_independently():
     assert both == pytest.approx(0.09, abs=0.03)
 
 
+def test_those_who_move_meet_again_and_all_when_the_radius_is_the_square():
+    config = Config(topology="mobility", clients=30, radius=0.15)
+    schedule = build_schedule(config)
+    met = np.array([schedule(t) != 0 for t in range(100)])[:, ~np.eye(30, dtype=bool)]
+    next_round = (met[1:] & met[:-1]).sum() / met[:-1].sum()
+    long_after = (met[50:] & met[:-50]).sum() / met[:-50].sum()
+    assert 0.05 < met.mean() < 0.15
+    assert next_round > 0.4 > 2 * long_after
+    everywhere = build_schedule(dataclasses.replace(config, radius=2.0))
+    np.testing.assert_allclose(everywhere(7), np.full((30, 30), 1 / 30), rtol=0, atol=1e-15)
+
+
 # -- the graphs and the weights
 
 NETWORKX = {
@@ -135,6 +149,32 @@ def test_neighbours_of_a_directed_round_are_those_who_are_listened_to():
     W = build_schedule(Config(topology="one_peer_exponential", clients=10))(3 + 4)
     assert neighbours(W, 5) == [3]  # 5 + 2^3 = 13
     assert neighbours(W.T, 5) == [7]
+
+
+@pytest.mark.parametrize(("clients", "degree"), [(9, 4), (10, 3), (12, 2)])
+def test_a_regular_graph_has_as_many_neighbours_for_each(clients, degree):
+    config = Config(topology="regular", clients=clients, degree=degree)
+    W = build_schedule(config)(0)
+    assert [len(neighbours(W, i)) for i in range(clients)] == [degree] * clients
+    other = build_schedule(dataclasses.replace(config, seed=1))(0)
+    assert not np.array_equal(W, other)
+
+
+def test_a_small_world_is_a_ring_of_nearest_neighbours_but_for_rewired_edges():
+    config = Config(topology="small_world", clients=30, degree=4, p=0)
+    ring = nx.to_numpy_array(nx.circulant_graph(30, [1, 2])) != 0
+    rewired = dataclasses.replace(config, p=0.2)
+    assert np.array_equal((build_schedule(config)(0) != 0) & ~np.eye(30, dtype=bool), ring)
+    kept = (build_schedule(rewired)(0) != 0)[ring].mean()
+    assert 0.7 < kept < 0.95
+
+
+def test_equistatic_is_the_mean_over_steps_there_and_back():
+    W = build_schedule(Config(topology="equistatic", clients=11, degree=4))(0)
+    assert W[0, 0] == pytest.approx(1 / 11)  # no distance is 0 or 11
+    assert set(np.round(W[0, 1:] * 4 * 11 / 10, 9)) <= {0, 1, 2, 3, 4}
+    for i in range(11):
+        np.testing.assert_array_equal(np.roll(W[i], -i), W[0])
 
 
 def test_metropolis_on_a_star():
@@ -245,6 +285,17 @@ def test_rho_of_the_one_peer_schedules_is_exact():
     )
 
 
+def test_measures():
+    cube = measure(Config(topology="hypercube", clients=8))
+    assert (cube.degree, cube.max_degree, cube.rounds, cube.exact) == (1, 1, 3, True)
+    star = measure(Config(topology="star", clients=6))
+    assert (star.degree, star.max_degree) == (pytest.approx(10 / 6), 5)
+    ring = measure(Config(topology="ring"))
+    assert (ring.rounds, ring.exact) == (math.ceil(math.log(1e-3) / math.log(ring.rho)), False)
+    assert measure(Config(p=0, clients=2)).rounds is None
+    assert measure(Config(clients=1)).rounds == 1
+
+
 def test_rho_at_the_extremes():
     assert rho_of(Config(topology="complete")) == pytest.approx(0, abs=1e-12)
     assert rho_of(Config(p=0)) == pytest.approx(1)
@@ -317,6 +368,11 @@ BAD_CONFIGS = [
     (Config(topology="hypercube", clients=1), "such as 2 or 4; there are 1"),
     (Config(topology="hypercube", clients=8, weights="laplacian"), "weights of its own"),
     (Config(topology="erdos_renyi", p=0), "None of 100 .* Raise p to 0.46"),
+    (Config(topology="base", weights="laplacian"), "weights of its own"),
+    (Config(topology="regular", clients=3), "degree is 4; .* of 3 clients takes an even one below"),
+    (Config(topology="regular", clients=4), "degree is 4; .* of 4 clients takes one below 4"),
+    (Config(topology="regular", clients=6, degree=1), "None of 100 .* Raise degree"),
+    (Config(topology="small_world", degree=3), "takes an even one below 10"),
     (Config(topology="rnig"), "Did you mean ring"),
     (Config(weights="metropolys"), "Did you mean metropolis"),  # type: ignore[arg-type]
 ]

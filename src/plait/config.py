@@ -46,6 +46,8 @@ class MethodSettings:
     """What trains and what travels in each round; `plait methods` lists them."""
     switch_every: int = 5
     """Rounds between switches of the active factor, T (methods that alternate)."""
+    switch_scale: float = 1.0
+    """T in units of 1 / sqrt(1 - rho), c, where a method takes T from the topology."""
     mix: str = "average"
     """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
     liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
@@ -193,7 +195,12 @@ class TopologySettings:
     topology: str = "pairs"
     """Who meets whom; `plait topologies` lists them."""
     p: float = 0.1
-    """Probability of an edge (`pairs`, `erdos_renyi`)."""
+    """Probability of an edge (`pairs`, `erdos_renyi`), or that one is rewired (`small_world`)."""
+    degree: int | None = None
+    """Neighbours of a client: in a round at most (`base`), 1 if not given; in all rounds
+    (`regular`, `small_world`, `equistatic`), 4 if not given."""
+    radius: float = 0.2
+    """How near clients meet, in sides of the square that they walk about (`mobility`)."""
     weights: Weights = "metropolis"
     """Mixing weights of a graph."""
     edges_file: str | None = None
@@ -258,12 +265,12 @@ class Config(
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         _at_least_one(
             self, "eval_every", "eval_rows", "client_size", "top_layers", "stop_after",
-            "max_new_tokens", "max_length",
+            "max_new_tokens", "max_length", "degree",
         )  # fmt: skip
         if self.generate_rows < 0:
             raise ValueError(f"generate_rows is {self.generate_rows}; it can't be below 0.")
         _check_stopping(self)
-        for name in ("lr", "head_lr", "alpha"):
+        for name in ("lr", "head_lr", "alpha", "switch_scale", "radius"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if self.lr_end is not None and (self.lr_schedule == "constant" or self.lr_end < 0):
@@ -322,9 +329,8 @@ class Config(
     def decisive(self) -> dict[str, Any]:
         """What digests are made of: `resolved` without what wasn't there before and isn't set."""
         values = self.resolved()
-        if values["load_in"] is None:
-            del values["load_in"]
-        return values
+        unset = {name for name in CAME_LATER if values[name] == getattr(Config, name)}
+        return {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Config:
@@ -382,6 +388,10 @@ class Machine:
     def saves_after(self, round_: int) -> bool:
         """Whether a checkpoint is due after round `round_`, counted from 0."""
         return (round_ + 1) % self.save_every == 0
+
+
+CAME_LATER = ("load_in", "switch_scale", "degree", "radius")
+"""Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 
 
 def default_length(task: str) -> int:

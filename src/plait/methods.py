@@ -4,13 +4,16 @@ A method is a value. RoLoRA and ADF-LoRA differ in one word of their rows below,
 is one more row of `METHODS`: the command line, the conformance suite and the docs pick it up.
 
 Sources: ADF-LoRA (arXiv 2511.18291), Dec-LoRA (2501.15361), FFA-LoRA (2403.12313),
-RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644).
+RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644), TAD-LoRA
+(2602.00451).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from plait.config import Config, Weights
@@ -18,6 +21,7 @@ from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
 from plait.mixing import AVERAGE, Mix, build_rule, each_factor
 from plait.optimizers import ADAMW, Optimizer
+from plait.topology import rho_of
 
 Schedule = Callable[[int], Factor]
 
@@ -77,6 +81,20 @@ class Method:
     control: Control | None = None
 
 
+@lru_cache(maxsize=8)
+def interval_of(config: Config) -> int:
+    """TAD-LoRA's T, c / sqrt(1 - rho) in whole rounds; all rounds where some never hear of others.
+
+    The paper leaves c open. With c = 1 (`switch_scale`) exact averaging gives T = 1, as in RoLoRA.
+
+    Example:
+        >>> interval_of(Config(topology="ring", clients=10))
+        3
+    """
+    gap = 1 - round(rho_of(config), 9)  # the last digits may differ from machine to machine
+    return max(1, round(config.switch_scale / math.sqrt(gap))) if gap > 0 else config.rounds
+
+
 METHODS: dict[str, Callable[[Config], Method]] = {
     # B goes first: B starts at zero, where the gradient of A is zero.
     "adf": lambda config: Method(
@@ -85,6 +103,11 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         # Each of ADF's factors moves half as often.
         control=Control(method="dec-lora", lr_factor=0.5),
+    ),
+    "tad": lambda config: replace(
+        METHODS["adf"](replace(config, switch_every=interval_of(config))),
+        summary="TAD-LoRA: ADF-LoRA whose T follows from rho of the topology; "
+        f"T = {interval_of(config)} on {config.topology}",
     ),
     "dec-lora": lambda _: Method(
         summary="Dec-LoRA: both factors train, both are mixed",

@@ -21,7 +21,7 @@ Adjacency = npt.NDArray[np.bool_]
 Weigh = Callable[[Adjacency, np.random.Generator], Matrix]
 
 
-def _complete_rows(W: Matrix) -> Matrix:
+def complete_rows(W: Matrix) -> Matrix:
     """W (N, N) with an empty diagonal -> the same with what is left of each row on it."""
     np.fill_diagonal(W, 1.0 - W.sum(axis=1))
     return W
@@ -33,7 +33,7 @@ def _metropolis(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
     i, j = np.nonzero(adjacency)
     W = np.zeros(adjacency.shape)
     W[i, j] = 1.0 / (1.0 + np.maximum(degree[i], degree[j]))
-    return _complete_rows(W)
+    return complete_rows(W)
 
 
 def _laplacian(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
@@ -41,7 +41,7 @@ def _laplacian(adjacency: Adjacency, _rng: np.random.Generator) -> Matrix:
     if not adjacency.any():
         return np.eye(len(adjacency))
     share = 2.0 / (3.0 * _largest_laplacian_eigenvalue(adjacency))
-    return _complete_rows(np.where(adjacency, share, 0.0))
+    return complete_rows(np.where(adjacency, share, 0.0))
 
 
 def _largest_laplacian_eigenvalue(adjacency: Adjacency) -> float:

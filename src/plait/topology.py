@@ -15,131 +15,31 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigvalsh
-from scipy.sparse.csgraph import connected_components
 
+from plait import graphs
+from plait.base_graph import base_turns
 from plait.config import Config
-from plait.contact_traces import from_edges, read_contacts
+from plait.graphs import Graphs
 from plait.lookup import lookup
-from plait.mixing_matrix import WEIGHTS, Adjacency, Matrix
+from plait.mixing_matrix import WEIGHTS, Matrix
 from plait.rng import stream
 
 MixingSchedule = Callable[[int], Matrix]
-Graphs = Callable[[int], Adjacency]
 
-REDRAWS = 100
-"""Random graphs that `erdos_renyi` tries before it gives up on a connected one."""
-
-
-# -- graphs: config -> (round -> adjacency)
-
-
-def _random_graph(rng: np.random.Generator, N: int, p: float) -> Adjacency:
-    # Not networkx: slow for a graph per round, and peers with other versions must draw the same.
-    upper = np.triu(rng.random((N, N)) < p, k=1)
-    return np.logical_or(upper, upper.T)
-
-
-def _pairs(config: Config) -> Graphs:
-    def graph(t: int) -> Adjacency:
-        return _random_graph(stream(config.seed, "topology", t), config.clients, config.p)
-
-    return graph
-
-
-def _erdos_renyi(config: Config) -> Graphs:
-    N, p = config.clients, config.p
-    for attempt in range(REDRAWS):
-        adjacency = _random_graph(stream(config.seed, "graph", attempt), N, p)
-        if not _cut_off(adjacency):
-            return lambda t: adjacency
-    raise ValueError(
-        f"None of {REDRAWS} random graphs of {N} clients with p={p} is connected. "
-        f"Raise p to {min(1.0, 2 * math.log(N) / N):.2f} or so, or use the topology pairs, "
-        "which draws a new graph in each round and needs none to be connected."
-    )
-
-
-def _fixed(graph: nx.Graph[Any]) -> Graphs:
-    adjacency = nx.to_numpy_array(graph).astype(np.bool_)
-    np.fill_diagonal(adjacency, False)  # networkx closes a ring of one client on itself
-    return lambda t: adjacency
-
-
-def _ring(config: Config) -> Graphs:
-    return _fixed(nx.cycle_graph(config.clients))
-
-
-def _complete(config: Config) -> Graphs:
-    return _fixed(nx.complete_graph(config.clients))
-
-
-def _star(config: Config) -> Graphs:
-    return _fixed(nx.star_graph(config.clients - 1))
-
-
-def _torus(config: Config) -> Graphs:
-    N = config.clients
-    side = max(d for d in range(1, math.isqrt(N) + 1) if N % d == 0)
-    if side == 1:
-        s = max(2, math.isqrt(N))
-        raise ValueError(
-            f"{N} clients fill no grid of at least 2 x 2, which topology torus needs: N must be a "
-            f"product of two numbers above 1, such as {s * s}, {s * (s + 1)} or {(s + 1) ** 2}."
-        )
-    return _fixed(nx.grid_2d_graph(side, N // side, periodic=True))
-
-
-def _exponential(config: Config) -> Graphs:
-    hops = [2**j for j in range(_one_peer_period(config.clients))]
-    return _fixed(nx.circulant_graph(config.clients, hops))
-
-
-def _file(config: Config) -> Graphs:
-    # A trace starts over at its end: a run without contacts from there on is local training.
-    if config.edges_file is None:
-        raise ValueError("Topology file needs edges_file, the path of an edge list or a trace.")
-    rows = read_contacts(Path(config.edges_file), config.clients)
-    if rows.shape[1] == 2:
-        adjacency = _require_connected(from_edges(rows, config.clients), config.edges_file)
-        return lambda t: adjacency
-    if rows[:, 0].min() >= config.rounds:
-        raise ValueError(
-            f"{config.edges_file}: the first contact is in round {rows[:, 0].min()} and the run has"
-            f" {config.rounds} rounds, so nobody would ever meet. Number the rounds from 0."
-        )
-    period = int(rows[:, 0].max()) + 1
-    return lambda t: from_edges(rows[rows[:, 0] == t % period, 1:], config.clients)
-
-
-def _cut_off(adjacency: Adjacency) -> list[int]:
-    """The clients outside the largest connected part of the graph."""
-    _, part = connected_components(adjacency, directed=False)
-    return [int(i) for i in np.flatnonzero(part != np.bincount(part).argmax())]
-
-
-def _require_connected(adjacency: Adjacency, name: str) -> Adjacency:
-    if cut_off := _cut_off(adjacency):
-        listed = ", ".join(map(str, cut_off[:20])) + (", ..." if len(cut_off) > 20 else "")
-        raise ValueError(
-            f"The graph of {name} is not connected: {len(cut_off)} of {len(adjacency)} clients "
-            f"are cut off from the rest ({listed}). Add edges that join them."
-        )
-    return adjacency
+MOST_ROUNDS = 1000
+"""Rounds in which `measure` waits for consensus."""
 
 
 # -- schedules: config -> (round -> W)
 
 
-def _weighted(graphs: Callable[[Config], Graphs], config: Config) -> MixingSchedule:
+def _weighted(build: Callable[[Config], Graphs], config: Config) -> MixingSchedule:
     """The schedule of a graph: `config.weights` of the graph of each round."""
-    graph, row = graphs(config), lookup(WEIGHTS, config.weights, "weights")
+    graph, row = build(config), lookup(WEIGHTS, config.weights, "weights")
 
     def schedule(t: int) -> Matrix:
         return row.weigh(graph(t), stream(config.seed, "weights", t))
@@ -147,9 +47,9 @@ def _weighted(graphs: Callable[[Config], Graphs], config: Config) -> MixingSched
     return schedule
 
 
-def _static(graphs: Callable[[Config], Graphs], config: Config) -> MixingSchedule:
+def _static(build: Callable[[Config], Graphs], config: Config) -> MixingSchedule:
     """As `_weighted` for a graph that never changes: W is computed once where it is the same."""
-    schedule = _weighted(graphs, config)
+    schedule = _weighted(build, config)
     if not WEIGHTS[config.weights].static:
         return schedule
     W = schedule(0)
@@ -184,6 +84,26 @@ def _hypercube(config: Config) -> MixingSchedule:
     return lambda t: _half_with(np.arange(N) ^ 2 ** (t % _one_peer_period(N)))
 
 
+def _base(config: Config) -> MixingSchedule:
+    turns = base_turns(config.clients, config.degree or 1)
+    return lambda t: turns[t % len(turns)]()
+
+
+def _equistatic(config: Config) -> MixingSchedule:
+    """U-EquiStatic: the mean over drawn distances on a ring, there and back, and 1/N of oneself."""
+    N, M = config.clients, graphs.even_degree(config) // 2
+
+    def draw(rng: np.random.Generator) -> Matrix:
+        W = np.eye(N) / N
+        for distance in rng.integers(1, N, M):
+            step = np.roll(np.eye(N), distance, axis=1)
+            W += (step + step.T) * ((N - 1) / N / (2 * M))
+        return W
+
+    W = graphs.first_connected(draw, config, "Raise degree.")
+    return lambda t: W.copy()
+
+
 @dataclass(frozen=True)
 class TopologyRow:
     """A topology: how its schedule is built, and what holds for every W of it."""
@@ -198,29 +118,53 @@ class TopologyRow:
     """`config.weights` applies; the one-peer schedules are defined by weights of their own."""
     exchangeable: bool = False
     """Renumbering the clients leaves the distribution of W as it is (see `measure_rho`)."""
-    uses_p: bool = False
-    """`config.p` applies."""
+    uses: tuple[str, ...] = ()
+    """The settings that apply beside `weights`: of `p`, `degree`, `radius` and `edges_file`."""
+    period: Callable[[Config], int] | None = None
+    """After how many rounds W repeats itself, where ceil(log2 N) isn't right (`measure_rho`)."""
 
 
 TOPOLOGIES: dict[str, TopologyRow] = {
     "pairs": TopologyRow(
-        partial(_weighted, _pairs),
+        partial(_weighted, graphs.pairs),
         "each pair meets with probability p, anew in every round",
         static=False,
         exchangeable=True,
-        uses_p=True,
+        uses=("p",),
     ),
     "erdos_renyi": TopologyRow(
-        partial(_static, _erdos_renyi),
+        partial(_static, graphs.erdos_renyi),
         "one connected random graph, each edge with probability p",
-        uses_p=True,
+        uses=("p",),
     ),
-    "ring": TopologyRow(partial(_static, _ring), "each client has two neighbours"),
-    "complete": TopologyRow(partial(_static, _complete), "everybody meets everybody every round"),
-    "star": TopologyRow(partial(_static, _star), "all meet client 0 only: gossip, not FedAvg"),
-    "torus": TopologyRow(partial(_static, _torus), "a grid, nearly square, with joined borders"),
+    "ring": TopologyRow(partial(_static, graphs.ring), "each client has two neighbours"),
+    "complete": TopologyRow(
+        partial(_static, graphs.complete), "everybody meets everybody every round"
+    ),
+    "star": TopologyRow(
+        partial(_static, graphs.star), "all meet client 0 only: gossip, not FedAvg"
+    ),
+    "torus": TopologyRow(
+        partial(_static, graphs.torus), "a grid, nearly square, with joined borders"
+    ),
     "exponential": TopologyRow(
-        partial(_static, _exponential), "neighbours at distance 1, 2, 4, 8, ... on a ring"
+        partial(_static, graphs.exponential), "neighbours at distance 1, 2, 4, 8, ... on a ring"
+    ),
+    "regular": TopologyRow(
+        partial(_static, graphs.regular),
+        "one connected random graph, as many neighbours for each client",
+        uses=("degree",),
+    ),
+    "small_world": TopologyRow(
+        partial(_static, graphs.small_world),
+        "nearest neighbours on a ring, each edge rewired with probability p (Watts-Strogatz)",
+        uses=("degree", "p"),
+    ),
+    "equistatic": TopologyRow(
+        _equistatic,
+        "neighbours at drawn distances on a ring (U-EquiStatic)",
+        weighted=False,
+        uses=("degree",),
     ),
     "one_peer_exponential": TopologyRow(
         _one_peer_exponential,
@@ -235,10 +179,26 @@ TOPOLOGIES: dict[str, TopologyRow] = {
         static=False,
         weighted=False,
     ),
+    "base": TopologyRow(
+        _base,
+        "Base-(k+1), k the degree: the exact average every few rounds, for any N",
+        static=False,
+        weighted=False,
+        uses=("degree",),
+        period=lambda config: len(base_turns(config.clients, config.degree or 1)),
+    ),
+    "mobility": TopologyRow(
+        partial(_weighted, graphs.mobility),
+        "clients walk about the unit square (random waypoints) and meet within a radius",
+        static=False,
+        exchangeable=True,
+        uses=("radius",),
+    ),
     "file": TopologyRow(
-        partial(_weighted, _file),
+        partial(_weighted, graphs.from_file),
         "edges_file: lines `i j`, or a contact trace `round i j` that starts over at its end",
         static=False,  # a trace is not; an edge list is treated as one that repeats itself
+        uses=("edges_file",),
     ),
 }
 
@@ -262,7 +222,7 @@ def topology_row(config: Config) -> TopologyRow:
         return replace(row, static=static, symmetric=symmetric)
     if config.weights != Config.weights:
         raise ValueError(
-            f"Topology {config.topology} has weights of its own, 1/2 for each of two; "
+            f"Topology {config.topology} has weights of its own; "
             f"leave out weights={config.weights}."
         )
     return row
@@ -366,4 +326,68 @@ def rho_of(config: Config) -> float:
         0.873
     """
     row = topology_row(config)
-    return measure_rho(row.build(config), config.clients, row.static, exchangeable=row.exchangeable)
+    return measure_rho(
+        row.build(config),
+        config.clients,
+        row.static,
+        rounds=row.period(config) if row.period else None,
+        exchangeable=row.exchangeable,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What a topology costs and brings.
+
+    Attributes:
+        rho: What a round leaves of the disagreement, in the mean square.
+        degree: Messages that a client sends in a round, in the mean.
+        max_degree: The most others that a client hears in a round.
+        rounds: Rounds after which less than 1/1000 is left of any disagreement; None if that takes
+            more than `MOST_ROUNDS`.
+        exact: Nothing is left of it then, but for rounding.
+    """
+
+    rho: float
+    degree: float
+    max_degree: int
+    rounds: int | None
+    exact: bool
+
+
+def measure(config: Config) -> Measures:
+    """The measures of the config's topology, from round 0 on.
+
+    Raises:
+        ValueError: As `build_schedule`.
+
+    Example:
+        >>> one = measure(Config(topology="hypercube", clients=8))
+        >>> one.degree, one.rounds, one.exact
+        (1.0, 3, True)
+    """
+    row = topology_row(config)
+    schedule, rho = row.build(config), rho_of(config)
+    heard = [np.count_nonzero(W - np.diag(W.diagonal()), axis=1)
+             for W in map(schedule, range(1 if row.static else 100))]  # fmt: skip
+    rounds, left = _consensus(schedule, config.clients)
+    return Measures(
+        rho=rho,
+        degree=float(np.mean(heard)),
+        max_degree=int(np.max(heard)),
+        rounds=rounds,
+        exact=left < 1e-12,
+    )
+
+
+def _consensus(schedule: MixingSchedule, N: int) -> tuple[int | None, float]:
+    """Rounds until ||W ... W W - J||_2 is below 1e-3, and what it is then."""
+    apart = np.eye(N) - 1.0 / N
+    for t in range(MOST_ROUNDS):
+        apart = schedule(t) @ apart
+        # The Frobenius norm is at most sqrt(N) times as large, and much faster.
+        if np.linalg.norm(apart) < 1e-3 * math.sqrt(N):
+            left = float(np.linalg.norm(apart, ord=2))
+            if left < 1e-3:
+                return t + 1, left
+    return None, 1.0

@@ -17,7 +17,7 @@ import pytest
 from plait.cli import main as cli
 from plait.cli.arguments import TOPICS, default_out, defaults, parse
 from plait.cli.main import COMMANDS, main
-from plait.config import Config, Machine, names_of
+from plait.config import CAME_LATER, Config, Machine, names_of
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
 from plait.events import RoundDone
@@ -104,6 +104,18 @@ def test_lists_have_every_name(capsys, command, names):
     assert all(any(x.startswith(name) for x in said.splitlines()) for name in names)
 
 
+def test_topologies_are_measured(capsys):
+    def line_of(name, *options):
+        assert main(["topologies", f"--topology={name}", "--clients=10", *options]) == 0
+        return capsys.readouterr().out.splitlines()[1].split()
+
+    assert line_of("ring") == ["ring", "0.873", "2", "2", "51"]
+    assert line_of("base")[2:] == ["0.83", "1", "6,", "exact"]
+    assert line_of("base", "--degree=9")[1:] == ["0.000", "9", "9", "1,", "exact"]
+    assert line_of("hypercube")[:3] == ["hypercube", "Topology", "hypercube"]
+    assert "Did you mean ring" in complaint(capsys, ["topologies", "--topology=rnig"])
+
+
 def test_help_needs_no_torch():
     code = "import sys; from plait.cli.main import main; main(['--help'])"
     code += "; sys.exit('torch' in sys.modules)"
@@ -180,7 +192,8 @@ def test_a_config_of_before_machines_were_apart_still_reads(tmp_path):
 def test_a_setting_that_came_later_is_in_the_digest_where_it_is_set():
     config = Config(lr=0.5)
     before = config.to_json() | {"max_length": 128}
-    del before["load_in"]
+    for name in CAME_LATER:
+        del before[name]
     text = json.dumps(before, sort_keys=True)
     assert config.digest() == hashlib.sha256(text.encode()).hexdigest()[:16]
     assert config.digest() != Config(lr=0.5, load_in="8bit").digest()

@@ -58,6 +58,7 @@ def apart_of(event):
         *itertools.product(["adf", "dec-lora", "ffa", "rolora"], ["ring", "pairs"]),
         ("adf", "one_peer_exponential"),
         ("adf", "hypercube"),
+        ("tad", "base"),
         ("fedavg", "complete"),
     ],
 )

@@ -86,6 +86,13 @@ def test_a_setting_that_makes_no_difference_makes_no_run():
     assert same(
         *({"method": "fedavg", "topology": t, "p": q} for t, q in [("ring", 1), ("star", 0)])
     )
+    c = [{"switch_scale": 1.0}, {"switch_scale": 4.0}]
+    assert same(*({"method": "adf", **one} for one in c))
+    assert not same(*({"method": "tad", "topology": "ring", **one} for one in c))
+    assert same(*({"method": "tad", "topology": "ring", **one} for one in T))
+    degrees = [{"degree": 2}, {"degree": 4}]
+    assert same(*({"topology": "ring", **one} for one in degrees))
+    assert not same(*({"topology": "base", **one} for one in degrees))
     assert same(*({"method": "fedavg", "weights": w} for w in ("laplacian", "sequential")))
     assert not same({"method": "ffa", "lr": 1e-3}, {"method": "ffa", "lr": 2e-3})
 
@@ -140,7 +147,7 @@ def test_a_control_that_is_dec_lora_itself_is_a_line_without_a_run(monkeypatch, 
     ("text", "message"),
     [
         ("metods = ['adf']", "Unknown keys: metods"),
-        ("methods = ['afd']", "Unknown method 'afd'. Did you mean adf"),
+        ("methods = ['afd']", "Unknown method 'afd'. Did you mean tad or adf"),
         ("[axes]\np = 0.5", "p is 0.5; give a list"),
         ("[axes]\np = [0.5, 0.5]", "each value once"),
         ("[axes]\np = [2.0]", "a probability"),

@@ -131,6 +131,7 @@ def _run(args: list[str]) -> None:
     check_first(config, given.machine, parts(given.log))
     from plait.cli.progress import watch
     from plait.figures import class_table, client_table, remarks
+    from plait.methods import build_method
     from plait.runs.loggers import logged
     from plait.runs.run import Run as Going
 
@@ -138,6 +139,7 @@ def _run(args: list[str]) -> None:
         config, out, resume=given.resume, machine=given.machine, name=given.name,
         tags=parts(given.tag),
     )  # fmt: skip
+    print(build_method(config).summary, flush=True)
     told = logged(going, parts(given.log), config, out)
     watch(((config.method, event) for event in told), config.rounds, {config.method: 1}, Console())
     _print_summary(going.summary, out)
@@ -267,7 +269,11 @@ COMMANDS: dict[str, CommandRow] = {
     ),
     "methods": CommandRow(cli_lists.methods, "list the methods"),
     "mixes": CommandRow(cli_lists.mixes, "list what a client can make of what it hears"),
-    "topologies": CommandRow(cli_lists.topologies, "list who can meet whom"),
+    "topologies": CommandRow(
+        cli_lists.topologies,
+        "list who can meet whom; measure how fast they agree",
+        cli_lists.Topologies,
+    ),
     "tasks": CommandRow(cli_lists.tasks, "list the data sets"),
     "partitions": CommandRow(cli_lists.partitions, "list the ways to deal rows to clients"),
     "presets": CommandRow(cli_lists.presets, "list the named experiments"),

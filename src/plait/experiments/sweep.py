@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plait.config import Config, Machine
+from plait.config import Config, Machine, TopologySettings, names_of
 from plait.engines.job import MATERIAL
 from plait.experiments.comparison import best_rate, entries_at
 from plait.experiments.grid_file import read_grid
@@ -144,21 +144,21 @@ def effective(config: Config, base: Config) -> Config:
 @cache
 def _unused(config: Config, base: Config) -> tuple[str, ...]:
     """The settings that make no difference, among those that a method or a topology may ignore."""
-    method = build_method(config)
-    other = build_method(dataclasses.replace(config, switch_every=base.switch_every))
-    rounds = range(config.rounds)
+    method, rounds = build_method(config), range(config.rounds)
     unused = []
-    if all((method.train(t), method.share(t)) == (other.train(t), other.share(t)) for t in rounds):
-        unused.append("switch_every")
+    for name in ("switch_every", "switch_scale"):
+        other = build_method(dataclasses.replace(config, **{name: getattr(base, name)}))
+        if all((method.train(t), method.share(t)) == (other.train(t), other.share(t))
+               for t in rounds):  # fmt: skip
+            unused.append(name)
     silent = not any(method.share(t) for t in rounds)
     unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
-    if silent or not TOPOLOGIES[settled(config).topology].uses_p:
-        unused.append("p")
+    used = () if silent else TOPOLOGIES[settled(config).topology].uses
+    unused += names_of(TopologySettings) - {"topology", "weights", *used}
     return (*unused, *(name for name, of in ONLY.items() if not of(config)))
 
 
 ONLY: dict[str, Callable[[Config], object]] = {
-    "edges_file": lambda config: config.topology == "file",
     "objective": lambda config: config.task == "file",
     "options": lambda config: config.task == "chat",
     "max_new_tokens": lambda config: config.generate_rows,
