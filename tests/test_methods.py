@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import plait
+from conftest import tiny_job
 from plait.config import Config
 from plait.engines.job import Rules
+from plait.engines.simulate import simulate
+from plait.events import RoundDone
 from plait.experiments.comparison import entries
 from plait.experiments.plan import Plan, slug
 from plait.methods import METHODS, Control, Method, build_method, settled
@@ -75,3 +79,47 @@ def test_no_tool_knows_a_method_by_name():
         found = re.findall(rf'"(?:{NAMES})"', path.read_text())
         if path.name != "methods.py":
             assert len(found) == defaults.get(path.name, 0), f"{path}: {found}"
+
+
+def shares(**settings):
+    config = Config(method="adf", switch_every=6, rounds=18, **settings)
+    share = build_method(config).share
+    return " ".join(str(share(t).name) for t in range(18))
+
+
+def test_the_frozen_factor_travels_in_every_kth_round_of_a_phase():
+    expected = "AB B B AB B B " + "AB A A AB A A " + "AB B B AB B B"
+    assert shares(topology="ring", frozen_every=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("topology", "clients", "phase"),
+    [("hypercube", 8, 2), ("complete", 5, 0), ("one_peer_exponential", 8, 2), ("ring", 8, 6)],
+)
+def test_or_until_it_is_equal_everywhere(topology, clients, phase):
+    a, b = (f"{'AB ' * phase}{f'{one} ' * (6 - phase)}" for one in "AB")
+    found = shares(topology=topology, clients=clients, frozen_every=0)
+    assert found == ("B " * 6 + a + b).strip(), "A is at the common start in the first phase"
+
+
+def test_clients_of_different_rank_are_never_all_equal():
+    settings = {"topology": "complete", "clients": 4, "ranks": "2,4"}
+    assert shares(frozen_every=0, **settings) == " ".join(["AB"] * 18)
+
+
+@pytest.mark.parametrize(("topology", "degree"), [("hypercube", None), ("base", 2)])
+def test_what_is_equal_need_not_be_sent(topology, degree):
+    settings = {
+        "topology": topology, "degree": degree, "clients": 8, "rounds": 9, "switch_every": 3,
+        "local_steps": 1, "batch_size": 3, "rank": 2, "lr": 1e-2, "eval_every": 99,
+    }  # fmt: skip
+    ends, sent = [], []
+    for every in (1, 0):
+        job = tiny_job(Config(**settings, frozen_every=every))
+        stack = job.initial_stack()
+        events = [e for e in simulate(job, stack) if isinstance(e, RoundDone)]
+        ends.append(stack.factors)
+        sent.append(sum(event.sent_bytes for event in events))
+    for factor, value in ends[0].items():
+        torch.testing.assert_close(ends[1][factor], value, rtol=0, atol=1e-5)
+    assert sent[1] < 0.8 * sent[0]

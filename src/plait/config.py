@@ -46,6 +46,10 @@ class MethodSettings:
     """What trains and what travels in each round; `plait methods` lists them."""
     switch_every: int = 5
     """Rounds between switches of the active factor, T (methods that alternate)."""
+    frozen_every: int = 1
+    """Rounds from one in which ADF-LoRA's frozen factor travels to the next; the first of a phase
+    is one. 0: in all, but not before it has ever trained, nor once a graph that averages exactly
+    has made it equal at all clients."""
     switch_scale: float = 1.0
     """T in units of 1 / sqrt(1 - rho), c, where a method takes T from the topology."""
     mix: str = "average"
@@ -269,6 +273,8 @@ class Config(
         )  # fmt: skip
         if self.generate_rows < 0:
             raise ValueError(f"generate_rows is {self.generate_rows}; it can't be below 0.")
+        if self.frozen_every < 0:
+            raise ValueError(f"frozen_every is {self.frozen_every}; it can't be below 0.")
         _check_stopping(self)
         for name in ("lr", "head_lr", "alpha", "switch_scale", "radius"):
             if not getattr(self, name) > 0:
@@ -390,7 +396,7 @@ class Machine:
         return (round_ + 1) % self.save_every == 0
 
 
-CAME_LATER = ("load_in", "switch_scale", "degree", "radius")
+CAME_LATER = ("load_in", "ranks", "frozen_every", "switch_scale", "degree", "radius")
 """Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 
 

@@ -21,7 +21,7 @@ from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
 from plait.mixing import AVERAGE, Mix, build_rule, each_factor
 from plait.optimizers import ADAMW, Optimizer
-from plait.topology import rho_of
+from plait.topology import exact_after, rho_of
 
 Schedule = Callable[[int], Factor]
 
@@ -39,6 +39,26 @@ def alternate(*factors: Factor, every: int) -> Schedule:
         ['B', 'B', 'A', 'A', 'B']
     """
     return lambda round_: factors[(round_ // every) % len(factors)]
+
+
+def with_frozen(config: Config) -> Schedule:
+    """Both factors of an alternation, the frozen one only when `frozen_every` has it travel."""
+    T, every = config.switch_every, config.frozen_every
+    train = alternate(B, A, every=T)
+    # Clients of different rank, or a rule that leaves some out, are never all equal.
+    plain = config.ranks is None and config.mix == Config.mix
+
+    def rests(round_: int) -> bool:
+        start = round_ - round_ % T
+        if every:
+            return (round_ - start) % every > 0
+        if start == 0:
+            return config.ranks is None
+        # What was trained last is averaged from the round before this phase on.
+        rounds = exact_after(config, start - 1) if plain else None
+        return rounds is not None and start - 1 + rounds <= round_
+
+    return lambda round_: train(round_) if rests(round_) else AB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +120,7 @@ METHODS: dict[str, Callable[[Config], Method]] = {
     "adf": lambda config: Method(
         summary="ADF-LoRA: one factor trains for T rounds, then the other; both are mixed",
         train=alternate(B, A, every=config.switch_every),
-        share=always(AB),
+        share=with_frozen(config),
         # Each of ADF's factors moves half as often.
         control=Control(method="dec-lora", lr_factor=0.5),
     ),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -333,6 +333,26 @@ def rho_of(config: Config) -> float:
         rounds=row.period(config) if row.period else None,
         exchangeable=row.exchangeable,
     )
+
+
+@lru_cache(maxsize=64)
+def exact_after(config: Config, start: int = 0) -> int | None:
+    """Rounds from `start` on after which all clients have the exact average of before.
+
+    None where that takes more than two periods of the one-peer schedules, or never comes.
+
+    Example:
+        >>> [exact_after(Config(topology=t, clients=8)) for t in ("hypercube", "complete", "ring")]
+        [3, 1, None]
+    """
+    row, N = topology_row(config), config.clients
+    schedule, product = row.build(config), np.eye(N)
+    period = row.period(config) if row.period else _one_peer_period(N)
+    for rounds in range(1, 2 if row.static else 2 * period + 1):
+        product = schedule(start + rounds - 1) @ product
+        if np.allclose(product, 1.0 / N, rtol=0, atol=1e-12):
+            return rounds
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
