@@ -98,7 +98,7 @@ def main() -> int:
                     due += given.churn_s
                     name = rng.choice(killed)
                     processes[name].send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
-                    processes[name].wait(60)
+                    processes[name].wait(600)
                     processes |= start(file, [name], Path(folder))
         finally:
             stop(processes)
