@@ -96,7 +96,7 @@ def first_connected(
     )
 
 
-def even_degree(config: Config, odd_too: bool = False) -> int:
+def degree_of(config: Config, odd_too: bool = False) -> int:
     """`config.degree`, or 4, where so many clients can have so many neighbours each.
 
     Raises:
@@ -129,7 +129,7 @@ def erdos_renyi(config: Config) -> Graphs:
 
 def regular(config: Config) -> Graphs:
     """One connected random graph in which each client has as many neighbours."""
-    N, degree = config.clients, even_degree(config, odd_too=config.clients % 2 == 0)
+    N, degree = config.clients, degree_of(config, odd_too=config.clients % 2 == 0)
     return _fixed(
         first_connected(
             lambda rng: _adjacency(nx.random_regular_graph(degree, N, _seed(rng))),
@@ -141,7 +141,7 @@ def regular(config: Config) -> Graphs:
 
 def small_world(config: Config) -> Graphs:
     """Watts and Strogatz's: nearest neighbours on a ring, each edge rewired with probability p."""
-    N, degree, p = config.clients, even_degree(config), config.p
+    N, degree, p = config.clients, degree_of(config), config.p
     return _fixed(
         first_connected(
             lambda rng: _adjacency(nx.watts_strogatz_graph(N, degree, p, _seed(rng))),

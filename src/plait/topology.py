@@ -91,7 +91,7 @@ def _base(config: Config) -> MixingSchedule:
 
 def _equistatic(config: Config) -> MixingSchedule:
     """U-EquiStatic: the mean over drawn distances on a ring, there and back, and 1/N of oneself."""
-    N, M = config.clients, graphs.even_degree(config) // 2
+    N, M = config.clients, graphs.degree_of(config) // 2
 
     def draw(rng: np.random.Generator) -> Matrix:
         W = np.eye(N) / N
