@@ -82,7 +82,7 @@ def test_mixing_conserves_the_mean(method, topology):
     X = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     for round_ in range(4):
         W = build_schedule(config)(round_)
-        mixed = build.mix.combine(None, {SLOT: X}, {SLOT: X}, neighbour_weights(W))[SLOT]
+        mixed = build.mix(round_).combine(None, {SLOT: X}, {SLOT: X}, neighbour_weights(W))[SLOT]
         torch.testing.assert_close(mean(mixed), mean(X), rtol=0, atol=1e-6)
         torch.testing.assert_close(
             mixed.double(), torch.from_numpy(W) @ X.double(), atol=1e-6, rtol=0

@@ -4,37 +4,45 @@ A method is a value. RoLoRA and ADF-LoRA differ in one word of their rows below,
 is one more row of `METHODS`: the command line, the conformance suite and the docs pick it up.
 
 Sources: ADF-LoRA (arXiv 2511.18291), Dec-LoRA (2501.15361), FFA-LoRA (2403.12313),
-RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644).
+RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644), FedSA-LoRA
+(2410.01463), DeCAF (2505.21382), FedRot-LoRA (github.com/haoran-zh/FedRot-LoRA).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from plait.config import Config, Weights
 from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
-from plait.mixing import AVERAGE, Mix, build_rule, each_factor
+from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site
 from plait.optimizers import ADAMW, Optimizer
+from plait.site_mixing import mean_product, rotated_average
 
-Schedule = Callable[[int], Factor]
-
-
-def always(factors: Factor) -> Schedule:
-    """The same factors in every round."""
-    return lambda _round: factors
+Value = TypeVar("Value")
+Schedule = Callable[[int], Value]
+"""What holds in a round, by its number."""
 
 
-def alternate(*factors: Factor, every: int) -> Schedule:
-    """Each of `factors` for `every` rounds in turn, by one clock for all clients.
+def always(value: Value) -> Schedule[Value]:
+    """The same in every round."""
+    return lambda _round: value
+
+
+def alternate(*values: Value, every: int) -> Schedule[Value]:
+    """Each of `values` for `every` rounds in turn, by one clock for all clients.
 
     Example:
         >>> [alternate(Factor.B, Factor.A, every=2)(t).name for t in range(5)]
         ['B', 'B', 'A', 'A', 'B']
     """
-    return lambda round_: factors[(round_ // every) % len(factors)]
+    return lambda round_: values[(round_ // every) % len(values)]
+
+
+AVERAGED = always(AVERAGE)
+"""How a method mixes that says nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +65,8 @@ class Method:
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
             wire, and what differential privacy covers.
         optimizer: How a factor takes a step, and what is kept beside it.
-        mix: What a client makes of its own slots and its neighbours'; where a row says nothing, the
-            rule that the config names, for each factor.
+        mix: What a client makes of its own slots and its neighbours' in a round; where a row says
+            nothing, the rule that the config names, for each factor.
         conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
         topology: The topology that the method is defined on, when it isn't the user's choice.
         weights: The mixing weights, likewise.
@@ -66,11 +74,11 @@ class Method:
     """
 
     summary: str
-    train: Schedule
-    share: Schedule
+    train: Schedule[Factor]
+    share: Schedule[Factor]
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
-    mix: Mix = AVERAGE
+    mix: Schedule[Mix] = AVERAGED
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
     weights: Weights | None = None
@@ -113,6 +121,27 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         train=always(AB),
         share=always(NONE),
     ),
+    "fedsa": lambda _: Method(
+        summary="FedSA-LoRA: both factors train, only A is mixed; B stays at its client",
+        train=always(AB),
+        share=always(A),
+    ),
+    "decaf": lambda _: Method(
+        summary="DeCAF: both factors train; the mean of products, cut to the rank by an SVD",
+        train=always(AB),
+        share=always(AB),
+        mix=always(each_site(mean_product)),
+        conserves="nothing",
+    ),
+    # The server of its source rotates all to fit the last mean, and tried 1, 0.5, 0.3 and 0.1 for
+    # the strength.
+    "fedrot": lambda _: Method(
+        summary="FedRot-LoRA in gossip: neighbours' factors rotated to fit one's own, then mixed",
+        train=always(AB),
+        share=always(AB),
+        mix=alternate(*(each_site(rotated_average(by, strength=1)) for by in (B, A)), every=1),
+        conserves="nothing",
+    ),
 }
 
 
@@ -128,9 +157,9 @@ def build_method(config: Config) -> Method:
     if config.mix == Config.mix:
         return method
     rule = build_rule(config.mix)
-    if method.mix is not AVERAGE:
+    if method.mix is not AVERAGED:
         raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
-    return replace(method, mix=each_factor(rule))
+    return replace(method, mix=always(each_factor(rule)))
 
 
 def settled(config: Config) -> Config:
@@ -149,8 +178,8 @@ def _check(method: Method, config: Config) -> None:
     """Refuse a method that shares what it doesn't have, or mixes together what travels apart."""
     if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds}:
         raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
-    together = method.mix.together
-    for round_ in range(config.rounds if together else 0):
+    for round_ in range(config.rounds):
+        together = method.mix(round_).together
         if (part := method.share(round_) & together) not in (NONE, together):
             raise ValueError(
                 f"{config.method} mixes {together.name} together and shares only {part.name} in "

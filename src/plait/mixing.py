@@ -118,7 +118,7 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
 
 
 AVERAGE = each_factor(average)
-"""What a method mixes by that says nothing else."""
+"""Every slot averaged."""
 
 
 def trimmed_mean(count: int) -> Rule:

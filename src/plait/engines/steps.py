@@ -83,7 +83,8 @@ def mix(
     """
     slots = job.shared(round_)
     own, theirs = ({slot: state[slot] for slot in slots} for state in (mine, heard))
-    return job.method.mix.combine(job.backbone.layout, own, theirs, W) if slots else {}
+    combine = job.method.mix(round_).combine
+    return combine(job.backbone.layout, own, theirs, W) if slots else {}
 
 
 def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None:
