@@ -10,9 +10,11 @@ RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
+
+from torch import Tensor
 
 from plait.config import Config, Weights
 from plait.factors import AB, NONE, VALUE, A, B, Factor
@@ -45,6 +47,11 @@ AVERAGED = always(AVERAGE)
 """How a method mixes that says nothing else."""
 
 
+Correct = Callable[[Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
+"""(value (n, P) before local training, kind -> slots after it) -> kind -> slots as they are sent or
+kept, of a factor that trained and travels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Control:
     """What a method is held against beside its rivals: a method and rate that move as far."""
@@ -65,6 +72,10 @@ class Method:
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
             wire, and what differential privacy covers.
         optimizer: How a factor takes a step, and what is kept beside it.
+        kept: Kinds of slot beside a value that are the method's own: zero at the start, and left
+            alone where the optimizer starts anew.
+        correct: What becomes of a factor between local training and mixing, if anything; all that
+            it returns is made of values and of such slots, so differential privacy covers it.
         mix: What a client makes of its own slots and its neighbours' in a round; where a row says
             nothing, the rule that the config names, for each factor.
         conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
@@ -78,11 +89,37 @@ class Method:
     share: Schedule[Factor]
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
+    kept: tuple[str, ...] = ()
+    correct: Correct | None = None
     mix: Schedule[Mix] = AVERAGED
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
     weights: Weights | None = None
     control: Control | None = None
+
+
+def tracking(method: Method) -> Method:
+    """The method with gradient tracking: a client steps by what all do, as far as it has heard.
+
+    x <- gossip(x + u + c) and c <- gossip(c + u) - u, where u is what local training adds to x, and
+    c, whose mean over clients is zero, what a client lacks of the others. Kept are "tracked", which
+    is c + u and travels with x, and "update", which is u. In a round where a factor rests it is
+    only mixed, and so is "tracked".
+
+    Sources: DIGing (Nedic, Olshevsky, Shi 2017, arXiv 1607.03218).
+    """
+
+    def correct(start: Tensor, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        update = now[VALUE] - start
+        tracked = now["tracked"] + update - now["update"]
+        return {VALUE: start + tracked, "tracked": tracked, "update": update}
+
+    return replace(
+        method,
+        kinds=(*method.kinds, "tracked"),
+        kept=("tracked", "update"),
+        correct=correct,
+    )
 
 
 METHODS: dict[str, Callable[[Config], Method]] = {
@@ -142,6 +179,15 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         mix=alternate(*(each_site(rotated_average(by, strength=1)) for by in (B, A)), every=1),
         conserves="nothing",
     ),
+    "tracking": lambda config: replace(
+        tracking(METHODS["dec-lora"](config)),
+        summary="Dec-LoRA with gradient tracking, against unequal data; twice the bytes",
+    ),
+    "adf-tracking": lambda config: replace(
+        tracking(METHODS["adf"](config)),
+        summary="ADF-LoRA with gradient tracking of the factor that trains; twice the bytes",
+        control=Control(method="tracking", lr_factor=0.5),
+    ),
 }
 
 
@@ -176,7 +222,7 @@ def settled(config: Config) -> Config:
 
 def _check(method: Method, config: Config) -> None:
     """Refuse a method that shares what it doesn't have, or mixes together what travels apart."""
-    if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds}:
+    if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds, *method.kept}:
         raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
     for round_ in range(config.rounds):
         together = method.mix(round_).together

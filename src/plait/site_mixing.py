@@ -106,4 +106,5 @@ def nearest_rotation(matrix: Tensor) -> Tensor:
     """The rotation (r, r) next to a matrix (r, r) in the Frobenius norm; no reflection."""
     U, _, Vh = torch.linalg.svd(matrix)
     U[:, -1] *= torch.linalg.det(U @ Vh).sign()
-    return U @ Vh
+    rotation: Tensor = U @ Vh
+    return rotation

@@ -17,11 +17,12 @@ from conftest import tiny_job
 from fake_network import Hub, member, start_peer, together
 from plait.config import Config, Machine
 from plait.engines.simulate import simulate
-from plait.engines.steps import mix
+from plait.engines.steps import mix, train_round
 from plait.events import RoundDone
 from plait.factors import VALUE, A, B
 from plait.methods import METHODS
 from plait.mixing import neighbour_weights
+from plait.privacy import seeded_noise
 from plait.runs.run import Run
 from plait.topology import build_schedule
 
@@ -172,3 +173,71 @@ def test_a_run_that_was_stopped_goes_on(monkeypatch, tmp_path, method, private):
     )
     assert whole.keys() == found.keys()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+# -- gradient tracking
+
+
+@pytest.mark.parametrize(
+    ("method", "trains"), [("tracking", "AB AB AB"), ("adf-tracking", "B B A")]
+)
+def test_tracking_is_its_definition(method, trains):
+    job = tiny_job(config_of(method, topology="ring"))
+    stack, rng = job.initial_stack(), np.random.default_rng(0)
+    x = {f: value.double().numpy() for f, value in stack.factors.items()}
+    y = {f: np.zeros_like(value) for f, value in x.items()}
+    u = {f: np.zeros_like(value) for f, value in x.items()}
+
+    def phase(_job, stack, round_, _clients):
+        for factor in (A, B):
+            if factor.name in trains.split()[round_]:
+                step = 0.1 * rng.normal(size=x[factor].shape)
+                stack.state[VALUE, factor] = (
+                    stack.state[VALUE, factor] + torch.from_numpy(step).float()
+                )
+                # c = y - u, and x + u + c and c + u are what is averaged
+                c, u[factor] = y[factor] - u[factor], step
+                x[factor], y[factor] = x[factor] + step + c, c + step
+        return np.zeros(CONFIG.clients)
+
+    for round_ in range(CONFIG.rounds):
+        train_round(job, stack, round_, range(CONFIG.clients), seeded_noise(0), phase)
+        W = job.schedule(round_)
+        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
+        for factor in (A, B):
+            x[factor], y[factor] = W @ x[factor], W @ y[factor]
+            found = [stack.state[kind, factor].numpy() for kind in (VALUE, "tracked", "update")]
+            for one, expected in zip(found, (x[factor], y[factor], u[factor]), strict=True):
+                np.testing.assert_allclose(one, expected, rtol=0, atol=1e-6)
+            np.testing.assert_allclose((found[1] - found[2]).mean(axis=0), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "plain"), [("tracking", "dec-lora"), ("adf-tracking", "adf")])
+@pytest.mark.parametrize("topology", ["complete", "ring"])
+def test_tracking_is_plain_averaging_on_the_complete_graph(method, plain, topology):
+    stacks = []
+    for one in (method, plain):
+        job = tiny_job(
+            config_of(one, topology=topology, rounds=4, optimizer_state="reset_each_round")
+        )
+        stacks.append(job.initial_stack())
+        list(simulate(job, stacks[-1]))
+    far = max(float((stacks[0].factors[f] - stacks[1].factors[f]).abs().max()) for f in (A, B))
+    assert far < 1e-5 if topology == "complete" else far > 1e-4
+
+
+def test_privacy_covers_what_is_tracked():
+    job = tiny_job(config_of("tracking", topology="ring", dp_clip=0.02, dp_noise=0.5))
+    stack = job.initial_stack()
+    start = {f: value.clone() for f, value in stack.factors.items()}
+    silence = lambda _client, _round, change: np.zeros_like(change)  # noqa: E731
+    for round_ in range(2):
+        before = {f: stack.state["tracked", f] - stack.state["update", f] for f in (A, B)}
+        train_round(job, stack, round_, range(4), silence)
+        updates = torch.cat([stack.state["update", f] for f in (A, B)], dim=1)
+        torch.testing.assert_close(updates.norm(dim=1), torch.full((4,), 0.02), rtol=1e-4, atol=0)
+        for f in (A, B):
+            sent = stack.state["update", f] + before[f]
+            torch.testing.assert_close(stack.state["tracked", f], sent, rtol=0, atol=1e-7)
+            torch.testing.assert_close(stack.factors[f], start[f] + sent, rtol=0, atol=1e-7)
+        start = {f: value.clone() for f, value in stack.factors.items()}

@@ -78,7 +78,7 @@ class Job:
             num_clients or self.config.clients,
             self.config.seed,
             backbone.device,
-            self.method.optimizer.kinds,
+            (*self.method.optimizer.kinds, *self.method.kept),
         )
 
     def trained(self, round_: int) -> Factor:

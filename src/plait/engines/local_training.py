@@ -108,7 +108,7 @@ class _Phase:
             factor: value[rows].requires_grad_(factor in self.factors)
             for factor, value in stack.factors.items()
         }
-        kept = {f: {k: slot[rows] for k, slot in stack.beside(f).items()} for f in self.active}
+        kept = {f: {k: stack.state[k, f][rows] for k in optimizer.kinds} for f in self.active}
         of_steps = []
         for step, position in enumerate(self.positions):
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])

@@ -96,7 +96,8 @@ def join(
 
 def _check_method(config: Config) -> None:
     """Refuse a method for which factors aren't all that a loop would have to hand over."""
-    if build_method(config).kinds != (VALUE,):
+    method = build_method(config)
+    if {*method.kinds} & {*method.optimizer.kinds}:
         raise ValueError(
             f"{config.method} sends what its optimizer keeps, which a loop of one's own doesn't "
             "hand over; let `plait peer` take part in it."
