@@ -27,6 +27,7 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "auto"]
 LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Scale = Literal["lora", "rslora", "sfed"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
 TestSplit = Literal["common", "client"]
@@ -127,7 +128,10 @@ class ModelSettings:
     rank: int = 8
     """LoRA rank, r."""
     alpha: float = 16.0
-    """LoRA scale: the update is (alpha / r) B A."""
+    """LoRA scale: the update is (alpha / r) B A, or what `scale` says."""
+    scale: Scale = "lora"
+    """What B A is multiplied with: `lora`, alpha / r; `rslora`, alpha / sqrt(r); `sfed`, alpha
+    sqrt(N / r), with which what is averaged over N clients doesn't get too small (SFed-LoRA)."""
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA branch."""
     target_modules: str | None = None
@@ -285,6 +289,12 @@ class Config(
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
 
     @property
+    def lora_alpha(self) -> float:
+        """What divided by the rank is the scale of B A, as PEFT has it."""
+        roots = {"lora": 1, "rslora": self.rank, "sfed": self.clients * self.rank}
+        return self.alpha * math.sqrt(roots[self.scale])
+
+    @property
     def most_tokens(self) -> int:
         """What texts are cut to: `max_length`, or the task's default."""
         return self.max_length or default_length(self.task)
@@ -300,8 +310,9 @@ class Config(
     def decisive(self) -> dict[str, Any]:
         """What digests are made of: `resolved` without what wasn't there before and isn't set."""
         values = self.resolved()
-        if values["load_in"] is None:
-            del values["load_in"]
+        for name, default in (("load_in", None), ("scale", "lora")):
+            if values[name] == default:
+                del values[name]
         return values
 
     @classmethod

@@ -53,7 +53,7 @@ class Layout:
     Attributes:
         sites: The adapted layers, in the model's order.
         rank: r.
-        scale: alpha / r.
+        scale: What B A is multiplied with, such as alpha / r.
         head: Names and shapes of the head's parameters; empty when the head is frozen.
     """
 

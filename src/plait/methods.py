@@ -5,7 +5,8 @@ is one more row of `METHODS`: the command line, the conformance suite and the do
 
 Sources: ADF-LoRA (arXiv 2511.18291), Dec-LoRA (2501.15361), FFA-LoRA (2403.12313),
 RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644), FedSA-LoRA
-(2410.01463), DeCAF (2505.21382), FedRot-LoRA (github.com/haoran-zh/FedRot-LoRA).
+(2410.01463), DeCAF (2505.21382), FedRot-LoRA (github.com/haoran-zh/FedRot-LoRA), LA-LoRA
+(github.com/junkangLiu0/LA-LORA).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from plait.site_mixing import mean_product, rotated_average
 
 Value = TypeVar("Value")
 Schedule = Callable[[int], Value]
-"""What holds in a round, by its number."""
+"""What holds in a round, or a step, by its number."""
 
 
 def always(value: Value) -> Schedule[Value]:
@@ -42,6 +43,9 @@ def alternate(*values: Value, every: int) -> Schedule[Value]:
     """
     return lambda round_: values[(round_ // every) % len(values)]
 
+
+EVERY_STEP = always(AB)
+"""When a factor takes local steps that trains in a round, in a method that says nothing else."""
 
 AVERAGED = always(AVERAGE)
 """How a method mixes that says nothing else."""
@@ -68,6 +72,7 @@ class Method:
     Attributes:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
+        turn: Which of these take a local step, by its number, counted from the run's first.
         share: Which of A and B travel in a round.
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
             wire, and what differential privacy covers.
@@ -87,6 +92,7 @@ class Method:
     summary: str
     train: Schedule[Factor]
     share: Schedule[Factor]
+    turn: Schedule[Factor] = EVERY_STEP
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
     kept: tuple[str, ...] = ()
@@ -178,6 +184,13 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         mix=alternate(*(each_site(rotated_average(by, strength=1)) for by in (B, A)), every=1),
         conserves="nothing",
+    ),
+    # Its source begins each round with B, and can smooth the gradients, which this doesn't.
+    "la-lora": lambda _: Method(
+        summary="LA-LoRA: B and A take local steps by turns; both are mixed",
+        train=always(AB),
+        turn=alternate(B, A, every=1),
+        share=always(AB),
     ),
     "tracking": lambda config: replace(
         tracking(METHODS["dec-lora"](config)),

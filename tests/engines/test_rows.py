@@ -241,3 +241,29 @@ def test_privacy_covers_what_is_tracked():
             torch.testing.assert_close(stack.state["tracked", f], sent, rtol=0, atol=1e-7)
             torch.testing.assert_close(stack.factors[f], start[f] + sent, rtol=0, atol=1e-7)
         start = {f: value.clone() for f, value in stack.factors.items()}
+
+
+# -- turns within a round
+
+
+def test_by_turns_with_one_step_a_round_is_adf_that_switches_each_round():
+    stacks = []
+    for method in ("la-lora", "adf"):
+        job = tiny_job(config_of(method, topology="ring", switch_every=1))
+        stacks.append(job.initial_stack())
+        rounds = rounds_of(simulate(job, stacks[-1]))
+        assert [event.active for event in rounds] == ["B", "A", "B"]
+    assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
+    assert stacks[0].steps == stacks[1].steps == {A: 1, B: 2}
+
+
+def test_by_turns_is_one_step_of_one_factor_after_another():
+    whole, single = (tiny_job(config_of("la-lora", local_steps=k, clip_norm=0.1)) for k in (5, 1))
+    stacks = [job.initial_stack() for job in (whole, single)]
+    assert whole.turns(1) == [A, B, A, B, A]
+    for round_ in range(2):
+        train_round(whole, stacks[0], round_, range(4), seeded_noise(0))
+    for step in range(10):
+        train_round(single, stacks[1], step, range(4), seeded_noise(0))
+    assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
+    assert stacks[0].steps == stacks[1].steps == {A: 5, B: 5}

@@ -13,7 +13,6 @@ from plait.engines.local_training import local_phase
 from plait.events import RoundDone
 from plait.factors import VALUE, Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, State
-from plait.methods import Correct
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
@@ -27,7 +26,7 @@ def local_steps(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> 
     """The `Phase` of every engine: the job's rows, its optimizer, its number of steps."""
     losses: np.ndarray = local_phase(
         job.backbone, stack, job.trained(round_), round_, job.train, job.shares, clients,
-        job.config, job.method.optimizer,
+        job.config, job.method.optimizer, job.turns(round_),
     ).mean(axis=1)  # fmt: skip
     check_finite(losses, clients, round_, job.config.lr)
     return losses
@@ -69,14 +68,12 @@ def train_round(
     losses = phase(job, stack, round_, clients)
     if private and before:
         privatise(before, stack.state, round_, clients, job.config, noise)
-    for factor in factors_of(before) if method.correct else ():
-        stack.state |= _corrected(method.correct, before[VALUE, factor], stack, factor)
+    if method.correct:
+        for factor in factors_of(before):
+            now = stack.beside(factor) | {VALUE: stack.state[VALUE, factor]}
+            corrected = method.correct(before[VALUE, factor], now)
+            stack.state |= {(kind, factor): value for kind, value in corrected.items()}
     return losses
-
-
-def _corrected(correct: Correct, start: Tensor, stack: Stack, factor: Factor) -> State:
-    now = stack.beside(factor) | {VALUE: stack.state[VALUE, factor]}
-    return {(kind, factor): value for kind, value in correct(start, now).items()}
 
 
 def mix(

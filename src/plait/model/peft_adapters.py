@@ -83,7 +83,7 @@ def lora_config(backbone: Backbone, config: Config, **more: Any) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM" if backbone.objective is LANGUAGE else None,
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         # Whole paths: a bare `query` would also match layers that were not adapted.
         target_modules=[site.name for site in backbone.layout.sites],
