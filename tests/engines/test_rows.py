@@ -97,7 +97,7 @@ def job_of(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(2, 5), st.integers(0, 10**6), st.integers(0, 3), st.sampled_from([0.3, 0.7, 1.0])
 )
