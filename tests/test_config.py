@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 from plait.config import Config
+from plait.engines.job import _shared
 from plait.runs.run_folder import RunFolder
 
 
@@ -27,3 +28,16 @@ def test_a_folder_of_before_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(before))
     for now in (Config(), Config(max_length=128)):
         assert RunFolder.open(tmp_path, now, resume=True).rounds_before == now.rounds
+
+
+def test_what_divided_by_the_rank_is_the_scale():
+    sizes = {"rank": 4, "alpha": 8.0, "clients": 25}
+    found = {
+        scale: Config(scale=scale, **sizes).lora_alpha / 4 for scale in ("lora", "rslora", "sfed")
+    }
+    assert found == {"lora": 2, "rslora": 4, "sfed": 20}  # alpha / r, / sqrt(r), sqrt(N / r)
+    assert "scale" not in Config().decisive()
+    assert Config().digest() != Config(scale="sfed").digest()
+    # One frozen model is shared by runs with any number of clients.
+    assert _shared(Config(scale="sfed", **sizes)).lora_alpha == 80
+    assert _shared(Config(**sizes)) == _shared(Config(**sizes | {"clients": 3}))

@@ -63,6 +63,23 @@ def test_fedavg_is_dec_lora_on_the_complete_graph():
     assert_equal_factors(fedavg, dec_lora, 0)
 
 
+def test_with_rank_enough_decaf_mixes_products_exactly():
+    # Layers are 32 wide.
+    for method, exact in (("decaf", True), ("dec-lora", False)):
+        _, rounds = finished(method=method, topology="ring", rank=32, rounds=2)
+        errors = [layer.mixing_error for event in rounds for layer in event.after]
+        assert (max(errors) < 1e-5) == exact, errors
+
+
+def test_fedsa_brings_a_together_and_leaves_b():
+    _, rounds = finished(method="fedsa", topology="complete")
+    for event in rounds:
+        assert event.shared == "A"
+        for before, after in zip(event.before, event.after, strict=True):
+            assert before.consensus_A > 1e-9 > after.consensus_A
+            assert before.consensus_B == after.consensus_B > 1e-9
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_cross_term_is_within_its_bound(method):
     _, rounds = finished(method=method, topology="ring")
@@ -82,7 +99,7 @@ def test_mixing_conserves_the_mean(method, topology):
     X = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     for round_ in range(4):
         W = build_schedule(config)(round_)
-        mixed = build.mix.combine(None, {SLOT: X}, {SLOT: X}, neighbour_weights(W))[SLOT]
+        mixed = build.mix(round_).combine(None, {SLOT: X}, {SLOT: X}, neighbour_weights(W))[SLOT]
         torch.testing.assert_close(mean(mixed), mean(X), rtol=0, atol=1e-6)
         torch.testing.assert_close(
             mixed.double(), torch.from_numpy(W) @ X.double(), atol=1e-6, rtol=0

@@ -209,7 +209,7 @@ def test_mixes_that_cannot_be(name, message):
 
 def test_a_method_that_mixes_in_its_own_way_takes_no_other(monkeypatch):
     own = Method(summary="", train=build_method(Config()).train, share=build_method(Config()).share,
-                 mix=each_factor(lambda mine, theirs, W: mine))  # fmt: skip
+                 mix=always(each_factor(lambda mine, theirs, W: mine)))  # fmt: skip
     monkeypatch.setitem(METHODS, "own", lambda _: own)
     assert build_method(Config(method="own")) is own
     with pytest.raises(ValueError, match="leave out --mix"):
@@ -275,7 +275,7 @@ def own_method(monkeypatch, **settings):
     ],
 )
 def test_what_mixes_together_must_travel_together(monkeypatch, share, message):
-    mix = each_site(lambda mine, _theirs, _W: mine)
+    mix = always(each_site(lambda mine, _theirs, _W: mine))
     with pytest.raises(ValueError, match=f"own mixes AB together and {message}"):
         own_method(monkeypatch, share=share, mix=mix)
     own_method(monkeypatch, share=share)
@@ -290,4 +290,4 @@ def test_a_slot_that_nobody_keeps_is_not_shared(monkeypatch):
 
 
 def test_the_default_is_plain_averaging():
-    assert build_method(Config()).mix is AVERAGE
+    assert build_method(Config()).mix(0) is AVERAGE

@@ -28,6 +28,7 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["float32", "bfloat16", "auto"]
 LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Scale = Literal["lora", "rslora", "sfed"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
 TestSplit = Literal["common", "client"]
@@ -137,7 +138,10 @@ class ModelSettings:
     """Ranks of the clients, by turns, `4,8,16`, or a file with one on each line; `rank` is then the
     largest, and all have its scale."""
     alpha: float = 16.0
-    """LoRA scale: the update is (alpha / r) B A."""
+    """LoRA scale: the update is (alpha / r) B A, or what `scale` says."""
+    scale: Scale = "lora"
+    """What B A is multiplied with: `lora`, alpha / r; `rslora`, alpha / sqrt(r); `sfed`, alpha
+    sqrt(N / r), with which what is averaged over N clients doesn't get too small (SFed-LoRA)."""
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA branch."""
     target_modules: str | None = None
@@ -320,6 +324,12 @@ class Config(
         return ranks[client % len(ranks)]
 
     @property
+    def lora_alpha(self) -> float:
+        """What divided by the rank is the scale of B A, as PEFT has it."""
+        roots = {"lora": 1, "rslora": self.rank, "sfed": self.clients * self.rank}
+        return self.alpha * math.sqrt(roots[self.scale])
+
+    @property
     def most_tokens(self) -> int:
         """What texts are cut to: `max_length`, or the task's default."""
         return self.max_length or default_length(self.task)
@@ -396,7 +406,9 @@ class Machine:
         return (round_ + 1) % self.save_every == 0
 
 
-CAME_LATER = ("load_in", "ranks", "frozen_every", "switch_scale", "degree", "radius")
+CAME_LATER = (
+    "load_in", "ranks", "scale", "frozen_every", "switch_scale", "degree", "radius",
+)  # fmt: skip
 """Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 
 

@@ -54,7 +54,7 @@ class Layout:
     Attributes:
         sites: The adapted layers, in the model's order.
         rank: r.
-        scale: alpha / r, of clients of different rank with the largest.
+        scale: What B A is multiplied with, such as alpha / r; clients of any rank have the same.
         head: Names and shapes of the head's parameters; empty when the head is frozen.
     """
 
@@ -144,7 +144,7 @@ class Stack:
     """The state of n clients.
 
     Attributes:
-        state: Each factor's value, and beside it what the optimizer keeps of it.
+        state: Each factor's value, and beside it what optimizer and method keep of it.
         steps: Factor -> steps taken since what is beside it was last reset.
     """
 
@@ -160,10 +160,11 @@ class Stack:
         """Kind -> slot (n, P) of what is kept beside a factor's value."""
         return {k: slot for (k, f), slot in self.state.items() if f is factor and k != VALUE}
 
-    def reset(self, factor: Factor) -> None:
-        """Start the optimizer anew for one factor of every client."""
-        for slot in self.beside(factor).values():
-            slot.zero_()
+    def reset(self, factor: Factor, but: Sequence[str] = ()) -> None:
+        """Start the optimizer anew for one factor of every client; the kinds `but` stay."""
+        for kind, slot in self.beside(factor).items():
+            if kind not in but:
+                slot.zero_()
         self.steps[factor] = 0
 
 
@@ -186,7 +187,7 @@ def initial_stack(
         num_clients: N.
         seed: The seed of the run.
         device: Where the stack lives.
-        kinds: The slots that the optimizer keeps beside each value; zero at the start.
+        kinds: The slots that are kept beside each value; zero at the start.
     """
     bounds = [1 / math.sqrt(site.d_in) for site in layout.sites]
     A0 = torch.cat(

@@ -5,43 +5,61 @@ is one more row of `METHODS`: the command line, the conformance suite and the do
 
 Sources: ADF-LoRA (arXiv 2511.18291), Dec-LoRA (2501.15361), FFA-LoRA (2403.12313),
 RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644), TAD-LoRA
-(2602.00451).
+(2602.00451), FedSA-LoRA (2410.01463), DeCAF (2505.21382), FlexLoRA (2402.11505), FedRot-LoRA
+(github.com/haoran-zh/FedRot-LoRA), LA-LoRA (github.com/junkangLiu0/LA-LORA).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
+
+from torch import Tensor
 
 from plait.config import Config, Weights
 from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
-from plait.mixing import AVERAGE, Mix, build_rule, each_factor
+from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site
 from plait.optimizers import ADAMW, Optimizer
+from plait.site_mixing import mean_product, rotated_average
 from plait.topology import exact_after, rho_of
 
-Schedule = Callable[[int], Factor]
+Value = TypeVar("Value")
+Schedule = Callable[[int], Value]
+"""What holds in a round, or a step, by its number."""
 
 
-def always(factors: Factor) -> Schedule:
-    """The same factors in every round."""
-    return lambda _round: factors
+def always(value: Value) -> Schedule[Value]:
+    """The same in every round."""
+    return lambda _round: value
 
 
-def alternate(*factors: Factor, every: int) -> Schedule:
-    """Each of `factors` for `every` rounds in turn, by one clock for all clients.
+def alternate(*values: Value, every: int) -> Schedule[Value]:
+    """Each of `values` for `every` rounds in turn, by one clock for all clients.
 
     Example:
         >>> [alternate(Factor.B, Factor.A, every=2)(t).name for t in range(5)]
         ['B', 'B', 'A', 'A', 'B']
     """
-    return lambda round_: factors[(round_ // every) % len(factors)]
+    return lambda round_: values[(round_ // every) % len(values)]
 
 
-def with_frozen(config: Config) -> Schedule:
+EVERY_STEP = always(AB)
+"""When a factor takes local steps that trains in a round, in a method that says nothing else."""
+
+AVERAGED = always(AVERAGE)
+"""How a method mixes that says nothing else."""
+
+
+Correct = Callable[[Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
+"""(value (n, P) before local training, kind -> slots after it) -> kind -> slots as they are sent or
+kept, of a factor that trained and travels."""
+
+
+def with_frozen(config: Config) -> Schedule[Factor]:
     """Both factors of an alternation, the frozen one only when `frozen_every` has it travel."""
     T, every = config.switch_every, config.frozen_every
     train = alternate(B, A, every=T)
@@ -77,12 +95,17 @@ class Method:
     Attributes:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
+        turn: Which of these take a local step, by its number, counted from the run's first.
         share: Which of A and B travel in a round.
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
             wire, and what differential privacy covers.
         optimizer: How a factor takes a step, and what is kept beside it.
-        mix: What a client makes of its own slots and its neighbours'; where a row says nothing, the
-            rule that the config names, for each factor.
+        kept: Kinds of slot beside a value that are the method's own: zero at the start, and left
+            alone where the optimizer starts anew.
+        correct: What becomes of a factor between local training and mixing, if anything; all that
+            it returns is made of values and of such slots, so differential privacy covers it.
+        mix: What a client makes of its own slots and its neighbours' in a round; where a row says
+            nothing, the rule that the config names, for each factor.
         conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
         topology: The topology that the method is defined on, when it isn't the user's choice.
         weights: The mixing weights, likewise.
@@ -90,11 +113,14 @@ class Method:
     """
 
     summary: str
-    train: Schedule
-    share: Schedule
+    train: Schedule[Factor]
+    share: Schedule[Factor]
+    turn: Schedule[Factor] = EVERY_STEP
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
-    mix: Mix = AVERAGE
+    kept: tuple[str, ...] = ()
+    correct: Correct | None = None
+    mix: Schedule[Mix] = AVERAGED
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
     weights: Weights | None = None
@@ -113,6 +139,30 @@ def interval_of(config: Config) -> int:
     """
     gap = 1 - round(rho_of(config), 9)  # the last digits may differ from machine to machine
     return max(1, round(config.switch_scale / math.sqrt(gap))) if gap > 0 else config.rounds
+
+
+def tracking(method: Method) -> Method:
+    """The method with gradient tracking: a client steps by what all do, as far as it has heard.
+
+    x <- gossip(x + u + c) and c <- gossip(c + u) - u, where u is what local training adds to x, and
+    c, whose mean over clients is zero, what a client lacks of the others. Kept are "tracked", which
+    is c + u and travels with x, and "update", which is u. In a round where a factor rests it is
+    only mixed, and so is "tracked".
+
+    Sources: DIGing (Nedic, Olshevsky, Shi 2017, arXiv 1607.03218).
+    """
+
+    def correct(start: Tensor, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        update = now[VALUE] - start
+        tracked = now["tracked"] + update - now["update"]
+        return {VALUE: start + tracked, "tracked": tracked, "update": update}
+
+    return replace(
+        method,
+        kinds=(*method.kinds, "tracked"),
+        kept=("tracked", "update"),
+        correct=correct,
+    )
 
 
 METHODS: dict[str, Callable[[Config], Method]] = {
@@ -156,6 +206,47 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         train=always(AB),
         share=always(NONE),
     ),
+    "fedsa": lambda _: Method(
+        summary="FedSA-LoRA: both factors train, only A is mixed; B stays at its client",
+        train=always(AB),
+        share=always(A),
+    ),
+    "decaf": lambda _: Method(
+        summary="DeCAF: both factors train; the mean of products, cut to the rank by an SVD",
+        train=always(AB),
+        share=always(AB),
+        mix=always(each_site(mean_product, any_rank=True)),
+        conserves="nothing",
+    ),
+    "flexlora": lambda config: replace(
+        METHODS["decaf"](config),
+        summary="FlexLoRA in gossip: DeCAF, with --ranks each client's product cut to its own rank",
+    ),
+    # The server of its source rotates all to fit the last mean, and tried 1, 0.5, 0.3 and 0.1 for
+    # the strength.
+    "fedrot": lambda _: Method(
+        summary="FedRot-LoRA in gossip: neighbours' factors rotated to fit one's own, then mixed",
+        train=always(AB),
+        share=always(AB),
+        mix=alternate(*(each_site(rotated_average(by, strength=1)) for by in (B, A)), every=1),
+        conserves="nothing",
+    ),
+    # Its source begins each round with B, and can smooth the gradients, which this doesn't.
+    "la-lora": lambda _: Method(
+        summary="LA-LoRA: B and A take local steps by turns; both are mixed",
+        train=always(AB),
+        turn=alternate(B, A, every=1),
+        share=always(AB),
+    ),
+    "tracking": lambda config: replace(
+        tracking(METHODS["dec-lora"](config)),
+        summary="Dec-LoRA with gradient tracking, against unequal data; twice the bytes",
+    ),
+    "adf-tracking": lambda config: replace(
+        tracking(replace(METHODS["adf"](config), share=always(AB))),
+        summary="ADF-LoRA with gradient tracking of the factor that trains; twice the bytes",
+        control=Control(method="tracking", lr_factor=0.5),
+    ),
 }
 
 
@@ -170,10 +261,10 @@ def build_method(config: Config) -> Method:
     _check(method, config)
     if config.mix != Config.mix:
         rule = build_rule(config.mix)
-        if method.mix is not AVERAGE:
+        if method.mix is not AVERAGED:
             raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
-        method = replace(method, mix=each_factor(rule))
-    if config.ranks and not method.mix.any_rank:
+        method = replace(method, mix=always(each_factor(rule)))
+    if config.ranks and (method.correct or not method.mix(0).any_rank):
         how = config.method if config.mix == Config.mix else f"mix {config.mix}"
         raise ValueError(f"{how} needs clients of one rank: give --rank instead of --ranks.")
     return method
@@ -193,10 +284,10 @@ def settled(config: Config) -> Config:
 
 def _check(method: Method, config: Config) -> None:
     """Refuse a method that shares what it doesn't have, or mixes together what travels apart."""
-    if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds}:
+    if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds, *method.kept}:
         raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
-    together = method.mix.together
-    for round_ in range(config.rounds if together else 0):
+    for round_ in range(config.rounds):
+        together = method.mix(round_).together
         if (part := method.share(round_) & together) not in (NONE, together):
             raise ValueError(
                 f"{config.method} mixes {together.name} together and shares only {part.name} in "

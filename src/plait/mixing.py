@@ -67,7 +67,7 @@ def each_factor(rule: Rule, any_rank: bool = False) -> Mix:
     return Mix(combine, any_rank=any_rank)
 
 
-def each_site(rule: SiteRule) -> Mix:
+def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
     """Mix the values of A and B layer by layer, both at once; other slots are averaged."""
 
     def combine(layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
@@ -79,7 +79,7 @@ def each_site(rule: SiteRule) -> Mix:
             mixed[slot] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return mixed
 
-    return Mix(combine, together=AB)
+    return Mix(combine, together=AB, any_rank=any_rank)
 
 
 def _by_site(layout: Layout, flat_A: Tensor, flat_B: Tensor) -> list[SiteFactors]:
@@ -121,7 +121,7 @@ def average(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
 
 
 AVERAGE = each_factor(average, any_rank=True)
-"""What a method mixes by that says nothing else."""
+"""Every slot averaged."""
 
 
 def trimmed_mean(count: int) -> Rule:

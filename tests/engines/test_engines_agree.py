@@ -55,7 +55,7 @@ def apart_of(event):
 @pytest.mark.parametrize(
     ("method", "topology"),
     [
-        *itertools.product(["adf", "dec-lora", "ffa", "rolora"], ["ring", "pairs"]),
+        *itertools.product(["adf", "rolora"], ["ring", "pairs"]),
         ("adf", "one_peer_exponential"),
         ("adf", "hypercube"),
         ("tad", "base"),

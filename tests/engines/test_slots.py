@@ -31,9 +31,9 @@ def averaged_apart(mine, theirs, W):
 WAYS = {
     "moments": {"kinds": (VALUE, "m")},
     "both moments": {"kinds": (VALUE, "m", "v")},
-    "moments and sites": {"kinds": (VALUE, "m"), "mix": each_site(averaged_apart)},
-    "sites": {"mix": each_site(averaged_apart)},
-    "factors": {"mix": each_factor(average)},
+    "moments and sites": {"kinds": (VALUE, "m"), "mix": always(each_site(averaged_apart))},
+    "sites": {"mix": always(each_site(averaged_apart))},
+    "factors": {"mix": always(each_factor(average))},
 }
 
 

@@ -331,6 +331,11 @@ def test_a_method_that_sends_moments_takes_no_other_loop(federation, monkeypatch
         join(federation(with_rows=[], method="local"), "ada")
 
 
+def test_a_method_of_turns_within_a_round_takes_no_other_loop(federation):
+    with pytest.raises(ValueError, match="In la-lora factors take local steps by turns"):
+        join(federation(with_rows=[], method="la-lora"), "ada")
+
+
 class Skipping(ExitStack):
     """The process of a peer that does rounds 0, 1 and, as it was away for long, 5."""
 

@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import of_another_version
+from plait.config import Config
 from plait.peers.certificates import make_authority, make_certificate
-from plait.peers.federation import Member
+from plait.peers.federation import Federation, Member
+from plait.peers.membership import Members
 from plait.peers.roster import (
     Roster,
     Trust,
     after,
     check_quorum,
+    first,
     read_roster,
     sign,
     signers,
@@ -167,6 +170,21 @@ def test_whatever_is_changed_after_signing_shows(change):
 def test_the_past_and_the_places_stay(peers, why):
     with pytest.raises(ValueError, match=why):
         check_quorum(FIRST, dataclasses.replace(NEXT, peers=peers), TRUSTED)
+
+
+def test_nobody_joins_where_the_scale_depends_on_how_many_there_are():
+    config = Config(task="chat", topology="complete", clients=3, scale="sfed")
+    for scale in ("lora", "sfed"):
+        federation = Federation(
+            id="f", config=dataclasses.replace(config, scale=scale), peers=FIRST.peers
+        )
+        members = Members(federation)
+        joined = after(first(federation), 30, join=[DAN])
+        if scale == "lora":
+            members.add(joined)
+        else:
+            with pytest.raises(ValueError, match="with --scale sfed the model depends on how many"):
+                members.add(joined)
 
 
 def test_an_address_may_change():

@@ -69,6 +69,27 @@ def test_a_run_says_what_its_model_makes_of_texts(trained):
             assert answer.score == answer.probabilities[answer.label]
 
 
+@pytest.mark.parametrize("trained", ["bert"], indirect=True)
+@pytest.mark.parametrize("scale", ["rslora", "sfed"])
+def test_whatever_the_scale_peft_has_the_same(trained, tmp_path, scale):
+    config = dataclasses.replace(trained[0].config, scale=scale, clients=3, rank=3)
+    run = Run(config, tmp_path / "run")
+    list(run)
+    model = PeftModel.from_pretrained(
+        plait.load_base(run.folder.path), run.folder.path / "adapters/client-2"
+    ).eval()
+    (config_of_peft,) = model.peft_config.values()
+    factor = run._engine.job.backbone.layout.scale
+    assert config_of_peft.lora_alpha / 3 == factor
+    assert factor == pytest.approx(16 * (1 if scale == "sfed" else 3**-0.5))
+    batch = run.tokenizer()(TEXTS, padding=True, max_length=6, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**batch).logits.softmax(1).numpy()
+        with model.disable_adapter():
+            assert np.abs(model(**batch).logits.softmax(1).numpy() - expected).max() > 1e-4
+    np.testing.assert_allclose(numbers_of(run.predict(TEXTS, client=2)), expected, atol=1e-5)
+
+
 def test_an_exported_folder_is_all_that_is_needed(trained, tmp_path):
     run, folder, names = trained
     export(folder, 1, tmp_path / "one")

@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class Job:
             len(clients),
             self.config.seed,
             backbone.device,
-            self.method.optimizer.kinds,
+            (*self.method.optimizer.kinds, *self.method.kept),
         )
         self.cut(stack.state, clients)
         return stack
@@ -111,8 +111,14 @@ class Job:
 
     def trained(self, round_: int) -> Factor:
         """What takes local steps in a round: the method's factors, and a head that is trained."""
+        return reduce(operator.or_, self.turns(round_))
+
+    def turns(self, round_: int) -> list[Factor]:
+        """What takes each of the K local steps of a round."""
         head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
-        return self.method.train(round_) | head
+        method, count = self.method, self.config.local_steps
+        steps = range(round_ * count, (round_ + 1) * count)
+        return [method.train(round_) & method.turn(step) | head for step in steps]
 
     def shared(self, round_: int) -> tuple[Slot, ...]:
         """The slots that travel in a round: the method's, and with them a head that is mixed."""
@@ -255,6 +261,7 @@ def dealt(config: Config, own: Task | None = None) -> tuple[Task, list[np.ndarra
 def _shared(config: Config) -> Config:
     """The settings that data and model depend on, all others at their defaults."""
     shared = {name: getattr(config, name) for name in MATERIAL}
+    shared |= {"alpha": config.lora_alpha, "scale": "lora"}  # the same with any number of clients
     return Config(**shared if draws_head(config) else shared | {"seed": 0})
 
 

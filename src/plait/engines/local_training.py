@@ -46,6 +46,7 @@ def local_phase(
     clients: Sequence[int],
     config: Config,
     optimizer: Optimizer = ADAMW,
+    turns: Sequence[Factor] = (),
 ) -> np.ndarray:
     """Train the active factors of a stack in place.
 
@@ -59,6 +60,7 @@ def local_phase(
         clients: Which clients the stack holds.
         config: Steps, batch size, learning rates and their schedule.
         optimizer: How a factor takes a step.
+        turns: Which of the active factors take each of the K steps; all of them if not given.
 
     Returns:
         (n, K) float64, each client's loss at each step, before the step.
@@ -66,7 +68,8 @@ def local_phase(
     positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
     texts = np.array([batch_rows(shares[i], i, positions, config) for i in clients])
     rate = lr_factor(config, round_)
-    phase = _Phase(backbone, stack, train, tokens, texts, positions, clients, config, rate)
+    turns = turns or [train] * config.local_steps
+    phase = _Phase(backbone, stack, train, tokens, texts, positions, clients, config, rate, turns)
     losses = np.empty(texts.shape[:2])
 
     def train_chunk(chunk: list[int]) -> None:
@@ -78,7 +81,7 @@ def local_phase(
     at_once = min(backbone.chunk_tokens, most / workers)
     on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
     for factor in phase.active:
-        stack.steps[factor] += config.local_steps
+        stack.steps[factor] += sum(factor in turn for turn in turns)
     return losses
 
 
@@ -95,6 +98,7 @@ class _Phase:
     clients: Sequence[int]
     config: Config
     lr_factor: float
+    turns: Sequence[Factor]
 
     @property
     def active(self) -> list[Factor]:
@@ -104,13 +108,12 @@ class _Phase:
     def train(self, chunk: list[int], optimizer: Optimizer) -> np.ndarray:
         """All steps of some clients of the stack, in place; their losses (n, K) float64."""
         stack, rows = self.stack, moved(torch.tensor(chunk), self.backbone.device)
-        leaves = {
-            factor: value[rows].requires_grad_(factor in self.factors)
-            for factor, value in stack.factors.items()
-        }
-        kept = {f: {k: slot[rows] for k, slot in stack.beside(f).items()} for f in self.active}
+        leaves = {factor: value[rows] for factor, value in stack.factors.items()}
+        kept = {f: {k: stack.state[k, f][rows] for k in optimizer.kinds} for f in self.active}
         of_steps = []
         for step, position in enumerate(self.positions):
+            for factor, leaf in leaves.items():
+                leaf.requires_grad_(factor in self.turns[step])
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
             ids = [self.clients[k] for k in chunk]
             dropout = lora_dropout(batch, ids, position, self.config)
@@ -130,15 +133,16 @@ class _Phase:
         kept: dict[Factor, dict[str, Tensor]],
         optimizer: Optimizer,
     ) -> None:
-        """A step on each active factor (n, P) and what is kept beside it, in place."""
+        """A step on each factor (n, P) in turn and what is kept beside it, in place."""
         config, rows = self.config, self.backbone.backend.optimizer_rows
-        _clip([leaves[factor].grad for factor in self.active], config.clip_norm)
-        for factor in self.active:
+        active = [factor for factor in self.active if factor in self.turns[step]]
+        _clip([leaves[factor].grad for factor in active], config.clip_norm)
+        for factor in active:
             leaf = leaves[factor]
             assert leaf.grad is not None
             lr = self.lr_factor * (config.head_lr if factor is Factor.HEAD else config.lr)
             beside = {kind: rows(slot) for kind, slot in kept[factor].items()}
-            taken = self.stack.steps[factor] + step
+            taken = self.stack.steps[factor] + sum(factor in turn for turn in self.turns[:step])
             optimizer.update(
                 rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, config.weight_decay
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.engines.job import Edge, Job
 from plait.engines.local_training import local_phase
 from plait.events import RoundDone
-from plait.factors import Factor, Slot, factors_name, slots_name
+from plait.factors import VALUE, Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, State
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
@@ -26,7 +26,7 @@ def local_steps(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> 
     """The `Phase` of every engine: the job's rows, its optimizer, its number of steps."""
     losses: np.ndarray = local_phase(
         job.backbone, stack, job.trained(round_), round_, job.train, job.shares, clients,
-        job.config, job.method.optimizer,
+        job.config, job.method.optimizer, job.turns(round_),
     ).mean(axis=1)  # fmt: skip
     check_finite(losses, clients, round_, job.config.lr)
     return losses
@@ -42,6 +42,8 @@ def train_round(
 ) -> np.ndarray:
     """The local phase of a round, changing `stack` in place; with `dp_clip` it ends private.
 
+    A method that corrects what it has trained does so at the end, with what is private already.
+
     Args:
         job: The prepared run.
         stack: The state of these clients; row k belongs to client `clients[k]`.
@@ -56,14 +58,22 @@ def train_round(
     Raises:
         ValueError: A client's loss is no longer finite.
     """
-    active = job.trained(round_)
+    active, method, private = job.trained(round_), job.method, job.config.dp_clip is not None
     reset_optimizer(stack, active, round_, job)
-    private = job.travels if job.config.dp_clip is not None else ()
-    before = {slot: stack.state[slot].clone() for slot in private if slot[1] in active}
+    before = {
+        (kind, factor): stack.state[kind, factor].clone()
+        for kind, factor in job.travels
+        if factor in active and kind not in method.kept and (private or method.correct)
+    }
     losses = phase(job, stack, round_, clients)
-    if before:
+    if private and before:
         privatise(before, stack.state, round_, clients, job.config, noise)
-        job.cut(stack.state, clients)
+    if method.correct:
+        for factor in factors_of(before):
+            now = stack.beside(factor) | {VALUE: stack.state[VALUE, factor]}
+            corrected = method.correct(before[VALUE, factor], now)
+            stack.state |= {(kind, factor): value for kind, value in corrected.items()}
+    job.cut(stack.state, clients)
     return losses
 
 
@@ -90,7 +100,8 @@ def mix(
     """
     slots = job.shared(round_)
     own, theirs = ({slot: state[slot] for slot in slots} for state in (mine, heard))
-    mixed = job.method.mix.combine(job.backbone.layout, own, theirs, W) if slots else {}
+    combine = job.method.mix(round_).combine
+    mixed = combine(job.backbone.layout, own, theirs, W) if slots else {}
     job.cut(mixed, clients)
     return mixed
 
@@ -99,7 +110,7 @@ def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None
     """Start the optimizer anew where `optimizer_state` says so."""
     for factor in stack.factors:
         if factor in active and begins_anew(factor, round_, job):
-            stack.reset(factor)
+            stack.reset(factor, but=job.method.kept)
 
 
 def begins_anew(factor: Factor, round_: int, job: Job) -> bool:
@@ -121,7 +132,7 @@ def leave_out(stack: Stack, rounds: Iterable[int], job: Job) -> None:
     if job.config.optimizer_state == "reset_each_phase":
         for factor in stack.factors:
             if any(_begins(job, factor, round_) for round_ in rounds):
-                stack.reset(factor)
+                stack.reset(factor, but=job.method.kept)
 
 
 def _begins(job: Job, factor: Factor, round_: int) -> bool:

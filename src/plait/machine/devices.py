@@ -5,6 +5,9 @@ How to compute is the backend's to say (model/backend.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -63,3 +66,14 @@ def exact(array: Tensor) -> Tensor:
 def exact_device(device: torch.device) -> torch.device:
     """The device, or the CPU if it has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one core of the CPU: what LAPACK returns depends on how many share its work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

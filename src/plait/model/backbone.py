@@ -134,7 +134,7 @@ class Backbone:
         self.layout = Layout(
             sites=sites,
             rank=config.rank,
-            scale=config.alpha / config.rank,
+            scale=config.lora_alpha / config.rank,
             head=tuple((name, tuple(value.shape)) for name, value in self.head_start.items()),
         )
         probe = Probe.of(

@@ -82,7 +82,12 @@ class Members:
                 f"nobody can join: the rows of {first.train_file or f'task {first.task}'} were "
                 "dealt to the first members; where each peer has rows of its own, others can"
             )
-        config = dataclasses.replace(self._first.config, clients=len(roster.peers))
+        config = dataclasses.replace(first, clients=len(roster.peers))
+        if config.lora_alpha != first.lora_alpha:
+            raise ValueError(
+                f"nobody can join: with --scale {first.scale} the model depends on how many "
+                "members there are; a new federation is needed"
+            )
         federation = dataclasses.replace(self._first, config=config, peers=roster.peers)
         check_members(federation)
         self._known = (*self._known, Known(roster, federation))

@@ -31,7 +31,7 @@ from plait.engines.steps import begins_anew, check_finite
 from plait.factors import VALUE, Factor, factors_name
 from plait.lora import Stack
 from plait.machine.extras import PEER_PACKAGES, need
-from plait.methods import build_method
+from plait.methods import EVERY_STEP, build_method
 from plait.model.loading import load_for
 from plait.model.peft_adapters import lora_config
 from plait.model.peft_model import ClientModel
@@ -63,7 +63,7 @@ def join(
         trust: As for `plait peer`.
 
     Raises:
-        ValueError: The files ask for what can't be, or the method sends what an optimizer keeps.
+        ValueError: The files ask for what can't be, or the method for what a loop doesn't do.
         OSError: The run folder can't be written.
 
     Example:
@@ -95,11 +95,17 @@ def join(
 
 
 def _check_method(config: Config) -> None:
-    """Refuse a method for which factors aren't all that a loop would have to hand over."""
-    if build_method(config).kinds != (VALUE,):
+    """Refuse a method for which a loop would have to do more than train and hand over factors."""
+    method = build_method(config)
+    if {*method.kinds} & {*method.optimizer.kinds}:
         raise ValueError(
             f"{config.method} sends what its optimizer keeps, which a loop of one's own doesn't "
             "hand over; let `plait peer` take part in it."
+        )
+    if method.turn is not EVERY_STEP:
+        raise ValueError(
+            f"In {config.method} factors take local steps by turns, which a loop of one's own "
+            "doesn't know; let `plait peer` take part in it."
         )
 
 

@@ -34,6 +34,14 @@ LINE_STYLES = (
     ("#56B4E9", "dashdot"),
     ("#000000", "solid"),
     ("#888888", "dot"),
+    ("#D55E00", "solid"),
+    ("#009E73", "dash"),
+    ("#CC79A7", "dashdot"),
+    ("#0072B2", "dot"),
+    ("#56B4E9", "solid"),
+    ("#888888", "dash"),
+    ("#E69F00", "dashdot"),
+    ("#000000", "dot"),
 )
 
 AVERAGED, MAJORITY = "#000000", "#666666"

@@ -1,0 +1,269 @@
+"""Every row of METHODS: against a twin in numpy, in all engines, and resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from conftest import tiny_job
+from fake_network import Hub, member, start_peer, together
+from plait.config import Config, Machine
+from plait.engines.simulate import simulate
+from plait.engines.steps import mix, train_round
+from plait.events import RoundDone
+from plait.factors import VALUE, A, B
+from plait.methods import METHODS
+from plait.mixing import neighbour_weights
+from plait.privacy import seeded_noise
+from plait.runs.run import Run
+from plait.topology import build_schedule
+
+CONFIG = Config(
+    clients=4, rounds=3, local_steps=1, batch_size=2, rank=2, lr=1e-2, switch_every=2, p=0.5,
+    optimizer_state="keep", eval_every=3,
+)  # fmt: skip
+
+
+def config_of(method, **others):
+    return Config(**CONFIG.to_json() | {"method": method} | others)
+
+
+# -- twins: a layer's A (N, r, d_in) and B (N, d_out, r), one client after another
+
+
+def twin_average(X, W):
+    return np.array([sum(W[i, j] * X[j] for j in range(len(X))) for i in range(len(X))])
+
+
+def twin_factors(share):
+    def twin(A, B, W, round_):
+        shared = share(round_)
+        return tuple(
+            twin_average(X, W) if name in shared else X for name, X in (("A", A), ("B", B))
+        )
+
+    return twin
+
+
+def twin_decaf(A, B, W, _round):
+    mixed_A, mixed_B, rank = A.copy(), B.copy(), A.shape[1]
+    for i in range(len(A)):
+        if W[i, i] == 1:
+            continue
+        U, S, Vt = np.linalg.svd(sum(W[i, j] * B[j] @ A[j] for j in range(len(A))))
+        for k in range(rank):
+            sign = np.sign(U[np.abs(U[:, k]).argmax(), k])
+            mixed_B[i, :, k], mixed_A[i, k] = (
+                sign * S[k] ** 0.5 * U[:, k],
+                sign * S[k] ** 0.5 * Vt[k],
+            )
+    return mixed_A, mixed_B
+
+
+def twin_fedrot(A, B, W, round_):
+    mixed_A, mixed_B = np.zeros_like(A), np.zeros_like(B)
+    for i, j in itertools.product(range(len(A)), repeat=2):
+        M = A[i] @ A[j].T if round_ % 2 else B[i].T @ B[j]
+        U, _, Vt = np.linalg.svd(M)
+        D = np.diag([1.0] * (len(M) - 1) + [np.linalg.det(Vt.T @ U.T)])
+        R = Vt.T @ D @ U.T if i != j else np.eye(len(M))
+        mixed_A[i] += W[i, j] * R.T @ A[j]
+        mixed_B[i] += W[i, j] * B[j] @ R
+    return mixed_A, mixed_B
+
+
+TWINS = {
+    "ffa": twin_factors(lambda _: "B"),
+    "rolora": twin_factors(lambda round_: "BA"[round_ % 2]),
+    "fedsa": twin_factors(lambda _: "A"),
+    "local": twin_factors(lambda _: ""),
+    "decaf": twin_decaf,
+    "fedrot": twin_fedrot,
+}
+"""Those of the others average both factors."""
+
+
+@cache
+def job_of(method):
+    return tiny_job(config_of(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(2, 5), st.integers(0, 10**6), st.integers(0, 3), st.sampled_from([0.3, 0.7, 1.0])
+)
+def test_mixing_equals_its_twin(method, clients, seed, round_, p):
+    job, layout = job_of(method), job_of(method).backbone.layout
+    W = build_schedule(config_of(method, clients=clients, seed=seed, p=p))(round_)
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        slot: torch.randn(clients, layout.size(slot[1]), generator=generator)
+        for slot in job.initial_stack([0]).state
+    }
+    mixed = state | mix(job, state, state, neighbour_weights(W), round_)
+    before, after = (
+        [{f: x.double().numpy() for f, x in layout.views(which, one[VALUE, which]).items()}
+         for which in (A, B)] for one in (state, mixed)
+    )  # fmt: skip
+    twin = TWINS.get(method, twin_factors(lambda _: "AB"))
+    for site in layout.sites:
+        expected = twin(before[0][site.name], before[1][site.name], W, round_)
+        for found, one in zip(after, expected, strict=True):
+            np.testing.assert_allclose(
+                found[site.name], one, rtol=0, atol=1e-6 * max(1, abs(one).max())
+            )
+
+
+# -- engines
+
+
+def rounds_of(events):
+    return [event for event in events if isinstance(event, RoundDone)]
+
+
+@pytest.mark.parametrize("topology", ["ring", "pairs"])
+@pytest.mark.parametrize("method", METHODS)
+def test_all_engines_agree_bit_for_bit(method, topology):
+    config = config_of(method, topology=topology)
+    job = tiny_job(config)
+    stack = job.initial_stack()
+    whole = rounds_of(simulate(job, stack))
+    hub, members = Hub(), [member(f"p{k}") for k in range(config.clients)]
+    peers = [start_peer(hub, k, config, members) for k in range(config.clients)]
+    said = [rounds_of(events) for events in together(peers, config.rounds)]
+    assert_same_state(stack, peers)
+    for event, *parts in zip(whole, *said, strict=True):
+        assert {part.shared for part in parts} == {event.shared}
+        assert sum(part.sent_bytes for part in parts) == event.sent_bytes
+        assert event.sent_bytes == job.message_bytes(event.round) * len(event.edges)
+    if topology == "pairs" and importlib.util.find_spec("ray"):
+        from fake_cluster import blocks_of, rounds_of_blocks
+
+        blocks = blocks_of(config, 2)
+        of_blocks = list(rounds_of_blocks(blocks))
+        assert [event.sent_bytes for event in of_blocks] == [event.sent_bytes for event in whole]
+        assert_same_state(stack, blocks)
+
+
+def assert_same_state(expected, parts):
+    for slot, value in expected.state.items():
+        assert torch.equal(value, torch.cat([part.stack.state[slot] for part in parts])), slot
+
+
+@pytest.mark.parametrize("private", [{}, {"dp_clip": 0.02, "dp_noise": 0.5}])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_goes_on(monkeypatch, tmp_path, method, private):
+    monkeypatch.setattr("plait.runs.run.prepare", tiny_job)
+    monkeypatch.setattr("plait.engines.simulate.save_adapters", lambda *_: None)
+    config = config_of(method, topology="ring", **private)
+    list(Run(config, tmp_path / "whole"))
+    list(itertools.islice(Run(config, tmp_path / "run", machine=Machine(save_every=1)), 4))
+    list(Run(config, tmp_path / "run", resume=True))
+    whole, found = (
+        load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "run")
+    )
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+# -- gradient tracking
+
+
+@pytest.mark.parametrize(
+    ("method", "trains"), [("tracking", "AB AB AB"), ("adf-tracking", "B B A")]
+)
+def test_tracking_is_its_definition(method, trains):
+    job = tiny_job(config_of(method, topology="ring"))
+    stack, rng = job.initial_stack(), np.random.default_rng(0)
+    x = {f: value.double().numpy() for f, value in stack.factors.items()}
+    y = {f: np.zeros_like(value) for f, value in x.items()}
+    u = {f: np.zeros_like(value) for f, value in x.items()}
+
+    def phase(_job, stack, round_, _clients):
+        for factor in (A, B):
+            if factor.name in trains.split()[round_]:
+                step = 0.1 * rng.normal(size=x[factor].shape)
+                stack.state[VALUE, factor] = (
+                    stack.state[VALUE, factor] + torch.from_numpy(step).float()
+                )
+                # c = y - u, and x + u + c and c + u are what is averaged
+                c, u[factor] = y[factor] - u[factor], step
+                x[factor], y[factor] = x[factor] + step + c, c + step
+        return np.zeros(CONFIG.clients)
+
+    for round_ in range(CONFIG.rounds):
+        train_round(job, stack, round_, range(CONFIG.clients), seeded_noise(0), phase)
+        W = job.schedule(round_)
+        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
+        for factor in (A, B):
+            x[factor], y[factor] = W @ x[factor], W @ y[factor]
+            found = [stack.state[kind, factor].numpy() for kind in (VALUE, "tracked", "update")]
+            for one, expected in zip(found, (x[factor], y[factor], u[factor]), strict=True):
+                np.testing.assert_allclose(one, expected, rtol=0, atol=1e-6)
+            np.testing.assert_allclose((found[1] - found[2]).mean(axis=0), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "plain"), [("tracking", "dec-lora"), ("adf-tracking", "adf")])
+@pytest.mark.parametrize("topology", ["complete", "ring"])
+def test_tracking_is_plain_averaging_on_the_complete_graph(method, plain, topology):
+    stacks = []
+    for one in (method, plain):
+        job = tiny_job(
+            config_of(one, topology=topology, rounds=4, optimizer_state="reset_each_round")
+        )
+        stacks.append(job.initial_stack())
+        list(simulate(job, stacks[-1]))
+    far = max(float((stacks[0].factors[f] - stacks[1].factors[f]).abs().max()) for f in (A, B))
+    assert far < 1e-5 if topology == "complete" else far > 1e-4
+
+
+def test_privacy_covers_what_is_tracked():
+    job = tiny_job(config_of("tracking", topology="ring", dp_clip=0.02, dp_noise=0.5))
+    stack = job.initial_stack()
+    start = {f: value.clone() for f, value in stack.factors.items()}
+    silence = lambda _client, _round, change: np.zeros_like(change)  # noqa: E731
+    for round_ in range(2):
+        before = {f: stack.state["tracked", f] - stack.state["update", f] for f in (A, B)}
+        train_round(job, stack, round_, range(4), silence)
+        updates = torch.cat([stack.state["update", f] for f in (A, B)], dim=1)
+        torch.testing.assert_close(updates.norm(dim=1), torch.full((4,), 0.02), rtol=1e-4, atol=0)
+        for f in (A, B):
+            sent = stack.state["update", f] + before[f]
+            torch.testing.assert_close(stack.state["tracked", f], sent, rtol=0, atol=1e-7)
+            torch.testing.assert_close(stack.factors[f], start[f] + sent, rtol=0, atol=1e-7)
+        start = {f: value.clone() for f, value in stack.factors.items()}
+
+
+# -- turns within a round
+
+
+def test_by_turns_with_one_step_a_round_is_adf_that_switches_each_round():
+    stacks = []
+    for method in ("la-lora", "adf"):
+        job = tiny_job(config_of(method, topology="ring", switch_every=1))
+        stacks.append(job.initial_stack())
+        rounds = rounds_of(simulate(job, stacks[-1]))
+        assert [event.active for event in rounds] == ["B", "A", "B"]
+    assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
+    assert stacks[0].steps == stacks[1].steps == {A: 1, B: 2}
+
+
+def test_by_turns_is_one_step_of_one_factor_after_another():
+    whole, single = (tiny_job(config_of("la-lora", local_steps=k, clip_norm=0.1)) for k in (5, 1))
+    stacks = [job.initial_stack() for job in (whole, single)]
+    assert whole.turns(1) == [A, B, A, B, A]
+    for round_ in range(2):
+        train_round(whole, stacks[0], round_, range(4), seeded_noise(0))
+    for step in range(10):
+        train_round(single, stacks[1], step, range(4), seeded_noise(0))
+    assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
+    assert stacks[0].steps == stacks[1].steps == {A: 5, B: 5}
