@@ -102,21 +102,6 @@ def test_they_agree_on_a_language_model(method, topology):
         assert (own.scores, own.losses) == ([last.scores[client]], [last.losses[client]])
 
 
-@pytest.mark.parametrize(
-    ("method", "topology"), [("adf", "ring"), ("dec-lora", "pairs"), ("ffa", "hypercube")]
-)
-def test_they_agree_on_clients_of_different_rank(method, topology):
-    settings = SETTINGS | {"rank": 8, "ranks": "2,4,8", "p": 0.5}
-    config = Config(method=method, topology=topology, **settings)
-    stack, expected = simulated(config)
-    peers = peers_of(config)
-    said = together(peers, config.rounds)
-    assert far(stack, peers) == 0
-    for number, event in enumerate(e for e in expected if isinstance(e, RoundDone)):
-        rounds = [[e for e in events if isinstance(e, RoundDone)][number] for events in said]
-        assert event.sent_bytes == sum(part.sent_bytes for part in rounds)
-
-
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
 def test_they_agree_on_a_base_in_few_bits(load_in):
     config = Config(task="chat", topology="ring", load_in=load_in, **SETTINGS)

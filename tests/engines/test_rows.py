@@ -86,6 +86,7 @@ TWINS = {
     "fedsa": twin_factors(lambda _: "A"),
     "local": twin_factors(lambda _: ""),
     "decaf": twin_decaf,
+    "flexlora": twin_decaf,
     "fedrot": twin_fedrot,
 }
 """Those of the others average both factors."""
@@ -109,7 +110,7 @@ def test_mixing_equals_its_twin(method, clients, seed, round_, p):
         slot: torch.randn(clients, layout.size(slot[1]), generator=generator)
         for slot in job.initial_stack([0]).state
     }
-    mixed = state | mix(job, state, state, neighbour_weights(W), round_)
+    mixed = state | mix(job, state, state, neighbour_weights(W), round_, range(clients))
     before, after = (
         [{f: x.double().numpy() for f, x in layout.views(which, one[VALUE, which]).items()}
          for which in (A, B)] for one in (state, mixed)
@@ -133,7 +134,23 @@ def rounds_of(events):
 @pytest.mark.parametrize("topology", ["ring", "pairs"])
 @pytest.mark.parametrize("method", METHODS)
 def test_all_engines_agree_bit_for_bit(method, topology):
-    config = config_of(method, topology=topology)
+    all_agree(config_of(method, topology=topology))
+
+
+ONE_RANK = ("fedrot", "tracking", "adf-tracking")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_so_they_do_with_clients_of_different_rank(method):
+    config = config_of(method, topology="pairs", rank=4, ranks="2,1,4")
+    if method in ONE_RANK:
+        with pytest.raises(ValueError, match="needs clients of one rank"):
+            tiny_job(config)
+    else:
+        all_agree(config)
+
+
+def all_agree(config):
     job = tiny_job(config)
     stack = job.initial_stack()
     whole = rounds_of(simulate(job, stack))
@@ -144,8 +161,8 @@ def test_all_engines_agree_bit_for_bit(method, topology):
     for event, *parts in zip(whole, *said, strict=True):
         assert {part.shared for part in parts} == {event.shared}
         assert sum(part.sent_bytes for part in parts) == event.sent_bytes
-        assert event.sent_bytes == job.message_bytes(event.round) * len(event.edges)
-    if topology == "pairs" and importlib.util.find_spec("ray"):
+        assert event.sent_bytes == job.sent_bytes(event.round, event.edges)
+    if config.topology == "pairs" and importlib.util.find_spec("ray"):
         from fake_cluster import blocks_of, rounds_of_blocks
 
         blocks = blocks_of(config, 2)
@@ -203,7 +220,9 @@ def test_tracking_is_its_definition(method, trains):
     for round_ in range(CONFIG.rounds):
         train_round(job, stack, round_, range(CONFIG.clients), seeded_noise(0), phase)
         W = job.schedule(round_)
-        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_)
+        stack.state |= mix(
+            job, stack.state, stack.state, neighbour_weights(W), round_, range(job.config.clients)
+        )
         for factor in (A, B):
             x[factor], y[factor] = W @ x[factor], W @ y[factor]
             found = [stack.state[kind, factor].numpy() for kind in (VALUE, "tracked", "update")]
