@@ -142,6 +142,23 @@ def methods() -> str:
     return table(["method", "", "trains, T = 2", "travels"], rows)
 
 
+SIZES = {"RoBERTa-large": (48, 1024), "7B": (64, 4096)}
+"""Adapted layers, query and value, and their width."""
+
+
+def which_method() -> str:
+    """What a message has, what holds exactly, and where a method comes from."""
+    rows = []
+    for name, build in METHODS.items():
+        method = build(Config(method=name, switch_every=2))
+        sent = [len(method.kinds) * method.share(t).name.count(x) if method.share(t) else 0
+                for t in range(8) for x in "AB"]  # fmt: skip
+        factors = sum(sent) / 8
+        sizes = [4 * factors * layers * 8 * width / 1e6 for layers, width in SIZES.values()]
+        rows.append([f"`{name}`", *(f"{size:.1f}" for size in sizes), method.exact, method.source])
+    return table(["method", *(f"MB, {name}" for name in SIZES), "exact", "source"], rows)
+
+
 def topologies() -> str:
     """The topologies, with what `plait topologies --clients 10` measures, or eight."""
     rows = []
@@ -208,6 +225,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "logged": logged_figures,
     "loggers": lambda: _summaries("logger", LOGGERS),
     "methods": methods,
+    "which method": which_method,
     "options": options,
     "mixes": mixes,
     "metrics": lambda: table(

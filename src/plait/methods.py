@@ -2,11 +2,6 @@
 
 A method is a value. RoLoRA and ADF-LoRA differ in one word of their rows below, and a new method
 is one more row of `METHODS`: the command line, the conformance suite and the docs pick it up.
-
-Sources: ADF-LoRA (arXiv 2511.18291), Dec-LoRA (2501.15361), FFA-LoRA (2403.12313),
-RoLoRA (2502.01755), FedIT for federated averaging of both factors (2305.05644), TAD-LoRA
-(2602.00451), FedSA-LoRA (2410.01463), DeCAF (2505.21382), FlexLoRA (2402.11505), FedRot-LoRA
-(github.com/haoran-zh/FedRot-LoRA), LA-LoRA (github.com/junkangLiu0/LA-LORA).
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
 from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site
 from plait.optimizers import ADAMW, Optimizer
-from plait.site_mixing import mean_product, rotated_average
+from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
 from plait.topology import exact_after, rho_of
 
 Value = TypeVar("Value")
@@ -110,6 +105,8 @@ class Method:
         topology: The topology that the method is defined on, when it isn't the user's choice.
         weights: The mixing weights, likewise.
         control: What a comparison runs beside it, where there is a gain that it doesn't own.
+        exact: What holds exactly, and when; the tests hold it to that.
+        source: Where it comes from.
     """
 
     summary: str
@@ -125,6 +122,8 @@ class Method:
     topology: str | None = None
     weights: Weights | None = None
     control: Control | None = None
+    exact: str = ""
+    source: str = ""
 
 
 @lru_cache(maxsize=8)
@@ -173,26 +172,29 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=with_frozen(config),
         # Each of ADF's factors moves half as often.
         control=Control(method="dec-lora", lr_factor=0.5),
-    ),
-    "tad": lambda config: replace(
-        METHODS["adf"](replace(config, switch_every=interval_of(config))),
-        summary="TAD-LoRA: ADF-LoRA whose T follows from rho of the topology; "
-        f"T = {interval_of(config)} on {config.topology}",
+        exact="exact averaging: RoLoRA with phases of T; T beyond the run: FFA-LoRA",
+        source="arXiv 2511.18291",
     ),
     "dec-lora": lambda _: Method(
         summary="Dec-LoRA: both factors train, both are mixed",
         train=always(AB),
         share=always(AB),
+        exact="the mean of each factor stays in mixing",
+        source="arXiv 2501.15361",
     ),
     "ffa": lambda _: Method(
         summary="FFA-LoRA: only B trains and is mixed; A stays at the common start",
         train=always(B),
         share=always(B),
+        exact="always: the mean of products is the product of means",
+        source="arXiv 2403.12313",
     ),
     "rolora": lambda _: Method(
         summary="RoLoRA without a server: the factors alternate each round, the active one mixes",
         train=alternate(B, A, every=1),
         share=alternate(B, A, every=1),
+        exact="exact averaging: the resting factor is equal everywhere",
+        source="arXiv 2502.01755",
     ),
     "fedavg": lambda _: Method(
         summary="FedAvg of both factors (FedIT): Dec-LoRA on the complete graph",
@@ -200,16 +202,27 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         topology="complete",
         weights="metropolis",
+        exact="all clients are equal after each round",
+        source="arXiv 2305.05644",
     ),
     "local": lambda _: Method(
         summary="No exchange at all: the control",
         train=always(AB),
         share=always(NONE),
     ),
+    "tad": lambda config: replace(
+        METHODS["adf"](replace(config, switch_every=interval_of(config))),
+        summary="TAD-LoRA: ADF-LoRA whose T follows from rho of the topology; "
+        f"T = {interval_of(config)} on {config.topology}",
+        exact="complete graph: T = 1",
+        source="arXiv 2602.00451",
+    ),
     "fedsa": lambda _: Method(
         summary="FedSA-LoRA: both factors train, only A is mixed; B stays at its client",
         train=always(AB),
         share=always(A),
+        exact="the mean of A stays in mixing",
+        source="arXiv 2410.01463",
     ),
     "decaf": lambda _: Method(
         summary="DeCAF: both factors train; the mean of products, cut to the rank by an SVD",
@@ -217,10 +230,32 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         mix=always(each_site(mean_product, any_rank=True)),
         conserves="nothing",
+        exact="the mean product, where the rank is that of all who are mixed",
+        source="arXiv 2505.21382",
     ),
     "flexlora": lambda config: replace(
         METHODS["decaf"](config),
         summary="FlexLoRA in gossip: DeCAF, with --ranks each client's product cut to its own rank",
+        exact="equal ranks: DeCAF",
+        source="arXiv 2402.11505",
+    ),
+    # Its source prunes ranks while it trains, too, and weights by the norm over all layers.
+    "hetlora": lambda _: Method(
+        summary="HetLoRA in gossip: averaged with weights that grow with the norm of each B A",
+        train=always(AB),
+        share=always(AB),
+        mix=always(each_site(norm_average, any_rank=True)),
+        conserves="nothing",
+        exact="equal norms: Dec-LoRA",
+        source="arXiv 2401.06432",
+    ),
+    "raflora": lambda _: Method(
+        summary="raFLoRA in gossip: with --ranks each direction averaged over those that have it",
+        train=always(AB),
+        share=always(AB),
+        mix=always(each_site(slice_average, any_rank=True)),
+        exact="equal ranks: Dec-LoRA",
+        source="raFLoRA, by its abstract",
     ),
     # The server of its source rotates all to fit the last mean, and tried 1, 0.5, 0.3 and 0.1 for
     # the strength.
@@ -230,6 +265,8 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         mix=alternate(*(each_site(rotated_average(by, strength=1)) for by in (B, A)), every=1),
         conserves="nothing",
+        exact="a rotation leaves the neighbour's B A as it is",
+        source="github.com/haoran-zh/FedRot-LoRA",
     ),
     # Its source begins each round with B, and can smooth the gradients, which this doesn't.
     "la-lora": lambda _: Method(
@@ -237,15 +274,21 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         train=always(AB),
         turn=alternate(B, A, every=1),
         share=always(AB),
+        exact="one step a round: ADF-LoRA with T = 1",
+        source="github.com/junkangLiu0/LA-LORA",
     ),
     "tracking": lambda config: replace(
         tracking(METHODS["dec-lora"](config)),
         summary="Dec-LoRA with gradient tracking, against unequal data; twice the bytes",
+        exact="the mean of corrections is 0; complete graph: Dec-LoRA",
+        source="DIGing, arXiv 1607.03218, on Dec-LoRA",
     ),
     "adf-tracking": lambda config: replace(
         tracking(replace(METHODS["adf"](config), share=always(AB))),
         summary="ADF-LoRA with gradient tracking of the factor that trains; twice the bytes",
         control=Control(method="tracking", lr_factor=0.5),
+        exact="complete graph: ADF-LoRA",
+        source="the same, on ADF-LoRA",
     ),
 }
 

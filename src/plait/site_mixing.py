@@ -5,8 +5,8 @@ so the result is bitwise the same however many clients are mixed at once, and on
 
 Legend: m own clients, n that were heard, r rank, k how many a client hears, itself included.
 
-Sources: DeCAF (Saadati et al. 2025, arXiv 2505.21382); FedRot-LoRA, as its code has it
-(github.com/haoran-zh/FedRot-LoRA).
+Sources: DeCAF (Saadati et al. 2025, arXiv 2505.21382); HetLoRA (Cho et al. 2024, 2401.06432);
+FedRot-LoRA, as its code has it (github.com/haoran-zh/FedRot-LoRA).
 """
 
 from __future__ import annotations
@@ -41,6 +41,45 @@ def mean_product(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteF
         for own, found in zip(mixed, factorized(wide, tall, len(mine[0][i])), strict=True):
             own[i].copy_(found)
     return mixed
+
+
+def slice_average(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteFactors:
+    """raFLoRA: each of the r directions averaged over those that have it.
+
+    Whoever's A is zero there lacks it, and leaves its weight with the receiver. See `SiteRule` for
+    arguments and result.
+    """
+    mixed = mine[0].clone(), mine[1].clone()
+    for i, j in zip(*np.nonzero(W), strict=True):
+        has = theirs[0][j].any(dim=1)
+        for k, mask in enumerate((has[:, None], has[None])):
+            step = torch.where(mask, theirs[k][j] - mine[k][i], 0.0)
+            mixed[k][i].add_(step, alpha=float(W[i, j]))
+    return mixed
+
+
+def norm_average(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteFactors:
+    """HetLoRA: a client's weight is w_ij times the norm of its B A, over the sum of these.
+
+    Where all products are zero the weights are those of W. See `SiteRule` for arguments and result.
+    """
+    mixed = mine[0].clone(), mine[1].clone()
+    for i, row in enumerate(W):
+        heard = np.flatnonzero(row)
+        weights = np.array([1 - row[heard].sum(), *row[heard]])
+        weights *= np.array([_norm(*mine, i), *(_norm(*theirs, int(j)) for j in heard)])
+        total = weights.sum()
+        for j, weight in zip(heard, weights[1:] / total if total else row[heard], strict=True):
+            for k in range(2):
+                mixed[k][i].add_(theirs[k][j] - mine[k][i], alpha=float(weight))
+    return mixed
+
+
+def _norm(A: Tensor, B: Tensor, client: int) -> float:
+    """||B A||_F of one client, of A (m, r, d_in) and B (m, d_out, r)."""
+    a, b = exact(A[client]), exact(B[client])
+    with one_thread():
+        return float(((a @ a.mT) * (b.mT @ b)).sum().clamp(min=0).sqrt())
 
 
 def factorized(wide: Tensor, tall: Tensor, rank: int) -> SiteFactors:

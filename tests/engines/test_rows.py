@@ -24,6 +24,7 @@ from plait.methods import METHODS
 from plait.mixing import neighbour_weights
 from plait.privacy import seeded_noise
 from plait.runs.run import Run
+from plait.site_mixing import slice_average
 from plait.topology import build_schedule
 
 CONFIG = Config(
@@ -68,6 +69,12 @@ def twin_decaf(A, B, W, _round):
     return mixed_A, mixed_B
 
 
+def twin_hetlora(A, B, W, _round):
+    norms = np.array([np.linalg.norm(b @ a) for a, b in zip(A, B, strict=True)])
+    weights = W * norms / (W @ norms)[:, None]
+    return twin_average(A, weights), twin_average(B, weights)
+
+
 def twin_fedrot(A, B, W, round_):
     mixed_A, mixed_B = np.zeros_like(A), np.zeros_like(B)
     for i, j in itertools.product(range(len(A)), repeat=2):
@@ -88,6 +95,7 @@ TWINS = {
     "decaf": twin_decaf,
     "flexlora": twin_decaf,
     "fedrot": twin_fedrot,
+    "hetlora": twin_hetlora,
 }
 """Those of the others average both factors."""
 
@@ -122,6 +130,24 @@ def test_mixing_equals_its_twin(method, clients, seed, round_, p):
             np.testing.assert_allclose(
                 found[site.name], one, rtol=0, atol=1e-6 * max(1, abs(one).max())
             )
+
+
+def test_a_direction_is_averaged_over_those_that_have_it():
+    """raFLoRA with ranks 3, 1 and 2: a numpy twin with masks."""
+    rng, ranks = np.random.default_rng(0), [3, 1, 2]
+    A, B = rng.normal(size=(3, 3, 5)), rng.normal(size=(3, 4, 3))
+    for k, rank in enumerate(ranks):
+        A[k, rank:], B[k, :, rank:] = 0, 0
+    W = build_schedule(Config(topology="ring", clients=3))(0)
+    found = slice_average(*[(torch.tensor(A), torch.tensor(B))] * 2, neighbour_weights(W))
+    for i, direction in itertools.product(range(3), range(3)):
+        own = A[i, direction], B[i, :, direction]
+        for k, value in enumerate((found[0][i, direction], found[1][i, :, direction])):
+            other = [(A[j, direction], B[j, :, direction])[k] for j in range(3)]
+            expected = own[k] + sum(
+                W[i, j] * (other[j] - own[k]) for j in range(3) if direction < ranks[j]
+            )
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
 
 
 # -- engines
