@@ -123,3 +123,19 @@ def test_what_is_equal_need_not_be_sent(topology, degree):
     for factor, value in ends[0].items():
         torch.testing.assert_close(ends[1][factor], value, rtol=0, atol=1e-5)
     assert sent[1] < 0.8 * sent[0]
+
+
+def test_the_shares_of_the_docs_are_those_of_the_schedule():
+    page = (Path(__file__).parents[1] / "docs" / "which-method.md").read_text()
+    for row, graph in (
+        ("`hypercube`, 8 clients", {"topology": "hypercube", "clients": 8}),
+        ("`base`, 10 clients, degree 1", {"topology": "base", "clients": 10, "degree": 1}),
+        ("`base`, 10 clients, degree 2", {"topology": "base", "clients": 10, "degree": 2}),
+        ("`complete`", {"topology": "complete", "clients": 10}),
+    ):
+        found = []
+        for T in (5, 10, 20):
+            share = build_method(Config(**graph, frozen_every=0, switch_every=T, rounds=300)).share
+            found.append(sum(len(str(share(t).name)) for t in range(300)) / 600)
+        cells = " | ".join(f"{one:.2f}".lstrip("0") for one in found)
+        assert f"| {row} | {cells} |" in page
