@@ -113,7 +113,7 @@ def start_peer(
     def write(rows, round_, active, kind):
         return encode(
             job.own(rows, me), layout=job.layout_of(me), federation="f", config_digest="d",
-            sender=names[me], round=round_, active=active, kind=kind,
+            sender=names[me], round=round_, active=active, kind=kind, wire=config.wire,
         )  # fmt: skip
 
     hub.identities[names[me]] = Identity(
@@ -124,6 +124,7 @@ def start_peer(
         max_message_bytes=1 << 20,
         kinds=job.method.kinds,
         rank_of=lambda name: config.rank_of(names.index(name)),
+        wire=config.wire,
     )
     hub.desks[names[me]] = desk
     return Peer(

@@ -29,6 +29,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Scale = Literal["lora", "rslora", "sfed"]
+Wire = Literal["float32", "bfloat16"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
 TestSplit = Literal["common", "client"]
@@ -56,6 +57,9 @@ class MethodSettings:
     mix: str = "average"
     """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
     liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
+    wire: Wire = "float32"
+    """Type of the values in messages. `bfloat16` halves the bytes; what rounding takes off a
+    client's values stays with it."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0
@@ -407,7 +411,7 @@ class Machine:
 
 
 CAME_LATER = (
-    "load_in", "ranks", "scale", "frozen_every", "switch_scale", "degree", "radius",
+    "load_in", "ranks", "scale", "wire", "frozen_every", "switch_scale", "degree", "radius",
 )  # fmt: skip
 """Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 

@@ -176,6 +176,11 @@ def test_so_they_do_with_clients_of_different_rank(method):
         all_agree(config)
 
 
+@pytest.mark.parametrize("method", ["adf", "decaf", "tracking", "local"])
+def test_so_they_do_on_messages_of_fewer_bits(method):
+    all_agree(config_of(method, topology="ring", wire="bfloat16"))
+
+
 def all_agree(config):
     job = tiny_job(config)
     stack = job.initial_stack()

@@ -31,8 +31,9 @@ from plait.peers.envelope import (
     write_question,
     write_refusal,
 )
-from plait.peers.message_body import pack, template_of, unpack
+from plait.peers.message_body import digest_of, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
+from plait.wire_types import WIRE_TYPES
 
 LAYOUT = Layout(
     (Site("encoder.0.query", 6, 4), Site("encoder.0.value", 6, 6)),
@@ -101,6 +102,23 @@ def test_factors_arrive_bit_for_bit(factors):
     for factor in sent:
         assert torch.equal(taken[factor], sent[factor])
         taken[factor].add_(1)  # it is the receiver's own memory
+
+
+def test_values_of_fewer_bits_arrive_as_they_were_rounded():
+    half = dataclasses.replace(IDENTITY, wire="bfloat16")
+    fields = {"federation": "fed", "config_digest": "c0ffee", "sender": "alice", "round": 3}
+    for kind in ("round", "state"):
+        message = encode(some_factors(), layout=LAYOUT, active="B", wire="bfloat16", kind=kind, **fields)  # fmt: skip
+        message = Message(dataclasses.replace(message.header, receiver="bob"), message.body)
+        half.check(message.header, ALICE)
+        taken = decode(message.header, message.body, half)
+        rounded = WIRE_TYPES["bfloat16" if kind == "round" else "float32"].rounded
+        for slot, row in some_factors().items():
+            assert torch.equal(taken[slot], rounded(row))
+        assert message.values_digest == digest_of(taken), "as both note it in their books"
+        refused = reason_of(IDENTITY.check, message.header, ALICE) if kind == "round" else None
+        assert refused in (None, Reason.WRONG_SHAPE)
+    assert message.values_bytes == 4 * sum(row.numel() for row in taken.values())
 
 
 def test_the_body_does_not_change_with_the_factors():

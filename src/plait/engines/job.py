@@ -32,6 +32,7 @@ from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import build_schedule, rho_of
+from plait.wire_types import WIRE_TYPES
 
 Edge = tuple[int, int, float]
 """(i, j, w_ij): client i heard j and gave it the weight."""
@@ -146,8 +147,8 @@ class Job:
 
     def message_bytes(self, round_: int, client: int) -> int:
         """The bytes of what a client sends to each neighbour in a round."""
-        layout = self.layout_of(client)
-        return 4 * sum(layout.size(factor) for _, factor in self.shared(round_))
+        layout, wire = self.layout_of(client), WIRE_TYPES[self.config.wire]
+        return wire.item_bytes * sum(layout.size(factor) for _, factor in self.shared(round_))
 
     def sent_bytes(self, round_: int, edges: Iterable[Edge]) -> int:
         """The bytes of all that was heard in a round."""

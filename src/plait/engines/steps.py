@@ -16,6 +16,7 @@ from plait.lora import Stack, State
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
+from plait.wire_types import WIRE_TYPES
 
 Phase = Callable[[Job, Stack, int, Sequence[int]], np.ndarray]
 """(job, stack, round, clients) -> (n,) losses: the local steps of a round, changing the stack's
@@ -99,9 +100,13 @@ def mix(
         Slot -> (m, P) after mixing, of the slots that travel.
     """
     slots = job.shared(round_)
-    own, theirs = ({slot: state[slot] for slot in slots} for state in (mine, heard))
-    combine = job.method.mix(round_).combine
-    mixed = combine(job.backbone.layout, own, theirs, W) if slots else {}
+    if not slots:
+        return {}
+    method, rounded = job.method.mix(round_), WIRE_TYPES[job.config.wire].rounded
+    own, theirs = ({slot: rounded(state[slot]) for slot in slots} for state in (mine, heard))
+    mixed = method.combine(job.backbone.layout, own, theirs, W)
+    if job.config.wire != "float32" and not method.together:  # what rounding took off stays
+        mixed = {slot: value + (mine[slot] - own[slot]) for slot, value in mixed.items()}
     job.cut(mixed, clients)
     return mixed
 

@@ -20,8 +20,9 @@ from xxhash import xxh3_128
 
 from plait.factors import VALUE, Factor, Slot, slots_name
 from plait.lora import Layout
-from plait.peers.message_body import DTYPE, LENGTH, Template, pack, template_of, unpack
+from plait.peers.message_body import LENGTH, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
+from plait.wire_types import OF_DTYPE, WIRE_TYPES
 
 VERSION = 2
 PIECE_BYTES = 1 << 22
@@ -62,7 +63,7 @@ class Header:
     receiver: str
     num_bytes: int
     digest: bytes
-    dtype: str = DTYPE
+    dtype: str = "F32"
     version: int = VERSION
 
     @property
@@ -86,7 +87,8 @@ class Message:
     @cached_property
     def values_digest(self) -> str:
         """The SHA-256 of the values, as `digest_of` has it of rows; computed once."""
-        return sha256(memoryview(self.body)[-self.values_bytes :]).hexdigest()
+        values = memoryview(self.body)[-self.values_bytes :]
+        return sha256(OF_DTYPE[self.header.dtype].from_bytes(values).data).hexdigest()
 
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
@@ -186,6 +188,7 @@ class Identity:
         max_message_bytes: The most that a body may have.
         norm_bound: The largest norm of a message's values, if there is one.
         rank_of: Name -> that peer's rank; all have the layout's if not given.
+        wire: The type of the values in a round's messages, a key of `WIRE_TYPES`.
     """
 
     name: str
@@ -196,6 +199,11 @@ class Identity:
     norm_bound: float | None = None
     kinds: tuple[str, ...] = (VALUE,)
     rank_of: Callable[[str], int] | None = None
+    wire: str = "float32"
+
+    def dtype_of(self, kind: str) -> str:
+        """The type of the values of a kind of message: a state is never rounded."""
+        return WIRE_TYPES[self.wire if kind == "round" else "float32"].dtype
 
     def layout_of(self, sender: str) -> Layout:
         """Of the factors that a peer sends."""
@@ -230,7 +238,7 @@ class Identity:
             "receiver": (self.name, Reason.WRONG_RECEIVER),
             "config_digest": (self.config_digest(header.about), Reason.WRONG_CONFIG),
             "layout": (layout_digest(self.layout_of(header.sender)), Reason.WRONG_SHAPE),
-            "dtype": (DTYPE, Reason.WRONG_SHAPE),
+            "dtype": (self.dtype_of(getattr(header, "kind", "")), Reason.WRONG_SHAPE),
         }
         if getattr(header, "kind", "") in ("settings", "status", "members"):
             del expected["config_digest"]  # one with others is told which they are
@@ -248,7 +256,7 @@ class Identity:
         slots = self._slots.get(header.factors)
         if slots is None:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
-        template = template_of(self.layout_of(header.sender), slots)
+        template = template_of(self.layout_of(header.sender), slots, self.dtype_of(header.kind))
         most = min(template.most_bytes, self.max_message_bytes)
         if header.num_bytes > most:
             raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
@@ -275,6 +283,7 @@ def encode(
     round: int,
     active: str,
     kind: Literal["round", "state"] = "round",
+    wire: str = "float32",
 ) -> Message:
     """A message with some slots, addressed to nobody yet.
 
@@ -287,8 +296,10 @@ def encode(
         round: The round of the slots.
         active: The factors that trained in it.
         kind: What the slots are.
+        wire: The type of the values, a key of `WIRE_TYPES`; of a state they are float32.
     """
-    body = pack(slots, template_of(layout, tuple(slots)))
+    dtype = WIRE_TYPES[wire if kind == "round" else "float32"].dtype
+    body = pack(slots, template_of(layout, tuple(slots), dtype))
     header = Header(
         federation=federation,
         kind=kind,
@@ -301,6 +312,7 @@ def encode(
         receiver="",
         num_bytes=len(body),
         digest=xxh3_128(body).digest(),
+        dtype=dtype,
     )
     return Message(header, body)
 

@@ -29,9 +29,8 @@ from torch import Tensor
 from plait.factors import Slot, slot_name
 from plait.lora import Layout
 from plait.peers.refusals import Reason, Refused
+from plait.wire_types import OF_DTYPE, WireType
 
-DTYPE = "F32"
-ITEM_BYTES = 4
 LENGTH = struct.Struct("<Q")
 Span = tuple[int, int]
 Values = npt.NDArray[np.float32]
@@ -44,11 +43,12 @@ class Part:
     name: str
     slot: Slot
     shape: tuple[int, ...]
+    dtype: str = "F32"
 
     @property
     def num_bytes(self) -> int:
         """Of its values."""
-        return ITEM_BYTES * math.prod(self.shape)
+        return OF_DTYPE[self.dtype].item_bytes * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Template:
     """The tensors that a body must hold, no more and no fewer, in the order of a client's row."""
 
     parts: tuple[Part, ...]
+
+    @property
+    def wire(self) -> WireType:
+        """The type of all values."""
+        return OF_DTYPE[self.parts[0].dtype]
 
     @cached_property
     def values_bytes(self) -> int:
@@ -69,7 +74,7 @@ class Template:
         start = 0
         for part in self.parts:
             span = [start, start + part.num_bytes]
-            entries[part.name] = {"dtype": DTYPE, "shape": part.shape, "data_offsets": span}
+            entries[part.name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": span}
             start += part.num_bytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -98,11 +103,11 @@ class Template:
 
 
 @lru_cache(maxsize=16)
-def template_of(layout: Layout, slots: tuple[Slot, ...]) -> Template:
+def template_of(layout: Layout, slots: tuple[Slot, ...], dtype: str = "F32") -> Template:
     """The tensors of some slots of a layout."""
     return Template(
         tuple(
-            Part(f"{slot_name(slot)}/{name}", slot, shape)
+            Part(f"{slot_name(slot)}/{name}", slot, shape, dtype)
             for slot in slots
             for name, shape in layout.shapes(slot[1]).items()
         )
@@ -117,8 +122,9 @@ def pack(slots: Mapping[Slot, Tensor], template: Template) -> bytes:
         template: Its tensors.
     """
     rows = [slots[slot] for slot in template.rows]
-    assert sum(row.numel() for row in rows) * ITEM_BYTES == template.values_bytes
-    arrays = [row.detach().cpu().contiguous().numpy() for row in rows]
+    wire = template.wire
+    assert sum(row.numel() for row in rows) * wire.item_bytes == template.values_bytes
+    arrays = [wire.to_array(row.detach().cpu().contiguous()) for row in rows]
     return b"".join([template.head, *(array.data.cast("B") for array in arrays)])
 
 
@@ -146,7 +152,7 @@ def unpack(
     else:
         values = _in_order(body, template)
     rows = {
-        slot: np.frombuffer(values[start:end], "<f4").copy()
+        slot: template.wire.from_bytes(values[start:end])
         for slot, (start, end) in template.rows.items()
     }
     _check_values(rows, norm_bound)
@@ -222,7 +228,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _span(entry: object, part: Part) -> Span:
     """The place that the head gives a tensor, when it describes it as the template does."""
-    expected = {"dtype": DTYPE, "shape": list(part.shape)}
+    expected = {"dtype": part.dtype, "shape": list(part.shape)}
     if not isinstance(entry, dict) or entry.keys() != {*expected, "data_offsets"}:
         raise Refused(Reason.MALFORMED, f"{part.name} needs dtype, shape and data_offsets")
     span = entry.pop("data_offsets")

@@ -78,6 +78,7 @@ from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder, load_events
 from plait.runs.samples import write_samples
+from plait.wire_types import WIRE_TYPES
 
 LOG = logging.getLogger("plait.peer")
 
@@ -280,6 +281,7 @@ class Process:
             round=round_,
             active=active,
             kind="state" if kind == "state" else "round",
+            wire=self.job.config.wire,
         )
 
     def _rank_of(self, name: str) -> int:
@@ -411,7 +413,8 @@ class Process:
         sent = load_beside(self.folder.checkpoint_file, SENT)
         if sent is None:
             return
-        template = template_of(self.job.layout_of(self.me), self.job.shared(round_))
+        wire = WIRE_TYPES[self.job.config.wire]
+        template = template_of(self.job.layout_of(self.me), self.job.shared(round_), wire.dtype)
         rows = self.job.whole(unpack(bytearray(sent.numpy()), template), self.me)
         active = self.desk.inbox.turn(round_).active
         (last,) = (e for e in self.done if isinstance(e, RoundDone) and e.round == round_)

@@ -168,6 +168,7 @@ class GrpcTransport:
             config_digest=members.digest,
             layout=layout,
             rank_of=rank_of,
+            wire=federation.config.wire,
             max_message_bytes=limits.max_message_bytes,
             norm_bound=limits.norm_bound,
             kinds=kinds,
