@@ -108,7 +108,9 @@ def test_values_of_fewer_bits_arrive_as_they_were_rounded():
     half = dataclasses.replace(IDENTITY, wire="bfloat16")
     fields = {"federation": "fed", "config_digest": "c0ffee", "sender": "alice", "round": 3}
     for kind in ("round", "state"):
-        message = encode(some_factors(), layout=LAYOUT, active="B", wire="bfloat16", kind=kind, **fields)  # fmt: skip
+        message = encode(
+            some_factors(), layout=LAYOUT, active="B", wire="bfloat16", kind=kind, **fields
+        )
         message = Message(dataclasses.replace(message.header, receiver="bob"), message.body)
         half.check(message.header, ALICE)
         taken = decode(message.header, message.body, half)
