@@ -219,9 +219,9 @@ def careless_about_certificates() -> None:
 
 def without_certificate() -> None:
     """A client that shows no certificate at all."""
-    original = transport.grpc.ssl_channel_credentials
+    original = keyring.grpc.ssl_channel_credentials
     careless_about_certificates()
-    transport.grpc.ssl_channel_credentials = lambda ca, *_: original(ca)
+    keyring.grpc.ssl_channel_credentials = lambda ca, *_: original(ca)
 
 
 def hostile(kind: str) -> None:
