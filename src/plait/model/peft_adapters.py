@@ -98,7 +98,7 @@ def lora_config(
     return LoraConfig(
         task_type="CAUSAL_LM" if backbone.objective is LANGUAGE else None,
         r=rank,
-        lora_alpha=config.lora_alpha * rank / config.rank,  # type: ignore[arg-type]
+        lora_alpha=config.lora_alpha * (rank / config.rank),  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         # Whole paths: a bare `query` would also match layers that were not adapted.
         target_modules=[site.name for site in backbone.layout.sites],

@@ -6,6 +6,7 @@ adapters know it by that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -151,7 +152,7 @@ def _check_layers(layers: Mapping[str, Any], adapter: str, layout: Layout) -> No
         raise ValueError(f"The model {' and '.join(said)}, unlike the federation: {remedy}.")
     for name, layer in layers.items():
         rank, scale = layer.r[adapter], layer.scaling[adapter]
-        if (rank, scale) != (layout.rank, layout.scale):
+        if rank != layout.rank or not math.isclose(scale, layout.scale):
             raise ValueError(
                 f"{name} has rank {rank} and alpha {scale * rank:g}, in the federation it has rank "
                 f"{layout.rank} and alpha {layout.scale * layout.rank:g}: {remedy}."
