@@ -46,9 +46,19 @@ def test_what_are_no_ranks_is_said(ranks):
         Config(ranks=ranks)
 
 
-def test_another_rank_beside_them_is_refused():
-    with pytest.raises(ValueError, match="the largest of ranks 8; leave out rank"):
-        Config(rank=16, ranks="4,8")
+def test_other_ranks_may_take_their_place():
+    assert dataclasses.replace(CONFIG, ranks="2,1").rank == 2
+
+
+def test_a_list_may_be_longer_than_a_files_name():
+    many = Config(ranks=",".join(["4", "2"] * 500), clients=1000)
+    assert Config.from_json(many.to_json()) == many
+
+
+def test_a_file_that_holds_something_else_is_named(tmp_path):
+    (tmp_path / "ranks.txt").write_text("# ranks\n4\n")
+    with pytest.raises(ValueError, match=r"ranks\.txt: ranks is"):
+        Config(ranks=str(tmp_path / "ranks.txt"))
 
 
 @pytest.mark.parametrize(

@@ -314,10 +314,6 @@ class Config(
     def _take_ranks(self, given: str) -> None:
         """Keep the numbers themselves, with the largest as `rank`; equal ones are no list."""
         ranks = read_ranks(given)
-        if self.rank not in (Config.rank, max(ranks)):
-            raise ValueError(
-                f"rank is {self.rank}, and the largest of ranks {max(ranks)}; leave out rank."
-            )
         same = len(set(ranks)) == 1
         object.__setattr__(self, "ranks", None if same else ",".join(map(str, ranks)))
         object.__setattr__(self, "rank", max(ranks))

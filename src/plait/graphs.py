@@ -181,7 +181,7 @@ def mobility(config: Config) -> Graphs:
         here, there = waypoints[leg, each], waypoints[leg + 1, each]
         place = here + (walked - first - leg)[:, None] * (there - here)
         apart = np.square(place[:, None] - place).sum(axis=-1)
-        adjacency: Adjacency = apart <= config.radius**2
+        adjacency: Adjacency = apart <= min(config.radius, 2.0) ** 2
         np.fill_diagonal(adjacency, False)
         return adjacency
 

@@ -186,7 +186,7 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         summary="FFA-LoRA: only B trains and is mixed; A stays at the common start",
         train=always(B),
         share=always(B),
-        exact="always: the mean of products is the product of means",
+        exact="one rank: the mean of products is the product of means",
         source="arXiv 2403.12313",
     ),
     "rolora": lambda _: Method(

@@ -25,11 +25,18 @@ def listed(ranks: str) -> tuple[int, ...]:
 
 
 def read_ranks(given: str) -> tuple[int, ...]:
-    """The numbers of `4,8,16`, or of a file with one on each line.
+    """The numbers of `4,8,16`, or of a file that has them on lines.
 
     Raises:
         ValueError: They are none, or the file can't be read as text.
         OSError: It can't be read.
     """
+    if not any(character.isalpha() or character in "/._" for character in given):
+        return listed(given)  # not a path, and perhaps too long for one
     path = Path(given)
-    return listed(",".join(read_text(path).split()) if path.is_file() else given)
+    if not path.is_file():
+        return listed(given)
+    try:
+        return listed(",".join(read_text(path).replace(",", " ").split()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

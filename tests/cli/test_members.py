@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
 @pytest.fixture
 def fed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = Config(task="file", topology="complete")
+    config = Config(task="file", topology="complete", rounds=60)
     return init_federation(tmp_path / "fed", ("ada", "ben", "cai"), config)
 
 
@@ -54,6 +54,10 @@ def test_the_pages_commands_make_a_list_that_counts(fed, capsys):
     [
         (["propose", "--leave=cai"], "needs --from-round"),
         (["propose", "--from-round=3"], "--join or --leave"),
+        (["propose", "--from-round=3", "--leave=,"], "--join or --leave"),
+        (["propose", "--from-round=0", "--join=dan=d.org:1"], "holds from round 0"),
+        (["propose", "--from-round=60", "--leave=cai"], "the run has 60"),
+        (["propose", "--from-round=3", "--leave=ada,ben"], "nobody would be left to meet cai"),
         (["propose", "--from-round=3", "--leave=eve"], "There is no peer 'eve'"),
         (["propose", "--from-round=3", "--join=dan=nowhere"], "host:port"),
         (["propose", "--from-round=3", "--join=ada=a.org:1"], "ada"),
@@ -65,3 +69,19 @@ def test_what_can_t_be_is_one_line(fed, capsys, words, why):
     assert main(["members", *words, "--config=fed/federation.toml", "--name=ada"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert why in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "why"),
+    [
+        ({"method": "tad", "topology": "ring"}, "--join=dan=d.org:1,eve=e.org:1,fay=f.org:1",
+         "tad would train or send other factors"),
+        ({"frozen_every": 0}, "--leave=cai", "frozen_every is 0"),
+    ],
+)  # fmt: skip
+def test_what_the_others_would_not_know_is_refused(tmp_path, capsys, settings, change, why):
+    config = Config(task="file", rounds=60, **{"topology": "complete"} | settings)
+    init_federation(tmp_path / "fed", ("ada", "ben", "cai"), config)
+    file = f"--config={tmp_path / 'fed' / 'federation.toml'}"
+    assert main(["members", "propose", file, "--name=ada", "--from-round=20", change]) == 1
+    assert why in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_the_past_and_the_places_stay(peers, why):
 
 
 def test_nobody_joins_where_the_scale_depends_on_how_many_there_are():
-    config = Config(task="chat", topology="complete", clients=3, scale="sfed")
+    config = Config(task="chat", topology="complete", clients=3, scale="sfed", rounds=40)
     for scale in ("lora", "sfed"):
         federation = Federation(
             id="f", config=dataclasses.replace(config, scale=scale), peers=FIRST.peers

@@ -72,7 +72,7 @@ def _propose(given: MembersCommand, _own: PeerSettings, known: Members) -> None:
     from plait.peers.federation import Member
     from plait.peers.roster import after, write_roster
 
-    if given.from_round is None or not (given.join or given.leave):
+    if given.from_round is None or not (split(given.join) or split(given.leave)):
         raise ValueError("plait members propose needs --from-round, and --join or --leave.")
     new = [
         Member(name=name, address=address, reachable=bool(address))

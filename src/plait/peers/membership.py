@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from plait.config import Config
 from plait.machine.files import write_atomically
 from plait.machine.text_files import read_text
-from plait.methods import settled
+from plait.methods import build_method, settled
 from plait.mixing import neighbour_weights
 from plait.peers.federation import Federation, PeerSettings, load_federation
 from plait.peers.pem import certificates_in, read_pem
@@ -83,6 +84,7 @@ class Members:
                 "dealt to the first members; where each peer has rows of its own, others can"
             )
         config = dataclasses.replace(first, clients=len(roster.peers))
+        _check_sense(roster, first, config)
         if config.lora_alpha != first.lora_alpha:
             raise ValueError(
                 f"nobody can join: with --scale {first.scale} the model depends on how many "
@@ -214,12 +216,34 @@ def _version_of(path: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def _check_sense(roster: Roster, first: Config, config: Config) -> None:
+    start, rounds = roster.from_round, config.rounds
+    if not 0 < start < rounds:
+        raise ValueError(f"it holds from round {start}, and the run has {rounds}, from 0 on")
+    here = [one.name for one in roster.peers if one.takes_part(start)]
+    if len(here) < 2:
+        raise ValueError(f"nobody would be left to meet {', '.join(here) or 'anybody'}")
+    old, new = build_method(first), build_method(config)
+    if any((old.train(t), old.share(t)) != (new.train(t), new.share(t)) for t in range(rounds)):
+        raise ValueError(
+            f"with another number of members {config.method} would train or send other factors in "
+            "a round, and those that are there would not know"
+        )
+
+
 def check_members(federation: Federation) -> None:
     """Refuse what the graph can't give.
 
     Raises:
         ValueError: What needs a symmetric W has none, or two would have to meet that can't.
     """
+    if federation.config.frozen_every == 0 and any(
+        one.joins or one.leaves is not None for one in federation.peers
+    ):
+        raise ValueError(
+            "frozen_every is 0, and members come or go, so what would be equal at all isn't; put "
+            "frozen_every = 1 under [run] of federation.toml."
+        )
     _check_symmetry(federation)
     _check_reachability(federation)
 
