@@ -29,8 +29,9 @@ import torch
 from plait.config import Config
 from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
+from plait.peers.audit import Book
 from plait.peers.certificates import free_ports, init_federation
-from plait.peers.codec import Answer, Header, Question, encode
+from plait.peers.codec import Answer, Header, Message, Question, encode
 from plait.peers.federation import Federation, PeerSettings, load_federation, load_peer
 from plait.peers.membership import Members
 from plait.peers.refusals import Reason
@@ -95,7 +96,7 @@ class RawTls:
 
 
 class Grpc:
-    """The transport as a peer uses it."""
+    """The transport as a peer uses it, with an audit book."""
 
     def __init__(self, federation: Federation, settings: PeerSettings, index: int) -> None:
         self.federation, self.index = federation, index
@@ -104,12 +105,21 @@ class Grpc:
         self.factors = {(VALUE, f): torch.randn(LAYOUT.size(f)) for f in (Factor.A, Factor.B)}
         self.rounds = 0
         self.pool = ThreadPoolExecutor(2)
+        settings.out.mkdir(parents=True)
+        self.book = Book(settings.out, None)
 
     def admit(self, header: Header) -> None:
         pass
 
     def take(self, header: Header, factors: dict[Factor, torch.Tensor]) -> None:
+        self.book.note("took", factors, peer=header.sender, what="round", round=header.round)
         self.taken.put(header)
+
+    def gave(self, asker: str, message: Message) -> None:
+        pass
+
+    def moving(self, sender: str, until: float) -> None:
+        pass
 
     def answer(self, question: Question) -> Answer:
         return Answer({})
@@ -123,7 +133,7 @@ class Grpc:
             self.factors,
             layout=LAYOUT,
             federation=self.federation.id,
-            config_digest=self.transport.identity.config_digest,
+            config_digest=self.transport.identity.config_digest(0),
             sender=names[self.index],
             round=self.rounds,
             active="B",
@@ -138,11 +148,13 @@ class Grpc:
         for job in jobs:
             ack = job.result()
             assert ack.accepted, ack
+            self.book.note("sent", message, peer="neighbour", what="round", round=self.rounds)
         for _ in jobs:
             self.taken.get(timeout=DEADLINE_S)
 
     def close(self) -> None:
         self.transport.stop(0.5)
+        self.book.close()
         self.pool.shutdown()
 
 
