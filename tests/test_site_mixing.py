@@ -9,11 +9,21 @@ import torch
 from plait.config import Config
 from plait.factors import A, B
 from plait.mixing import average, neighbour_weights
-from plait.site_mixing import factorized, mean_product, nearest_rotation, rotated, rotated_average
+from plait.site_mixing import (
+    factorized,
+    mean_product,
+    nearest_rotation,
+    norm_average,
+    rotated,
+    rotated_average,
+    slice_average,
+)
 from plait.topology import build_schedule
 
 RULES = {
     "decaf": mean_product,
+    "hetlora": norm_average,
+    "raflora": slice_average,
     "fedrot by A": rotated_average(A, 1),
     "fedrot by B": rotated_average(B, 0.5),
 }

@@ -33,6 +33,11 @@ LEG = 5
 """Rounds that a client of `mobility` walks from one waypoint to the next."""
 
 
+def one_peer_period(N: int) -> int:
+    """ceil(log2 N), and 1 for a single client: how many distances 1, 2, 4, ... there are."""
+    return max(1, (N - 1).bit_length())
+
+
 # -- one graph for all rounds
 
 
@@ -76,7 +81,7 @@ def torus(config: Config) -> Graphs:
 
 def exponential(config: Config) -> Graphs:
     """Neighbours at distance 1, 2, 4, 8, ... on a ring."""
-    hops = [2**j for j in range(max(1, (config.clients - 1).bit_length()))]
+    hops = [2**j for j in range(one_peer_period(config.clients))]
     return _fixed(_adjacency(nx.circulant_graph(config.clients, hops)))
 
 

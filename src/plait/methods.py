@@ -331,7 +331,7 @@ def _check(method: Method, config: Config) -> None:
         raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
     for round_ in range(config.rounds):
         together = method.mix(round_).together
-        if (part := method.share(round_) & together) not in (NONE, together):
+        if together and (part := method.share(round_) & together) not in (NONE, together):
             raise ValueError(
                 f"{config.method} mixes {together.name} together and shares only {part.name} in "
                 f"round {round_}: let them travel in the same rounds, or mix with each_factor."

@@ -64,10 +64,11 @@ def norm_average(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteF
     Where all products are zero the weights are those of W. See `SiteRule` for arguments and result.
     """
     mixed = mine[0].clone(), mine[1].clone()
+    norms = {j: _norm(*theirs, int(j)) for j in np.flatnonzero(W.any(axis=0))}
     for i, row in enumerate(W):
         heard = np.flatnonzero(row)
         weights = np.array([1 - row[heard].sum(), *row[heard]])
-        weights *= np.array([_norm(*mine, i), *(_norm(*theirs, int(j)) for j in heard)])
+        weights *= np.array([_norm(*mine, i), *(norms[j] for j in heard)])
         total = weights.sum()
         for j, weight in zip(heard, weights[1:] / total if total else row[heard], strict=True):
             for k in range(2):

@@ -23,7 +23,7 @@ from scipy.linalg import eigvalsh
 from plait import graphs
 from plait.base_graph import base_turns
 from plait.config import Config
-from plait.graphs import Graphs
+from plait.graphs import Graphs, one_peer_period
 from plait.lookup import lookup
 from plait.mixing_matrix import WEIGHTS, Matrix
 from plait.rng import stream
@@ -56,11 +56,6 @@ def _static(build: Callable[[Config], Graphs], config: Config) -> MixingSchedule
     return lambda t: W.copy()  # not shared: a caller may write into it
 
 
-def _one_peer_period(N: int) -> int:
-    """ceil(log2 N), and 1 for a single client."""
-    return max(1, (N - 1).bit_length())
-
-
 def _half_with(partner: npt.NDArray[np.int64]) -> Matrix:
     """Partners (N,) -> W (N, N): half of oneself, half of the partner."""
     W = np.eye(len(partner)) / 2
@@ -69,7 +64,7 @@ def _half_with(partner: npt.NDArray[np.int64]) -> Matrix:
 
 
 def _one_peer_exponential(config: Config) -> MixingSchedule:
-    N, period = config.clients, _one_peer_period(config.clients)
+    N, period = config.clients, one_peer_period(config.clients)
     return lambda t: _half_with((np.arange(N) + 2 ** (t % period)) % N)
 
 
@@ -81,7 +76,7 @@ def _hypercube(config: Config) -> MixingSchedule:
             f"Topology hypercube needs a power of two as the number of clients, such as {below} "
             f"or {2 * below}; there are {N}. one_peer_exponential takes any number."
         )
-    return lambda t: _half_with(np.arange(N) ^ 2 ** (t % _one_peer_period(N)))
+    return lambda t: _half_with(np.arange(N) ^ 2 ** (t % one_peer_period(N)))
 
 
 def _base(config: Config) -> MixingSchedule:
@@ -308,7 +303,7 @@ def measure_rho(
         return 0.0
     if static:
         return rho_of_round(schedule(0))
-    rounds = rounds or _one_peer_period(N) * max(2, min(500, 200_000 // N**2))
+    rounds = rounds or one_peer_period(N) * max(2, min(500, 200_000 // N**2))
     deviations = (schedule(t) - 1.0 / N for t in range(rounds))
     if exchangeable:
         return math.sqrt(sum(float(np.vdot(M, M)) for M in deviations) / (rounds * (N - 1)))
@@ -347,7 +342,7 @@ def exact_after(config: Config, start: int = 0) -> int | None:
     """
     row, N = topology_row(config), config.clients
     schedule, product = row.build(config), np.eye(N)
-    period = row.period(config) if row.period else _one_peer_period(N)
+    period = row.period(config) if row.period else one_peer_period(N)
     for rounds in range(1, 2 if row.static else 2 * period + 1):
         product = schedule(start + rounds - 1) @ product
         if np.allclose(product, 1.0 / N, rtol=0, atol=1e-12):

@@ -102,10 +102,10 @@ def mix(
     slots = job.shared(round_)
     if not slots:
         return {}
-    method, rounded = job.method.mix(round_), WIRE_TYPES[job.config.wire].rounded
+    how, rounded = job.method.mix(round_), WIRE_TYPES[job.config.wire].rounded
     own, theirs = ({slot: rounded(state[slot]) for slot in slots} for state in (mine, heard))
-    mixed = method.combine(job.backbone.layout, own, theirs, W)
-    if job.config.wire != "float32" and not method.together:  # what rounding took off stays
+    mixed = how.combine(job.backbone.layout, own, theirs, W)
+    if job.config.wire != "float32" and not how.together:  # what rounding took off stays
         mixed = {slot: value + (mine[slot] - own[slot]) for slot, value in mixed.items()}
     job.cut(mixed, clients)
     return mixed

@@ -201,10 +201,6 @@ class Identity:
     rank_of: Callable[[str], int] | None = None
     wire: str = "float32"
 
-    def dtype_of(self, kind: str) -> str:
-        """The type of the values of a kind of message: a state is never rounded."""
-        return WIRE_TYPES[self.wire if kind == "round" else "float32"].dtype
-
     def layout_of(self, sender: str) -> Layout:
         """Of the factors that a peer sends."""
         return self.layout.of_rank(self.rank_of(sender)) if self.rank_of else self.layout
@@ -238,7 +234,7 @@ class Identity:
             "receiver": (self.name, Reason.WRONG_RECEIVER),
             "config_digest": (self.config_digest(header.about), Reason.WRONG_CONFIG),
             "layout": (layout_digest(self.layout_of(header.sender)), Reason.WRONG_SHAPE),
-            "dtype": (self.dtype_of(getattr(header, "kind", "")), Reason.WRONG_SHAPE),
+            "dtype": (dtype_of(getattr(header, "kind", ""), self.wire), Reason.WRONG_SHAPE),
         }
         if getattr(header, "kind", "") in ("settings", "status", "members"):
             del expected["config_digest"]  # one with others is told which they are
@@ -256,7 +252,9 @@ class Identity:
         slots = self._slots.get(header.factors)
         if slots is None:
             raise Refused(Reason.MALFORMED, f"factors are {header.factors!r:.80}")
-        template = template_of(self.layout_of(header.sender), slots, self.dtype_of(header.kind))
+        template = template_of(
+            self.layout_of(header.sender), slots, dtype_of(header.kind, self.wire)
+        )
         most = min(template.most_bytes, self.max_message_bytes)
         if header.num_bytes > most:
             raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
@@ -265,6 +263,11 @@ class Identity:
                 Reason.WRONG_SHAPE, f"{header.num_bytes} bytes; {template.values_bytes} of values"
             )
         return template
+
+
+def dtype_of(kind: str, wire: str) -> str:
+    """The type of a kind of message's values: of a round's `wire`, of others float32."""
+    return WIRE_TYPES[wire if kind == "round" else "float32"].dtype
 
 
 @lru_cache(maxsize=64)
@@ -298,7 +301,7 @@ def encode(
         kind: What the slots are.
         wire: The type of the values, a key of `WIRE_TYPES`; of a state they are float32.
     """
-    dtype = WIRE_TYPES[wire if kind == "round" else "float32"].dtype
+    dtype = dtype_of(kind, wire)
     body = pack(slots, template_of(layout, tuple(slots), dtype))
     header = Header(
         federation=federation,

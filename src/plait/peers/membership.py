@@ -195,7 +195,7 @@ def take_list(members: Members, folder: Path, settings: PeerSettings) -> Roster 
     Raises:
         ValueError: It can't be read, or doesn't count.
     """
-    path = folder / LISTS.replace("*", str(members.roster.version + 1))
+    path = _list_file(folder, members.roster.version + 1)
     if not path.is_file():
         return None
     try:
@@ -208,7 +208,11 @@ def take_list(members: Members, folder: Path, settings: PeerSettings) -> Roster 
 
 def keep_list(roster: Roster, folder: Path) -> None:
     """Write a list where `load_members` finds it."""
-    write_atomically(folder / LISTS.replace("*", str(roster.version)), write_roster(roster))
+    write_atomically(_list_file(folder, roster.version), write_roster(roster))
+
+
+def _list_file(folder: Path, version: int) -> Path:
+    return folder / LISTS.replace("*", str(version))
 
 
 def _version_of(path: Path) -> int:
@@ -237,15 +241,18 @@ def check_members(federation: Federation) -> None:
     Raises:
         ValueError: What needs a symmetric W has none, or two would have to meet that can't.
     """
-    if federation.config.frozen_every == 0 and any(
-        one.joins or one.leaves is not None for one in federation.peers
-    ):
+    if federation.config.frozen_every == 0 and _changing(federation):
         raise ValueError(
             "frozen_every is 0, and members come or go, so what would be equal at all isn't; put "
             "frozen_every = 1 under [run] of federation.toml."
         )
     _check_symmetry(federation)
     _check_reachability(federation)
+
+
+def _changing(federation: Federation) -> bool:
+    """Whether somebody joins later, or leaves before the end."""
+    return any(peer.joins or peer.leaves is not None for peer in federation.peers)
 
 
 def links(federation: Federation) -> frozenset[tuple[int, int]]:
@@ -274,9 +281,8 @@ def _check_reachability(federation: Federation) -> None:
 
 
 def _check_symmetry(federation: Federation) -> None:
-    changing = any(peer.joins or peer.leaves is not None for peer in federation.peers)
     for needs, what in (
-        (changing, "peers that join or leave"),
+        (_changing(federation), "peers that join or leave"),
         (federation.limits.symmetric_loss, "symmetric_loss"),
     ):
         if needs and not topology_row(settled(federation.config)).symmetric:

@@ -152,7 +152,7 @@ def unpack(
     else:
         values = _in_order(body, template)
     rows = {
-        slot: template.wire.from_bytes(values[start:end])
+        slot: template.wire.from_bytes(values[start:end]).copy()
         for slot, (start, end) in template.rows.items()
     }
     _check_values(rows, norm_bound)

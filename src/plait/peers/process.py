@@ -42,7 +42,7 @@ from plait.machine.process_settings import configure_process
 from plait.model.peft_adapters import save_adapter
 from plait.peers.audit import BOOK, Book
 from plait.peers.certificates import write_secret
-from plait.peers.codec import Message, encode
+from plait.peers.codec import Message, dtype_of, encode
 from plait.peers.exchange import Exchange, Left, Terms
 from plait.peers.federation import (
     Federation,
@@ -78,7 +78,6 @@ from plait.privacy import Noise, secret_noise, seeded_noise, spent
 from plait.runs.made_by import made_by
 from plait.runs.run_folder import RunFolder, load_events
 from plait.runs.samples import write_samples
-from plait.wire_types import WIRE_TYPES
 
 LOG = logging.getLogger("plait.peer")
 
@@ -413,8 +412,8 @@ class Process:
         sent = load_beside(self.folder.checkpoint_file, SENT)
         if sent is None:
             return
-        wire = WIRE_TYPES[self.job.config.wire]
-        template = template_of(self.job.layout_of(self.me), self.job.shared(round_), wire.dtype)
+        dtype = dtype_of("round", self.job.config.wire)
+        template = template_of(self.job.layout_of(self.me), self.job.shared(round_), dtype)
         rows = self.job.whole(unpack(bytearray(sent.numpy()), template), self.me)
         active = self.desk.inbox.turn(round_).active
         (last,) = (e for e in self.done if isinstance(e, RoundDone) and e.round == round_)

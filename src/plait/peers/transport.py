@@ -234,11 +234,7 @@ class GrpcTransport:
 
     def renew(self) -> None:
         """Reach the members where the newest list has them, from the next call on."""
-
-        async def renew() -> None:
-            await self._channels.renew(self._call_timeout_s)
-
-        BACKGROUND.run(renew()).result()
+        BACKGROUND.run(self._channels.renew(self._call_timeout_s)).result()
 
     def _others(self) -> set[str]:
         return {*self._members.newest.names, RELAY} - {self.identity.name}
