@@ -30,6 +30,7 @@ LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Scale = Literal["lora", "rslora", "sfed"]
 Wire = Literal["float32", "bfloat16"]
+BaseChange = Literal["mixed", "local"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
 TestSplit = Literal["common", "client"]
@@ -57,6 +58,11 @@ class MethodSettings:
     mix: str = "average"
     """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
     liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
+    base_rank: int = 32
+    """Rank of what `fedex` and `flora` add to the frozen weights, R; what needs more is cut off."""
+    base_change: BaseChange = "mixed"
+    """Whether that travels and is `mixed`, too, or each client adds to its own, `local`: with fewer
+    bytes, and on the complete graph the same."""
     wire: Wire = "float32"
     """Type of the values in messages. `bfloat16` halves the bytes; what rounding takes off a
     client's values stays with it."""
@@ -272,7 +278,15 @@ class Config(
             object.__setattr__(self, "plugin", ",".join(map(str, plugin_files(self.plugin))))
         if self.ranks is not None:
             self._take_ranks(self.ranks)
-        for name in ("rounds", "clients", "local_steps", "batch_size", "rank", "switch_every"):
+        for name in (
+            "rounds",
+            "clients",
+            "local_steps",
+            "batch_size",
+            "rank",
+            "switch_every",
+            "base_rank",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         _at_least_one(
@@ -408,6 +422,7 @@ class Machine:
 
 CAME_LATER = (
     "load_in", "ranks", "scale", "wire", "frozen_every", "switch_scale", "degree", "radius",
+    "base_rank", "base_change",
 )  # fmt: skip
 """Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 

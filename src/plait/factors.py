@@ -9,16 +9,23 @@ from operator import or_
 
 
 class Factor(Flag):
-    """A block of a client's trainable state: the LoRA factors of W0 + (alpha/r) B A, the head."""
+    """A block of a client's state: the LoRA factors of W0 + (alpha/r) B A, the head, and a base.
+
+    What a method has added to W0 itself is (alpha/r) BASE_B BASE_A; these two never train.
+    """
 
     NONE = 0
     A = 1
     B = 2
     HEAD = 4
     AB = A | B
+    BASE_A = 8
+    BASE_B = 16
+    BASE = BASE_A | BASE_B
 
 
 A, B, AB, NONE = Factor.A, Factor.B, Factor.AB, Factor.NONE
+BASE_A, BASE_B, BASE = Factor.BASE_A, Factor.BASE_B, Factor.BASE
 
 Slot = tuple[str, Factor]
 """A kind and a factor, such as ("m", A): AdamW's first moment of A. All slots of a factor have its

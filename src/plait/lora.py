@@ -3,7 +3,8 @@
 All of a client's A factors lie side by side in one row of an (N, P_A) tensor, likewise B and the
 head. Optimizer, mixing, metrics and the wire work on rows; the forward pass works on views.
 
-Legend: N clients, r rank, P_A = sum of r d_in over the adapted layers, P_B = sum of d_out r.
+Legend: N clients, r rank, R the base's rank, P_A = sum of r d_in over the adapted layers, P_B = sum
+of d_out r.
 """
 
 from __future__ import annotations
@@ -56,17 +57,21 @@ class Layout:
         rank: r.
         scale: What B A is multiplied with, such as alpha / r; clients of any rank have the same.
         head: Names and shapes of the head's parameters; empty when the head is frozen.
+        base_rank: R of what is added to the frozen weights; 0 where they stay as they are.
     """
 
     sites: tuple[Site, ...]
     rank: int
     scale: float
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    base_rank: int = 0
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The blocks that a client's state has."""
-        return (Factor.A, Factor.B, Factor.HEAD) if self.head else (Factor.A, Factor.B)
+        head = (Factor.HEAD,) if self.head else ()
+        base = (Factor.BASE_A, Factor.BASE_B) if self.base_rank else ()
+        return (Factor.A, Factor.B, *head, *base)
 
     def of_rank(self, rank: int) -> Layout:
         """The same of another rank; the scale stays."""
@@ -76,22 +81,46 @@ class Layout:
         """Name -> shape of each part of one client's block."""
         if factor is Factor.HEAD:
             return dict(self.head)
-        if factor is Factor.A:
-            return {site.name: (self.rank, site.d_in) for site in self.sites}
-        return {site.name: (site.d_out, self.rank) for site in self.sites}
+        rank = self.base_rank if factor in Factor.BASE else self.rank
+        if factor in (Factor.A, Factor.BASE_A):
+            return {site.name: (rank, site.d_in) for site in self.sites}
+        return {site.name: (site.d_out, rank) for site in self.sites}
 
     def size(self, factor: Factor) -> int:
         """P, the number of parameters in one client's block."""
         return sum(math.prod(shape) for shape in self.shapes(factor).values())
 
     def views(self, factor: Factor, flat: Tensor) -> dict[str, Tensor]:
-        """(n, P) -> name -> (n, *shape). One split, so that its backward is one concatenation."""
+        """(n, P) -> name -> (n, *shape). One split, so that its backward is one concatenation.
+
+        Of A and B with whatever rank the rows have.
+        """
         shapes = self.shapes(factor)
+        if factor in Factor.AB and flat.shape[1] != self.size(factor):
+            shapes = self.of_rank(self.rank * flat.shape[1] // self.size(factor)).shapes(factor)
         parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
         return {
             name: part.unflatten(1, shape)
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
+
+
+def joined(layout: Layout, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B (n, P) of rank r + R, whose product is all that is added to the frozen weights.
+
+    Args:
+        layout: Where everything lies.
+        factors: Factor -> (n, P); A and B themselves are returned where it has no base.
+    """
+    flats = []
+    for own, base, dim in ((Factor.A, Factor.BASE_A, 1), (Factor.B, Factor.BASE_B, 2)):
+        flat = factors[own]
+        if base in factors:
+            views, more = layout.views(own, flat), layout.views(base, factors[base])
+            both = [torch.cat([views[name], more[name]], dim=dim) for name in views]
+            flat = torch.cat([one.flatten(1) for one in both], dim=1)
+        flats.append(flat)
+    return flats[0], flats[1]
 
 
 def resized(layout: Layout, state: Mapping[Slot, Tensor], rank: int) -> State:
@@ -189,23 +218,31 @@ def initial_stack(
         device: Where the stack lives.
         kinds: The slots that are kept beside each value; zero at the start.
     """
-    bounds = [1 / math.sqrt(site.d_in) for site in layout.sites]
-    A0 = torch.cat(
-        [
-            torch.empty(layout.rank * site.d_in).uniform_(
-                -bound, bound, generator=torch_stream(seed, "A0", index)
-            )
-            for index, (site, bound) in enumerate(zip(layout.sites, bounds, strict=True))
-        ]
-    )
-    rows = {Factor.A: A0, Factor.B: torch.zeros(layout.size(Factor.B))}
+    rows = {factor: torch.zeros(layout.size(factor)) for factor in layout.factors}
+    rows[Factor.A] = initial_A(layout, seed)
     if layout.head:
         rows[Factor.HEAD] = torch.cat([head[name].float().flatten() for name, _ in layout.head])
     factors = {factor: row.to(device).repeat(num_clients, 1) for factor, row in rows.items()}
     state = {(VALUE, factor): value for factor, value in factors.items()}
+    trained = {factor: value for factor, value in factors.items() if factor not in Factor.BASE}
     for kind in kinds:
-        state |= {(kind, factor): torch.zeros_like(value) for factor, value in factors.items()}
-    return Stack(state, dict.fromkeys(factors, 0))
+        state |= {(kind, factor): torch.zeros_like(value) for factor, value in trained.items()}
+    return Stack(state, dict.fromkeys(trained, 0))
+
+
+def initial_A(  # noqa: N802
+    layout: Layout, seed: int, *round_: int
+) -> Tensor:
+    """(P,) A as all clients start with it, or start again with it after a round."""
+    return torch.cat(
+        [
+            torch.empty(layout.rank * site.d_in).uniform_(
+                -bound, bound, generator=torch_stream(seed, "A0", index, *round_)
+            )
+            for index, site in enumerate(layout.sites)
+            for bound in [1 / math.sqrt(site.d_in)]
+        ]
+    )
 
 
 def branch(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

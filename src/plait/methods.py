@@ -14,9 +14,11 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
+from plait.base_mixing import averaged_with_residual, stacked_into_base
 from plait.config import Config, Weights
-from plait.factors import AB, NONE, VALUE, A, B, Factor
+from plait.factors import AB, BASE, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
+from plait.lora import initial_A
 from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site
 from plait.optimizers import ADAMW, Optimizer
 from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
@@ -74,6 +76,11 @@ def with_frozen(config: Config) -> Schedule[Factor]:
     return lambda round_: train(round_) if rests(round_) else AB
 
 
+def with_base(config: Config) -> Factor:
+    """What travels of a method that adds to the frozen weights."""
+    return AB | BASE if config.base_change == "mixed" else AB
+
+
 @dataclass(frozen=True, kw_only=True)
 class Control:
     """What a method is held against beside its rivals: a method and rate that move as far."""
@@ -101,6 +108,7 @@ class Method:
             it returns is made of values and of such slots, so differential privacy covers it.
         mix: What a client makes of its own slots and its neighbours' in a round; where a row says
             nothing, the rule that the config names, for each factor.
+        base_rank: Of what the method adds to the frozen weights, R; 0 if nothing.
         conserves: Whether averaging leaves the mean of the shared factors over clients unchanged.
         topology: The topology that the method is defined on, when it isn't the user's choice.
         weights: The mixing weights, likewise.
@@ -118,6 +126,7 @@ class Method:
     kept: tuple[str, ...] = ()
     correct: Correct | None = None
     mix: Schedule[Mix] = AVERAGED
+    base_rank: int = 0
     conserves: Literal["factors", "nothing"] = "factors"
     topology: str | None = None
     weights: Weights | None = None
@@ -268,6 +277,28 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         exact="a rotation leaves the neighbour's B A as it is",
         source="github.com/haoran-zh/FedRot-LoRA",
     ),
+    "fedex": lambda config: Method(
+        summary="FedEx-LoRA in gossip: averaged, and what that lacks of the mean product is kept",
+        train=always(AB),
+        share=always(with_base(config)),
+        mix=always(averaged_with_residual(config.base_change == "mixed")),
+        base_rank=config.base_rank,
+        conserves="nothing",
+        exact="the mean product, while the base's rank suffices",
+        source="arXiv 2410.09432",
+    ),
+    "flora": lambda config: Method(
+        summary="FLoRA in gossip: the mean product is added to the model, and LoRA starts again",
+        train=always(AB),
+        share=always(with_base(config)),
+        mix=lambda round_: stacked_into_base(
+            lambda layout: initial_A(layout, config.seed, round_), config.base_change == "mixed"
+        ),
+        base_rank=config.base_rank,
+        conserves="nothing",
+        exact="the mean product, while the base's rank suffices",
+        source="arXiv 2409.05976",
+    ),
     # Its source begins each round with B, and can smooth the gradients, which this doesn't.
     "la-lora": lambda _: Method(
         summary="LA-LoRA: B and A take local steps by turns; both are mixed",
@@ -302,6 +333,8 @@ def build_method(config: Config) -> Method:
     """
     method = lookup(METHODS, config.method, "method")(config)
     _check(method, config)
+    if method.base_rank and config.lora_dropout:
+        raise ValueError(f"{config.method} adds to the frozen model: leave out --lora-dropout.")
     if config.mix != Config.mix:
         rule = build_rule(config.mix)
         if method.mix is not AVERAGED:

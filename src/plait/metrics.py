@@ -4,8 +4,9 @@
     C    = mean(B_i A_i) - mean(B) mean(A) = mean(dB_i dA_i)      cross term of exact averaging
     E_i  = sum_j w_ij B_j A_j - B~_i A~_i                         mixing error of client i
 
-with ~ for the state after mixing. ||C||_F <= sqrt(Xi_A Xi_B). No d_out x d_in product of more than
-one client is formed where ranks are small: ||P Q||_F^2 = <P^T P, Q Q^T>.
+with ~ for the state after mixing. ||C||_F <= sqrt(Xi_A Xi_B). Where a method adds more than B A to
+the frozen weights, E_i is of all that is added, and so what was cut off. No d_out x d_in product of
+more than one client is formed where ranks are small: ||P Q||_F^2 = <P^T P, Q Q^T>.
 
 A layer's state is put together from parts, each what some clients contribute who know the mean of
 all: a simulation has one part, a cluster one for each block of clients.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from plait.factors import Factor
-from plait.lora import Layout
+from plait.lora import Layout, joined
 from plait.machine.devices import exact
 
 
@@ -244,6 +245,7 @@ def layer_part(
     B: Tensor,
     mean_A: Tensor,
     mean_B: Tensor,
+    own: tuple[Tensor, Tensor],
     heard: tuple[Tensor, Tensor],
     W: np.ndarray,
 ) -> Tensor:
@@ -254,14 +256,15 @@ def layer_part(
         B: (m, d_out, r).
         mean_A: (r, d_in) float64, of all clients.
         mean_B: (d_out, r) float64, of all clients.
-        heard: (n, r, d_in) and (n, d_out, r) before mixing, of all that were heard.
+        own: A and B, or with the base's beside them (m, r + R, d_in) and (m, d_out, r + R).
+        heard: The same before mixing, of all n that were heard.
         W: (m, n) their rows of the mixing matrix.
 
     Returns:
         (5, m) float64 on the CPU, each client's own value of `MEANS`.
     """
     norms = [X.flatten(1).norm(dim=1) for X in (A, B)]
-    values = [distances(A, mean_A), distances(B, mean_B), mixing_errors(*heard, A, B, W), *norms]
+    values = [distances(A, mean_A), distances(B, mean_B), mixing_errors(*heard, *own, W), *norms]
     return torch.stack([value.cpu().double() for value in values])
 
 
@@ -300,14 +303,14 @@ def diagnostics(
         W: (N, N), rows summing to one.
     """
     sites = [site.name for site in layout.sites]
-    views = [factor_views(layout, rows) for rows in (before, after)]
+    whole = [joined_views(layout, rows) for rows in (before, after)]
     parts, cross_terms = [], []
-    for view in views:
+    for rows, own in zip((before, after), whole, strict=True):
+        view = factor_views(layout, rows)
         for site in sites:
             A, B = view[Factor.A][site], view[Factor.B][site]
-            heard = views[0][Factor.A][site], views[0][Factor.B][site]
             means = exact(A).mean(dim=0), exact(B).mean(dim=0)
-            parts.append(layer_part(A, B, *means, heard, W))
+            parts.append(layer_part(A, B, *means, own[site], whole[0][site], W))
         cross_terms.append([cross_term(view[Factor.A][s], view[Factor.B][s]) for s in sites])
     return diagnose(sites, torch.stack(parts).unflatten(0, (2, -1)), cross_terms)
 
@@ -315,3 +318,10 @@ def diagnostics(
 def factor_views(layout: Layout, rows: Mapping[Factor, Tensor]) -> dict[Factor, dict[str, Tensor]]:
     """A and B of (n, P) rows, layer by layer."""
     return {factor: layout.views(factor, rows[factor]) for factor in (Factor.A, Factor.B)}
+
+
+def joined_views(layout: Layout, rows: Mapping[Factor, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> `joined` A and B of (n, P) rows."""
+    A, B = joined(layout, rows)
+    views = factor_views(layout, {Factor.A: A, Factor.B: B})
+    return {name: (one, views[Factor.B][name]) for name, one in views[Factor.A].items()}

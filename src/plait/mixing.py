@@ -72,7 +72,7 @@ def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
 
     def combine(layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
         a, b = (VALUE, A), (VALUE, B)
-        own, theirs = (_by_site(layout, one[a], one[b]) for one in (mine, heard))
+        own, theirs = (by_site(layout, one) for one in (mine, heard))
         pairs = [rule(x, y, W) for x, y in zip(own, theirs, strict=True)]
         mixed = {slot: average(mine[slot], heard[slot], W) for slot in mine if slot not in (a, b)}
         for slot, parts in zip((a, b), zip(*pairs, strict=True), strict=True):
@@ -82,8 +82,9 @@ def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
     return Mix(combine, together=AB, any_rank=any_rank)
 
 
-def _by_site(layout: Layout, flat_A: Tensor, flat_B: Tensor) -> list[SiteFactors]:
-    views = layout.views(A, flat_A), layout.views(B, flat_B)
+def by_site(layout: Layout, state: Mixed, a: Factor = A, b: Factor = B) -> list[SiteFactors]:
+    """Views of the values of two factors, layer by layer."""
+    views = layout.views(a, state[VALUE, a]), layout.views(b, state[VALUE, b])
     return [(views[0][site.name], views[1][site.name]) for site in layout.sites]
 
 

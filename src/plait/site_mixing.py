@@ -11,13 +11,16 @@ FedRot-LoRA, as its code has it (github.com/haoran-zh/FedRot-LoRA).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from plait.factors import A, Factor
+from plait.factors import BASE, BASE_A, BASE_B, VALUE, A, B, Factor
+from plait.lora import Layout, joined
 from plait.machine.devices import exact, one_thread
-from plait.mixing import SiteFactors, SiteRule
+from plait.mixing import SiteFactors, SiteRule, by_site, mean
 
 
 def mean_product(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteFactors:
@@ -27,20 +30,62 @@ def mean_product(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteF
     """
     mixed = mine[0].clone(), mine[1].clone()
     for i, row in enumerate(W):
-        heard = np.flatnonzero(row)
-        if len(heard) == 0:
-            continue
-        # Not the sum of the row: zeros in between would change how it is rounded.
-        weights = torch.from_numpy(np.array([1 - row[heard].sum(), *row[heard]]))
-        all_A, all_B = (
-            exact(torch.cat([own[i : i + 1], others[heard]]))
-            for own, others in zip(mine, theirs, strict=True)
-        )
-        wide = all_A.flatten(0, 1)
-        tall = (all_B * weights.to(all_B.device)[:, None, None]).transpose(0, 1).flatten(1)
-        for own, found in zip(mixed, factorized(wide, tall, len(mine[0][i])), strict=True):
-            own[i].copy_(found)
+        if row.any():
+            found = factorized(*stacked(mine, theirs, i, row), len(mine[0][i]))
+            for own, value in zip(mixed, found, strict=True):
+                own[i].copy_(value)
     return mixed
+
+
+def stacked(mine: SiteFactors, theirs: SiteFactors, i: int, row: np.ndarray) -> SiteFactors:
+    """Two factors of sum_j w_ij B_j A_j, oneself included: (k r, d_in) and (d_out, k r) float64.
+
+    Args:
+        mine: Of m clients.
+        theirs: Of n that were heard.
+        i: Which of the m it is for.
+        row: (n,) its weights of them.
+    """
+    heard = np.flatnonzero(row)
+    # Not the sum of the row: zeros in between would change how it is rounded.
+    weights = torch.from_numpy(np.array([1 - row[heard].sum(), *row[heard]]))
+    all_A, all_B = (
+        exact(torch.cat([own[i : i + 1], others[heard]]))
+        for own, others in zip(mine, theirs, strict=True)
+    )
+    tall = (all_B * weights.to(all_B.device)[:, None, None]).transpose(0, 1).flatten(1)
+    return all_A.flatten(0, 1), tall
+
+
+def mean_client(layout: Layout, factors: Mapping[Factor, Tensor]) -> dict[Factor, Tensor]:
+    """The averaged model, factor -> (1, P): the means of the factors of N clients.
+
+    Where something is added to the frozen weights, the mean product of all that is, cut to r + R.
+
+    Args:
+        layout: Where everything lies.
+        factors: Factor -> (N, P).
+    """
+    found = {factor: mean(value) for factor, value in factors.items() if factor not in BASE}
+    if BASE_A in factors:
+        A_all, B_all = joined(layout, factors)
+        sites = by_site(layout, {(VALUE, A): A_all, (VALUE, B): B_all})
+        pairs = [mean_pair(*site) for site in sites]
+        for own, base, dim, flats in zip(
+            (A, B), (BASE_A, BASE_B), (0, 1), zip(*pairs, strict=True), strict=True
+        ):
+            halves = [one.split([layout.rank, layout.base_rank], dim=dim) for one in flats]
+            for factor, parts in zip((own, base), zip(*halves, strict=True), strict=True):
+                found[factor] = torch.cat([part.flatten() for part in parts])[None].to(
+                    factors[factor]
+                )
+    return found
+
+
+def mean_pair(all_A: Tensor, all_B: Tensor) -> SiteFactors:
+    """The best A (k, d_in) and B (d_out, k) of the mean of the products of A (N, k, d_in) and B."""
+    wide, tall = exact(all_A).flatten(0, 1), exact(all_B).transpose(0, 1).flatten(1)
+    return factorized(wide, tall / len(all_A), all_A.shape[1])
 
 
 def slice_average(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteFactors:

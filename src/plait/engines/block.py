@@ -34,14 +34,15 @@ from plait.engines.evaluation import judge
 from plait.engines.job import Job
 from plait.engines.steps import edges_of, mix, round_done, train_round
 from plait.events import Evaluated, RoundDone, Started
-from plait.factors import VALUE, A, B, Factor, Slot
+from plait.factors import BASE, VALUE, A, B, Factor, Slot
 from plait.lora import Stack, State, values
 from plait.machine.devices import exact_device
 from plait.machine.process_settings import configure_process
-from plait.metrics import cross_part, factor_views, layer_part, norm_of_sum
+from plait.metrics import cross_part, factor_views, joined_views, layer_part, norm_of_sum
 from plait.mixing import neighbour_weights, total
 from plait.model.peft_adapters import save_adapter, save_clients
 from plait.privacy import seeded_noise
+from plait.site_mixing import mean_client
 
 SlotRows = dict[Slot, np.ndarray]
 """Slot -> rows (n, P) float32."""
@@ -145,8 +146,8 @@ class Block:
         """The local phase.
 
         Returns:
-            The sums of the block's rows, then for each block the rows that it needs. A and B both
-            travel, even where the method shares but one: the mixing error has both.
+            The sums of the block's rows, then for each block the rows that it needs. All factors
+            of a layer travel, even those that the method doesn't share: the mixing error has them.
 
         Raises:
             ValueError: A client's loss is no longer finite.
@@ -157,13 +158,18 @@ class Block:
         times = [begin, time.perf_counter()]
         state = self.stack.state
         self.round = Round(losses, dict(state), times)
-        handed = dict.fromkeys([(VALUE, A), (VALUE, B), *self.job.shared(round_)])
+        handed = dict.fromkeys([*self._of_layers(), *self.job.shared(round_)])
         weights = neighbour_weights(self.job.schedule(round_))
         rows = [
             {slot: _array(state[slot][heard]) for slot in handed}
             for heard in (self._heard_by(k, weights) for k in self.bounds)
         ]
         return self._to_everyone(self.sums()), *self._hand_over(rows)
+
+    def _of_layers(self) -> list[Slot]:
+        """What the adapted layers have, all factors but a head."""
+        factors = self.job.backbone.layout.factors
+        return [(VALUE, factor) for factor in factors if factor is not Factor.HEAD]
 
     def _heard_by(self, others: range, weights: np.ndarray) -> np.ndarray:
         """Which of the block's rows a client of another block gives weight to, ascending."""
@@ -196,9 +202,9 @@ class Block:
         return self._to_everyone(self.sums())
 
     def sums(self) -> Sums:
-        """The sums of the block's rows, of each factor's value."""
+        """The sums of the block's rows, of each factor whose mean is the mean client's."""
         factors = self.stack.factors.items()
-        return {f: _array(total(value)) for f, value in factors}
+        return {f: _array(total(value)) for f, value in factors if f not in BASE}
 
     def measure(self, round_: int, *sums: Sums) -> tuple[Part | Cross, ...]:
         """Work out the block's part of the diagnostics.
@@ -212,19 +218,19 @@ class Block:
         """
         now, layout = self.round, self.job.backbone.layout
         W = self.job.schedule(round_)[_slice(self.clients)][:, now.heard]
-        theirs = factor_views(layout, values(now.theirs))
+        theirs = joined_views(layout, values(now.theirs))
         layers: list[Tensor] = []
         crosses: Cross = []
         half = len(self.bounds)
         moments = (values(now.before), sums[:half]), (self.stack.factors, sums[half:])
         for factors, parts in moments:
             views, means = factor_views(layout, factors), factor_views(layout, self.mean(*parts))
+            whole = joined_views(layout, factors)
             crosses.append([])
             for site in views[A]:
                 A_of, B_of = views[A][site], views[B][site]
                 middle = means[A][site][0], means[B][site][0]
-                heard = theirs[A][site], theirs[B][site]
-                layers.append(layer_part(A_of, B_of, *middle, heard, W))
+                layers.append(layer_part(A_of, B_of, *middle, whole[site], theirs[site], W))
                 part = cross_part(A_of, B_of, *middle, self.config.clients)
                 crosses[-1].append(tuple(map(_array, part)))
         # Layer by layer in turn, so that all blocks have as much to add up.
@@ -266,12 +272,29 @@ class Block:
 
     # -- what isn't done in every round
 
-    def evaluate(self, round_: int, *sums: Sums) -> Evaluated:
-        """How the block's clients do; with the sums of all blocks, the averaged model too."""
+    def towards_mean(self) -> Sums:
+        """What the block contributes to the averaged model: sums, or all rows where those won't do.
+
+        They won't where something is added to the frozen weights: that is averaged as a product.
+        """
+        if not self.job.backbone.layout.base_rank:
+            return self.sums()
+        return {factor: _array(value) for factor, value in self.stack.factors.items()}
+
+    def _averaged(self, parts: Sequence[Sums]) -> dict[Factor, Tensor]:
+        """The averaged model, factor -> (1, P), of what all blocks contribute."""
+        layout, device = self.job.backbone.layout, self.job.backbone.device
+        if not layout.base_rank:
+            return {factor: value.float().to(device) for factor, value in self.mean(*parts).items()}
+        rows = {f: torch.tensor(np.concatenate([part[f] for part in parts])) for f in parts[0]}
+        return mean_client(layout, {f: value.to(device) for f, value in rows.items()})
+
+    def evaluate(self, round_: int, *parts: Sums) -> Evaluated:
+        """How the block's clients do; with all blocks' `towards_mean`, the averaged model too."""
         models = dict(self.stack.factors)
-        if sums:
-            mean = self.mean(*sums)
-            models = {f: torch.cat([v, mean[f].to(v.dtype)]) for f, v in models.items()}
+        if parts:
+            mean = self._averaged(parts)
+            models = {f: torch.cat([v, mean[f]]) for f, v in models.items()}
         return judge(self.job, models, self.clients, round_)
 
     def lay_out(self, path: Path, rounds_done: int) -> None:
@@ -282,12 +305,12 @@ class Block:
         """Put the block's clients into the checkpoint."""
         write_rows(self.stack, self.clients.start, _in_sight(path))
 
-    def save_adapters(self, out: Path, *sums: Sums) -> None:
-        """Write a PEFT folder for each client; with the sums of all blocks, for their mean too."""
+    def save_adapters(self, out: Path, *parts: Sums) -> None:
+        """Write a PEFT folder for each client; with all `towards_mean`, for their mean too."""
         backbone, config = self.job.backbone, self.job.config
         save_clients(backbone, self.stack, config, _in_sight(out), self.clients.start)
-        if sums:
-            mean = {factor: value[0].float() for factor, value in self.mean(*sums).items()}
+        if parts:
+            mean = {factor: value[0] for factor, value in self._averaged(parts).items()}
             save_adapter(backbone, mean, config, out / "mean")
 
 

@@ -207,7 +207,7 @@ class Cluster:
         self._get([answer[0] for answer in written])
 
     def _sums(self) -> list[Ref]:
-        return [self._ask(block.sums)[0] for block in self.blocks]
+        return [self._ask(block.towards_mean)[0] for block in self.blocks]
 
     # -- Ray
 

@@ -16,8 +16,8 @@ from plait.engines.local_training import evaluate
 from plait.events import Evaluated
 from plait.factors import Factor
 from plait.lora import Stack
-from plait.mixing import mean
 from plait.rng import stream
+from plait.site_mixing import mean_client
 
 
 def judge(
@@ -97,7 +97,8 @@ def confusion(
 
 def evaluation(job: Job, stack: Stack, clients: Sequence[int], round_: int) -> Evaluated:
     """The own models of these clients, which the stack holds, and the averaged one."""
-    models = {factor: torch.cat([value, mean(value)]) for factor, value in stack.factors.items()}
+    averaged = mean_client(job.backbone.layout, stack.factors)
+    models = {f: torch.cat([value, averaged[f]]) for f, value in stack.factors.items()}
     return judge(job, models, clients, round_)
 
 

@@ -24,7 +24,7 @@ from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens
 from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
-from plait.factors import Factor, Slot
+from plait.factors import VALUE, Factor, Slot
 from plait.lora import Layout, Stack, State, cut, initial_stack, resized
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
@@ -132,6 +132,11 @@ class Job:
             for factor in self.backbone.layout.factors
             if factor in factors
         )
+
+    @property
+    def base(self) -> tuple[Slot, ...]:
+        """The slots of what is added to the frozen weights: mixed whether they travel or not."""
+        return tuple((VALUE, f) for f in self.backbone.layout.factors if f in Factor.BASE)
 
     def travelled(self, rounds: int) -> tuple[Slot, ...]:
         """The slots that are sent in one of so many rounds, each once."""
@@ -268,6 +273,9 @@ def _shared(config: Config) -> Config:
 
 def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
     """The job of its parts; preparing them began at `perf_counter` time `begin`."""
+    if rules.method.base_rank:
+        with_base = materials.backbone.with_base(rules.method.base_rank)
+        materials = dataclasses.replace(materials, backbone=with_base)
     started = _first_event(rules.config, materials, shares, begin)
     mine = own_rows(materials.task, shares, rules.config)
     return Job(**vars(rules), **vars(materials), shares=shares, own_rows=mine, started=started)

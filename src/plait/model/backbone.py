@@ -10,6 +10,7 @@ Legend: R texts of a batch, n clients, Q places asked, C outputs, d the model's 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from plait.config import THIS_MACHINE, Config, Head, Machine
 from plait.data.objectives import CLASSIFICATION, LANGUAGE, Objective
 from plait.data.tokens import Batch, Tokens, pack
 from plait.factors import Factor
-from plait.lora import Dropout, Layout, Site, layer_index
+from plait.lora import Dropout, Layout, Site, joined, layer_index
 from plait.machine.devices import resolve_device, resolve_dtype
 from plait.machine.process_settings import configure_process
 from plait.model.backend import build_backend
@@ -148,6 +149,12 @@ class Backbone:
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
+    def with_base(self, rank: int) -> Backbone:
+        """The same with room for what is added to the frozen weights, of such a rank."""
+        other = copy.copy(self)
+        other.layout = dataclasses.replace(self.layout, base_rank=rank)
+        return other
+
     @property
     def chunk_tokens(self) -> int:
         """About how many tokens to compute at once."""
@@ -204,7 +211,7 @@ class Backbone:
         heads = self.layout.views(Factor.HEAD, factors[Factor.HEAD]) if self.layout.head else {}
         parts = {name: part.to(self.dtype) for name, part in heads.items()}
         if isinstance(self.encoder, OwnForward):
-            A, B = factors[Factor.A], factors[Factor.B]
+            A, B = joined(self.layout, factors)
             return self.encoder(batch, A, B, parts, dropout).float()
         features = self._features(batch, factors, dropout).unflatten(0, (batch.num_clients, -1))
         parts = {self._head_prefix + name: part for name, part in parts.items()}
@@ -217,7 +224,7 @@ class Backbone:
         """(Q, d), what the head reads."""
         assert self.head is not None
         assert not isinstance(self.encoder, OwnForward)
-        A, B = factors[Factor.A], factors[Factor.B]
+        A, B = joined(self.layout, factors)
         return self.head.read(self.encoder(batch, A, B, dropout, self.head.asked_only), batch)
 
     def in_head(self, name: str) -> bool:

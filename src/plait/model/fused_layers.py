@@ -149,15 +149,15 @@ class FusedLayer:
 class FusedLayers:
     """Layers one after another."""
 
-    def __init__(self, layers: Sequence[FusedLayer], rank: int, scale: float) -> None:
+    def __init__(self, layers: Sequence[FusedLayer], places: int, scale: float) -> None:
         """Put the layers together.
 
         Args:
             layers: The layers, none of whose inputs needs a gradient but for what LoRA adds.
-            rank: r.
+            places: Adapted layers of the whole model.
             scale: What the branches are multiplied by.
         """
-        self.layers, self.rank, self.scale = layers, rank, scale
+        self.layers, self.places, self.scale = layers, places, scale
         self.structs = (_Weights * len(layers))(*(layer.struct for layer in layers))
 
     def __call__(
@@ -190,19 +190,18 @@ class _FusedLayers(torch.autograd.Function):
     ) -> Tensor:
         A, B, h, threads = A.contiguous(), B.contiguous(), h.contiguous(), torch.get_num_threads()
         count, d, (T, R) = len(own.layers), own.layers[0].d, (len(h), pieces.struct.texts)
+        rank = A.shape[1] // (own.places * d)
         kept = any(ctx.needs_input_grad)
         arrays: list[list[Tensor]] = []
         for number, layer in enumerate(own.layers):
             height = R if first_tokens and number == count - 1 else T
-            wide = -(-layer.count * own.rank // 16) * 16
+            wide = -(-layer.count * rank // 16) * 16
             inner = [(T, 3 * d), (T, wide), (height, d), (height, d), (height, layer.f)]
             # What isn't kept goes to and fro between two arrays.
             out = h.new_empty(height, d) if kept or number < 2 or height == R else arrays[-2][0]
             arrays.append([out, *(h.new_empty(shape) for shape in inner if kept)])
         structs = (_Kept * count)(*(_Kept(*(a.data_ptr() for a in one)) for one in arrays))
-        lora = _Adapters(
-            A.data_ptr(), B.data_ptr(), A.shape[1] // (own.rank * d), own.rank, own.scale
-        )
+        lora = _Adapters(A.data_ptr(), B.data_ptr(), own.places, rank, own.scale)
         own.layers[0].kernels.call(
             "layers", structs, h, own.structs, lora, count, pieces.struct, first_tokens, threads
         )

@@ -114,7 +114,7 @@ class PackedEncoder:
     def _fused(self, layers: list[_Layer]) -> FusedLayers | None:
         fused = [layer.fused for layer in layers if layer.fused]
         alike = fused and len(fused) == len(layers)
-        return FusedLayers(fused, self.layout.rank, self.layout.scale) if alike else None
+        return FusedLayers(fused, len(self.layout.sites), self.layout.scale) if alike else None
 
     def __call__(
         self, batch: Batch, A: Tensor, B: Tensor, dropout: Dropout | None, asked_only: bool

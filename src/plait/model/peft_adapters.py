@@ -16,17 +16,17 @@ from torch import Tensor
 from plait.config import Config
 from plait.data.objectives import LANGUAGE
 from plait.factors import VALUE, Factor
-from plait.lora import Stack, resized, values
+from plait.lora import Stack, joined, resized, values
 from plait.machine.files import save_tensors
-from plait.mixing import mean
 from plait.model.backbone import Backbone
+from plait.site_mixing import mean_client
 
 
 def save_adapters(backbone: Backbone, stack: Stack, config: Config, out: Path) -> None:
     """Write `client-0` ... and `mean` under `out`, each a PEFT folder."""
     save_clients(backbone, stack, config, out)
-    averaged = {factor: mean(value)[0] for factor, value in stack.factors.items()}
-    save_adapter(backbone, averaged, config, out / "mean")
+    averaged = mean_client(backbone.layout, stack.factors)
+    save_adapter(backbone, {f: row[0] for f, row in averaged.items()}, config, out / "mean")
 
 
 def save_clients(
@@ -59,8 +59,9 @@ def save_adapter(
     whole = {(VALUE, factor): value[None] for factor, value in row.items()}
     rows = values(resized(backbone.layout, whole, rank))
     tensors = dict(backbone.kept)
-    for factor, suffix in ((Factor.A, ".lora_A.weight"), (Factor.B, ".lora_B.weight")):
-        views = layout.views(factor, rows[factor])
+    flats = zip((Factor.A, Factor.B), joined(layout, rows), strict=True)
+    for (factor, flat), suffix in zip(flats, (".lora_A.weight", ".lora_B.weight"), strict=True):
+        views = layout.views(factor, flat)
         tensors |= {name + suffix: value[0] for name, value in views.items()}
     if layout.head:
         views = layout.views(Factor.HEAD, rows[Factor.HEAD])
@@ -68,7 +69,7 @@ def save_adapter(
     peft_config = lora_config(
         backbone,
         config,
-        rank,
+        rank + layout.base_rank,
         base_model_name_or_path=config.backbone,
         inference_mode=True,
         modules_to_save=sorted({_module(backbone, name) for name in backbone.kept}),

@@ -45,6 +45,10 @@ class ClientModel:
             ValueError: The model is another one, or something trains that would not travel; what
                 to change.
         """
+        if backbone.layout.base_rank:
+            raise ValueError(
+                "The method changes the frozen model, which a loop of one's own can't."
+            )
         self.model, self._backbone = model, backbone
         self._layout = backbone.layout.of_rank(rank or backbone.layout.rank)
         adapter = _adapter(model)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 from xxhash import xxh3_128
 
-from plait.factors import VALUE, Factor, Slot, slots_name
+from plait.factors import VALUE, Slot, slots_name
 from plait.lora import Layout
 from plait.peers.message_body import LENGTH, Template, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
@@ -208,7 +208,7 @@ class Identity:
     @cached_property
     def _slots(self) -> dict[str, tuple[Slot, ...]]:
         """Every set of slots that a message may hold, by its name."""
-        slots = [(kind, factor) for kind in self.kinds for factor in (*Factor.AB, Factor.HEAD)]
+        slots = [(kind, factor) for kind in self.kinds for factor in self.layout.factors]
         sizes = range(1, len(slots) + 1)
         sets = (some for size in sizes for some in combinations(slots, size))
         return {slots_name(some): some for some in sets}
