@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 from functools import cache
 
 import numpy as np
@@ -11,20 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file
 
-from conftest import tiny_job
+from conftest import tiny_job, tiny_model
 from fake_network import Hub, member, start_peer, together
 from plait.config import Config, Machine
+from plait.engines.job import prepare
 from plait.engines.simulate import simulate
 from plait.engines.steps import mix, train_round
 from plait.events import RoundDone
 from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
 from plait.methods import METHODS, build_method
 from plait.mixing import neighbour_weights
+from plait.model.peft_adapters import save_adapters
+from plait.peers.local_federation import average_adapters
 from plait.privacy import seeded_noise
 from plait.runs.run import Run
-from plait.site_mixing import slice_average
+from plait.site_mixing import mean_client, slice_average
 from plait.topology import build_schedule
 
 CONFIG = Config(
@@ -416,3 +421,85 @@ def test_a_base_of_ones_own_is_the_same_in_all_engines(method):
 def test_dropout_is_refused_where_the_model_changes(method):
     with pytest.raises(ValueError, match="leave out --lora-dropout"):
         tiny_job(config_of(method, lora_dropout=0.1))
+
+
+@cache
+def trained_job(method, others):
+    job = tiny_job(config_of(method, **{"topology": "ring", "base_rank": 3} | dict(others)))
+    stack = job.initial_stack()
+    list(simulate(job, stack))
+    return job, stack
+
+
+of_other_ranks = pytest.mark.parametrize(
+    ("method", "others"),
+    [
+        ("fedex", ()),
+        ("flora", (("ranks", "2,4"), ("topology", "pairs"))),
+        ("adf", (("ranks", "4,1"),)),
+    ],
+)
+
+
+@of_other_ranks
+def test_peft_loads_what_was_trained(tmp_path, method, others):
+    """Each client's adapter has its own rank, and with it what was added to the model."""
+    job, stack = trained_job(method, others)
+    save_adapters(job.backbone, stack, job.config, tmp_path)
+    averaged = mean_client(job.backbone.layout, stack.factors)
+    rows = {f"client-{k}": {f: x[k : k + 1] for f, x in stack.factors.items()} for k in range(4)}
+    for name, factors in (rows | {"mean": averaged}).items():
+        model = PeftModel.from_pretrained(tiny_model("bert"), tmp_path / name).eval()
+        (settings,) = model.peft_config.values()
+        rank = job.config.rank_of(int(name[-1])) if name[-1].isdigit() else job.config.rank
+        assert settings.r == rank + (0 if method == "adf" else 3)
+        batch = job.backbone.batch(job.held_out, np.arange(6)[None])
+        with torch.no_grad():
+            found = job.backbone.logits(batch, factors)
+            for k, expected in enumerate(found):
+                ids = torch.tensor(job.held_out.take(np.array([k])).ids[None], dtype=torch.long)
+                logits = model(input_ids=ids).logits[0]
+                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@of_other_ranks
+def test_the_mean_of_adapters_in_files_is_that_of_the_clients(tmp_path, method, others):
+    job, stack = trained_job(method, others)
+    save_adapters(job.backbone, stack, job.config, tmp_path)
+    shutil.move(tmp_path / "mean", tmp_path / "expected")
+    average_adapters(tmp_path, job.config)
+    models = [
+        PeftModel.from_pretrained(tiny_model("bert"), tmp_path / name).eval().merge_and_unload()
+        for name in ("mean", "expected")
+    ]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_fedex_on_the_complete_graph_is_the_mean_of_all_models():
+    """Ten rounds on the embedded model, with a rank for what each adds: (N - 1) r."""
+    job = prepare(
+        Config(
+            task="trec", method="fedex", topology="complete", clients=3, rounds=10, local_steps=1,
+            batch_size=2, rank=2, base_rank=40, top_layers=1, client_size=8, lr=1e-2, eval_every=10,
+            eval_rows=8,
+        ),
+        Machine(cache_gib=0),
+    )  # fmt: skip
+    stack, layout = job.initial_stack(), job.backbone.layout
+    for round_ in range(10):
+        train_round(job, stack, round_, range(3), seeded_noise(0))
+        before = all_added(layout, stack.state)
+        W = neighbour_weights(job.schedule(round_))
+        stack.state |= mix(job, stack.state, stack.state, W, round_, range(3))
+        after = all_added(layout, stack.state)
+        for name, each in before.items():
+            expected = each.mean(dim=0, keepdim=True)
+            assert (after[name] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    base = max(added(layout, stack.state, BASE_A, BASE_B).values(), key=torch.linalg.norm)
+    assert base.norm() > 1e-3 * torch.cat(list(after.values()), dim=1).norm()
+
+
+def all_added(layout, state):
+    base = added(layout, state, BASE_A, BASE_B)
+    return {name: one + base[name] for name, one in added(layout, state).items()}

@@ -24,19 +24,24 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import pad
 
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.events import Evaluated, Started, together
 from plait.figures import taken
 from plait.machine.files import save_tensors, write_atomically
-from plait.methods import settled
+from plait.methods import build_method, settled
 from plait.mixing import mean
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
 from plait.runs.run_folder import load_events
 from plait.runs.samples import write_samples
+from plait.site_mixing import mean_pair
 from plait.topology import build_schedule
 
+ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 POLL_S = 0.2
 GRACE_S = 20.0
 
@@ -180,7 +185,7 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     for client, folder in enumerate(folders):
         name = f"client-{client}"
         shutil.copytree(folder / "adapters" / name, adapters / name)
-    _average(adapters, len(folders))
+    average_adapters(adapters, federation.config)
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
     said = [load_events(folder) for folder in folders]
     ends = [[one for one in events if isinstance(one, Evaluated)][-1] for events in said]
@@ -213,17 +218,40 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _average(adapters: Path, num_clients: int) -> None:
-    """`mean`, the adapter that nobody has in a run between machines: here all are at hand."""
-    parts = [load_file(adapters / f"client-{k}/adapter_model.safetensors")
-             for k in range(num_clients)]  # fmt: skip
-    averaged = {
-        key: mean(torch.stack([part[key].flatten() for part in parts]))[0].view_as(value)
-        for key, value in parts[0].items()
+def average_adapters(adapters: Path, config: Config) -> None:
+    """`mean`, the adapter that nobody has in a run between machines: here all are at hand.
+
+    Args:
+        adapters: Holds the folders of all clients.
+        config: The run's.
+    """
+    base_rank = build_method(config).base_rank
+    rank = config.rank + base_rank
+    parts = [load_file(adapters / f"client-{k}" / ADAPTER) for k in range(config.clients)]
+    stacks = {
+        key: torch.stack([_filled(key, part[key], rank) for part in parts]) for key in parts[0]
     }
+    averaged = {
+        key: mean(stack.flatten(1))[0].view_as(stack[0]).contiguous()
+        for key, stack in stacks.items()
+    }
+    for key in [key for key in stacks if base_rank and key.endswith(LORA_A)]:
+        other = key.removesuffix(LORA_A) + LORA_B
+        pair = mean_pair(stacks[key], stacks[other])
+        averaged |= {key: pair[0].float().contiguous(), other: pair[1].float().contiguous()}
     (adapters / "mean").mkdir()
-    save_tensors(averaged, adapters / "mean" / "adapter_model.safetensors", {"format": "pt"})
-    shutil.copy(adapters / "client-0" / "adapter_config.json", adapters / "mean")
+    save_tensors(averaged, adapters / "mean" / ADAPTER, {"format": "pt"})
+    settings = json.loads((adapters / "client-0" / SETTINGS).read_text())
+    settings["lora_alpha"] *= rank / settings["r"]
+    settings["r"] = rank
+    (adapters / "mean" / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _filled(key: str, value: Tensor, rank: int) -> Tensor:
+    """A factor of a client of small rank with zeros up to the largest one; other tensors as is."""
+    if key.endswith(LORA_A):
+        return pad(value, (0, 0, 0, rank - len(value)))
+    return pad(value, (0, rank - value.shape[1])) if key.endswith(LORA_B) else value
 
 
 def _rounds_done(events: Path) -> int:
