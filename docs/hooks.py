@@ -22,7 +22,7 @@ from plait.cli.arguments import Start
 from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import METRICS, TASKS
-from plait.factors import factors_name
+from plait.factors import BASE, factors_name
 from plait.figures import FIGURES
 from plait.markdown import markdown_table
 from plait.methods import METHODS
@@ -151,10 +151,10 @@ def which_method() -> str:
     rows = []
     for name, build in METHODS.items():
         method = build(Config(method=name, switch_every=2))
-        sent = [len(method.kinds) * method.share(t).name.count(x) if method.share(t) else 0
-                for t in range(8) for x in "AB"]  # fmt: skip
-        factors = sum(sent) / 8
-        sizes = [4 * factors * layers * 8 * width / 1e6 for layers, width in SIZES.values()]
+        ranks = [method.base_rank if factor in BASE else 8
+                 for t in range(8) for factor in method.share(t)]  # fmt: skip
+        rows_sent = len(method.kinds) * sum(ranks) / 8
+        sizes = [4 * rows_sent * layers * width / 1e6 for layers, width in SIZES.values()]
         rows.append([f"`{name}`", *(f"{size:.1f}" for size in sizes), method.exact, method.source])
     return table(["method", *(f"MB, {name}" for name in SIZES), "exact", "source"], rows)
 

@@ -330,7 +330,8 @@ def test_results_of_all_peers_are_brought_together(tmp_path, monkeypatch):
         adapter = out / "adapters" / f"client-{client}"
         adapter.mkdir(parents=True)
         save_file({"x": torch.full((2, 2), float(client))}, adapter / "adapter_model.safetensors")
-        (adapter / "adapter_config.json").write_text("{}")
+        settings = {"r": CONFIG.rank, "lora_alpha": 16}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
         shared = ("method", "task", "seed", "rounds", "metric", "majority", "config_digest")
         values = dict.fromkeys(shared, "x") | {"sent_bytes": 10, "incidents": {}}
         (out / "summary.json").write_text(json.dumps(values))

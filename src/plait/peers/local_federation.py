@@ -257,7 +257,8 @@ def _filled(key: str, value: Tensor, rank: int) -> Tensor:
 def _rounds_done(events: Path) -> int:
     if not events.exists():
         return 0
-    return sum(line.startswith(b'{"event": "RoundDone"') for line in events.open("rb"))
+    with events.open("rb") as file:
+        return sum(line.startswith(b'{"event": "RoundDone"') for line in file)
 
 
 def _last_line(log: Path) -> str:
