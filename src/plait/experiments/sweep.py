@@ -151,6 +151,8 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
         if all((method.train(t), method.share(t)) == (other.train(t), other.share(t))
                for t in rounds):  # fmt: skip
             unused.append(name)
+    if not method.base_rank:
+        unused += ["base_rank", "base_change"]
     silent = not any(method.share(t) for t in rounds)
     unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
     used = () if silent else TOPOLOGIES[settled(config).topology].uses
