@@ -130,17 +130,17 @@ def test_a_budget_makes_chunks_small_enough_and_fewer_at_once(
 
 def test_a_budget_that_holds_no_batch_says_what_is_needed(ragged_tokens):
     _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens)
-    assert tokens_at_once(backbone, stack, ragged_tokens, CONFIG) == float("inf")
+    assert tokens_at_once(backbone, [stack], ragged_tokens, CONFIG) == float("inf")
     backbone.machine = Machine(memory_gib=1e-6)
     with pytest.raises(ValueError, match=r"5 clients and one batch need 0\.0\d GiB"):
-        tokens_at_once(backbone, stack, ragged_tokens, CONFIG)
+        tokens_at_once(backbone, [stack], ragged_tokens, CONFIG)
 
 
 def test_a_graphics_card_gets_as_much_as_half_its_free_memory_holds(ragged_tokens, monkeypatch):
     _, backbone, stack, _, _ = setup("bert", CONFIG, ragged_tokens)
     per_token = activation_bytes(backbone, stack, ragged_tokens)
     monkeypatch.setattr("plait.model.memory.free_bytes", lambda _device: 2000 * per_token)
-    assert tokens_at_once(backbone, stack, ragged_tokens, CONFIG) == pytest.approx(1000)
+    assert tokens_at_once(backbone, [stack], ragged_tokens, CONFIG) == pytest.approx(1000)
 
 
 def test_more_is_computed_at_once_on_an_accelerator():

@@ -9,10 +9,12 @@ Legend: n clients of a chunk, b texts of each in a step, P parameters of a facto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from heapq import heappop, heappush
+from operator import or_
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.nn import functional
 from plait.config import Config
 from plait.data.objectives import Objective
 from plait.data.tokens import Batch, Tokens
-from plait.factors import VALUE, Factor
+from plait.factors import VALUE, Factor, Slot
 from plait.learning_rates import lr_factor
 from plait.lora import Dropout, Stack
 from plait.machine.devices import moved
@@ -34,6 +36,40 @@ from plait.rng import stream, torch_stream
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The local phase of some clients of a run.
+
+    Attributes:
+        stack: Their state; row k belongs to client `clients[k]`. Changed in place.
+        turns: Which factors take each of the K steps.
+        round_: The round's number.
+        shares: Client -> its rows of the training split.
+        clients: Their numbers.
+        config: Steps, batch size, learning rates and their schedule.
+    """
+
+    stack: Stack
+    turns: Sequence[Factor]
+    round_: int
+    shares: Sequence[np.ndarray]
+    clients: Sequence[int]
+    config: Config
+
+    @property
+    def positions(self) -> range:
+        """The K steps, counted from the first round on."""
+        steps = self.config.local_steps
+        return range(self.round_ * steps, (self.round_ + 1) * steps)
+
+    @property
+    def texts(self) -> np.ndarray:
+        """(n, K, b) the rows of each client's steps."""
+        positions, config = self.positions, self.config
+        rows = [batch_rows(self.shares[i], i, positions, config) for i in self.clients]
+        return np.array(rows)
 
 
 def local_phase(
@@ -65,88 +101,142 @@ def local_phase(
     Returns:
         (n, K) float64, each client's loss at each step, before the step.
     """
-    positions = range(round_ * config.local_steps, (round_ + 1) * config.local_steps)
-    texts = np.array([batch_rows(shares[i], i, positions, config) for i in clients])
-    rate = lr_factor(config, round_)
-    turns = turns or [train] * config.local_steps
-    phase = _Phase(backbone, stack, train, tokens, texts, positions, clients, config, rate, turns)
-    losses = np.empty(texts.shape[:2])
-
-    def train_chunk(chunk: list[int]) -> None:
-        losses[chunk] = phase.train(chunk, optimizer)
-
-    tokens_each = tokens.lengths[texts].sum(axis=2).mean(axis=1)
-    most = tokens_at_once(backbone, stack, tokens, config)
-    workers = int(min(backbone.backend.workers(), len(clients), max(1, most / tokens_each.mean())))
-    at_once = min(backbone.chunk_tokens, most / workers)
-    on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
-    for factor in phase.active:
-        stack.steps[factor] += sum(factor in turn for turn in turns)
+    work = Work(stack, turns or [train] * config.local_steps, round_, shares, clients, config)
+    (losses,) = local_phases(backbone, tokens, [work], optimizer)
     return losses
 
 
+def local_phases(
+    backbone: Backbone, tokens: Tokens, works: Sequence[Work], optimizer: Optimizer
+) -> list[np.ndarray]:
+    """The local phases of several runs as one: no client's numbers depend on the others'.
+
+    Args:
+        backbone: The frozen model of all.
+        tokens: The training split of all.
+        works: With equal turns, batch size and dropout.
+        optimizer: How a factor takes a step.
+
+    Returns:
+        For each work (n, K) float64, as `local_phase`.
+    """
+    phase = _Phase(backbone, tokens, works, optimizer)
+    losses = np.empty(phase.texts.shape[:2])
+
+    def train_chunk(chunk: list[int]) -> None:
+        losses[chunk] = phase.train(chunk)
+
+    tokens_each = tokens.lengths[phase.texts].sum(axis=2).mean(axis=1)
+    most = tokens_at_once(backbone, [one.stack for one in works], tokens, works[0].config)
+    workers = int(min(backbone.backend.workers(), len(losses), max(1, most / tokens_each.mean())))
+    at_once = min(backbone.chunk_tokens, most / workers)
+    on_cores(train_chunk, chunks(tokens_each, at_once, workers), workers)
+    for work in works:
+        for factor in phase.active:
+            work.stack.steps[factor] += sum(factor in turn for turn in work.turns)
+    return np.split(losses, phase.ends[:-1])
+
+
 @dataclass(frozen=True)
+class _Part:
+    """What a chunk has of one work: rows of its stack, and their place in the chunk."""
+
+    work: Work
+    rows: Tensor
+    place: slice
+
+
 class _Phase:
-    """What all chunks of a local phase share; `texts` (n, K, b) are the rows of each step."""
+    """What all chunks of a local phase share; the clients of all works are numbered through."""
 
-    backbone: Backbone
-    stack: Stack
-    factors: Factor
-    tokens: Tokens
-    texts: np.ndarray
-    positions: range
-    clients: Sequence[int]
-    config: Config
-    lr_factor: float
-    turns: Sequence[Factor]
+    def __init__(
+        self, backbone: Backbone, tokens: Tokens, works: Sequence[Work], optimizer: Optimizer
+    ) -> None:
+        self.backbone, self.tokens = backbone, tokens
+        self.works, self.optimizer = works, optimizer
+        self.texts = np.concatenate([work.texts for work in works])  # (n, K, b)
+        self.ends = np.cumsum([len(work.clients) for work in works])
+        self.turns = works[0].turns
+        train = reduce(or_, self.turns)
+        self.active = [factor for factor in works[0].stack.factors if factor in train]
 
-    @property
-    def active(self) -> list[Factor]:
-        """The factors that train."""
-        return [factor for factor in self.stack.factors if factor in self.factors]
+    def train(self, chunk: list[int]) -> np.ndarray:
+        """All steps of some clients, in place; their losses (n, K) float64."""
+        # Those of a work lie side by side.
+        whose = np.searchsorted(self.ends, chunk, side="right")
+        order = np.argsort(whose, kind="stable")
+        losses = np.empty((len(chunk), len(self.turns)))
+        losses[order] = self._train([chunk[k] for k in order], whose[order])
+        return losses
 
-    def train(self, chunk: list[int], optimizer: Optimizer) -> np.ndarray:
-        """All steps of some clients of the stack, in place; their losses (n, K) float64."""
-        stack, rows = self.stack, moved(torch.tensor(chunk), self.backbone.device)
-        leaves = {factor: value[rows] for factor, value in stack.factors.items()}
-        kept = {f: {k: stack.state[k, f][rows] for k in optimizer.kinds} for f in self.active}
+    def _train(self, chunk: list[int], whose: np.ndarray) -> np.ndarray:
+        parts = [*self._parts(chunk, whose)]
+        leaves = {factor: _rows(parts, (VALUE, factor)) for factor in parts[0].work.stack.factors}
+        kept = {(k, f): _rows(parts, (k, f)) for f in self.active for k in self.optimizer.kinds}
         of_steps = []
-        for step, position in enumerate(self.positions):
+        for step, turn in enumerate(self.turns):
             for factor, leaf in leaves.items():
-                leaf.requires_grad_(factor in self.turns[step])
+                leaf.requires_grad_(factor in turn)
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
-            ids = [self.clients[k] for k in chunk]
-            dropout = lora_dropout(batch, ids, position, self.config)
+            dropout = self._dropout(batch, chunk, whose, step)
             losses = _means(self.backbone.losses(batch, leaves, dropout), batch.asked_counts)
             losses.sum().backward()
             of_steps.append(losses.detach())
-            self._step(step, leaves, kept, optimizer)
-        for factor in self.active:
-            for kind, slot in (kept[factor] | {VALUE: leaves[factor].detach()}).items():
-                stack.state[kind, factor][rows] = slot
+            for part in parts:
+                self._step(part, step, leaves, kept)
+            for factor in self.active:
+                leaves[factor].grad = None
+        kept |= {(VALUE, factor): leaves[factor].detach() for factor in self.active}
+        for slot, value in kept.items():
+            for part in parts:
+                part.work.stack.state[slot][part.rows] = value[part.place]
         return torch.stack(of_steps, dim=1).cpu().double().numpy()
 
+    def _parts(self, chunk: list[int], whose: np.ndarray) -> Iterator[_Part]:
+        """The works that have clients in a chunk, ascending."""
+        for number in np.unique(whose):
+            place = np.flatnonzero(whose == number)
+            first = self.ends[number] - len(self.works[number].clients)
+            rows = torch.tensor([chunk[k] - first for k in place])
+            yield _Part(
+                self.works[number],
+                moved(rows, self.backbone.device),
+                slice(place[0], place[-1] + 1),
+            )
+
+    def _dropout(
+        self, batch: Batch, chunk: list[int], whose: np.ndarray, step: int
+    ) -> Dropout | None:
+        if not self.works[0].config.lora_dropout:
+            return None
+        streams = []
+        for k, number in zip(chunk, whose, strict=True):
+            work = self.works[number]
+            client = work.clients[k - self.ends[number]]
+            streams.append((work.config.seed, client, work.positions[step]))
+        return lora_dropout(batch, streams, self.works[0].config.lora_dropout)
+
     def _step(
-        self,
-        step: int,
-        leaves: dict[Factor, Tensor],
-        kept: dict[Factor, dict[str, Tensor]],
-        optimizer: Optimizer,
+        self, part: _Part, step: int, leaves: dict[Factor, Tensor], kept: dict[Slot, Tensor]
     ) -> None:
         """A step on each factor (n, P) in turn and what is kept beside it, in place."""
-        config, rows = self.config, self.backbone.backend.optimizer_rows
-        active = [factor for factor in self.active if factor in self.turns[step]]
-        _clip([leaves[factor].grad for factor in active], config.clip_norm)
-        for factor in active:
-            leaf = leaves[factor]
-            assert leaf.grad is not None
-            lr = self.lr_factor * (config.head_lr if factor is Factor.HEAD else config.lr)
-            beside = {kind: rows(slot) for kind, slot in kept[factor].items()}
-            taken = self.stack.steps[factor] + sum(factor in turn for turn in self.turns[:step])
-            optimizer.update(
-                rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, config.weight_decay
-            )
-            leaf.grad = None
+        work, config = part.work, part.work.config
+        factor_of_rate, rows = lr_factor(config, work.round_), self.backbone.backend.optimizer_rows
+        turn = [factor for factor in self.active if factor in self.turns[step]]
+        grads = {f: grad[part.place] for f in turn if (grad := leaves[f].grad) is not None}
+        _clip([*grads.values()], config.clip_norm)
+        for factor, grad in grads.items():
+            lr = factor_of_rate * (config.head_lr if factor is Factor.HEAD else config.lr)
+            beside = {kind: rows(kept[kind, factor][part.place]) for kind in self.optimizer.kinds}
+            taken = work.stack.steps[factor] + sum(factor in turn for turn in self.turns[:step])
+            value = leaves[factor].detach()[part.place]
+            self.optimizer.update(rows(value), rows(grad), beside, taken, lr, config.weight_decay)
+
+
+def _rows(parts: Sequence[_Part], slot: Slot) -> Tensor:
+    """A slot's rows of all parts of a chunk, in new memory."""
+    found = [part.work.stack.state[slot][part.rows] for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def chunks(tokens_each: np.ndarray, chunk_tokens: float, workers: int = 1) -> list[list[int]]:
@@ -215,22 +305,23 @@ def batch_rows(share: np.ndarray, client: int, positions: range, config: Config)
     return share[np.concatenate(orders)[begin : begin + end - first]].reshape(len(positions), -1)
 
 
-def lora_dropout(
-    batch: Batch, clients: Sequence[int], position: int, config: Config
-) -> Dropout | None:
-    """Dropout whose mask depends on client and step only, not on which clients share a chunk."""
-    rate = config.lora_dropout
-    if rate == 0:
-        return None
+def lora_dropout(batch: Batch, streams: Sequence[tuple[int, int, int]], rate: float) -> Dropout:
+    """Dropout whose mask depends on the run's seed, client and step, not on who shares a chunk.
+
+    Args:
+        batch: The texts of n clients.
+        streams: Of each client (seed, number, step).
+        rate: The share of the input that is dropped.
+    """
 
     def keep(name: str, x: Tensor) -> Tensor:
         draws = [
             torch.rand(
                 count,
                 x.shape[-1],
-                generator=torch_stream(config.seed, f"dropout {name}", client, position),
+                generator=torch_stream(seed, f"dropout {name}", client, position),
             )
-            for client, count in zip(clients, batch.counts, strict=True)
+            for (seed, client, position), count in zip(streams, batch.counts, strict=True)
         ]
         mask = moved((torch.cat(draws) >= rate).to(x.dtype), x.device) / (1 - rate)
         return functional.pad(mask, (0, 0, 0, len(batch.ids) - len(mask)))
@@ -245,15 +336,14 @@ def _means(losses: Tensor, counts: np.ndarray) -> Tensor:
     return torch.cat([own[None].mean(dim=1) for own in losses.split(counts.tolist())])
 
 
-def _clip(grads: Sequence[Tensor | None], norm: float | None) -> None:
+def _clip(grads: Sequence[Tensor], norm: float | None) -> None:
     """Scale each client's gradient (a row of all of `grads`) down to `norm`, in place."""
     if norm is None:
         return
-    present = [grad for grad in grads if grad is not None]
     # Row by row, so that a client's norm is the same to the last bit whoever else is here.
-    norms = torch.stack([grad.norm(dim=1) for grad in present], dim=1).norm(dim=1)
+    norms = torch.stack([grad.norm(dim=1) for grad in grads], dim=1).norm(dim=1)
     factor = (norm / (norms + 1e-6)).clamp(max=1.0)
-    for grad in present:
+    for grad in grads:
         grad.mul_(factor[:, None])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from plait.model.backbone import Backbone
 from plait.model.interface_encoder import InterfaceEncoder
 
 
-def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Config) -> float:
-    """What `Machine.memory_gib` leaves for activations beside the clients' state, in tokens.
+def tokens_at_once(
+    backbone: Backbone, stacks: Sequence[Stack], tokens: Tokens, config: Config
+) -> float:
+    """What `Machine.memory_gib` leaves for activations beside the state of runs, in tokens.
 
     Without a budget, what half of a graphics card's free memory holds, since the backward pass
     needs some too; on a CPU infinity. The model itself, which every run needs once, isn't counted.
@@ -27,11 +30,11 @@ def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Con
     Raises:
         ValueError: One client's batch doesn't fit.
     """
-    given = backbone.machine.memory_gib
+    given, stack = backbone.machine.memory_gib, stacks[0]
     if given is None:
         free = free_bytes(backbone.device) / 2
         return free if math.isinf(free) else free / activation_bytes(backbone, stack, tokens)
-    state = sum(slot.nbytes for slot in stack.state.values())
+    state = sum(slot.nbytes for one in stacks for slot in one.state.values())
     hidden = 0 if tokens.hidden is None else tokens.hidden.nbytes
     room = given * 2**30 - state - hidden
     needed = config.batch_size * float(tokens.lengths.mean())
@@ -39,7 +42,7 @@ def tokens_at_once(backbone: Backbone, stack: Stack, tokens: Tokens, config: Con
     fits = room / per_token
     if fits < needed:
         least = (state + hidden + needed * per_token) / 2**30
-        clients = len(stack.factors[Factor.A])
+        clients = sum(len(one.factors[Factor.A]) for one in stacks)
         raise ValueError(
             f"memory_gib is {given:g}, but {clients} clients and one batch need "
             f"{least:.2f} GiB. Give more, or lower clients, rank or batch_size."
