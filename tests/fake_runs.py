@@ -75,7 +75,12 @@ class FakeRuns:
         self.started: list[Config] = []
 
     def __call__(
-        self, config: Config, out: Path, resume: bool = False, machine: Machine = THIS_MACHINE
+        self,
+        config: Config,
+        out: Path,
+        resume: bool = False,
+        machine: Machine = THIS_MACHINE,
+        engine: None = None,
     ) -> Iterator[Event]:
         said = list(events(config, self.score(config)))
         if not (resume and (out / "summary.json").exists()):

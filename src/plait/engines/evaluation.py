@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plait.data.objectives import Objective
 from plait.data.tasks import Task
+from plait.data.tokens import Tokens
 from plait.engines.job import Job
 from plait.engines.local_training import evaluate
 from plait.events import Evaluated
 from plait.factors import Factor
 from plait.lora import Stack
+from plait.model.backbone import Backbone
 from plait.rng import stream
 from plait.site_mixing import mean_client
 
+Evaluator = Callable[
+    [Backbone, Mapping[Factor, Tensor], Tokens, Objective | None], tuple[Tensor, Tensor]
+]
+"""What `local_training.evaluate` is."""
+
 
 def judge(
-    job: Job, models: Mapping[Factor, Tensor], clients: Sequence[int], round_: int
+    job: Job,
+    models: Mapping[Factor, Tensor],
+    clients: Sequence[int],
+    round_: int,
+    evaluate: Evaluator = evaluate,
 ) -> Evaluated:
     """Some models on the held-out rows that are evaluated after a round.
 
@@ -30,6 +42,7 @@ def judge(
         models: Factor -> (n, P), the own models of some clients, and perhaps the averaged one.
         clients: The numbers of these.
         round_: The round that was just done.
+        evaluate: Computes it.
 
     Returns:
         What is said of it, NaN of the averaged model where it isn't there.
@@ -45,7 +58,8 @@ def judge(
     answers, right, copies = found.numpy(), tokens.targets, num_models if alike else 1
     if job.choices:
         some = job.choices.take(rows)
-        answers, right = some.chosen(evaluate(job.backbone, distinct, some.tokens)[0]), some.right
+        of_options, _ = evaluate(job.backbone, distinct, some.tokens, None)
+        answers, right = some.chosen(of_options), some.right
     scores = [job.score(one, right) for one in answers] * copies
     means = losses.mean(dim=1).tolist() * copies
     whose = np.zeros(num_models, int) if alike else np.arange(num_models)
@@ -95,11 +109,17 @@ def confusion(
     return table
 
 
-def evaluation(job: Job, stack: Stack, clients: Sequence[int], round_: int) -> Evaluated:
+def evaluation(
+    job: Job,
+    stack: Stack,
+    clients: Sequence[int],
+    round_: int,
+    evaluate: Evaluator = evaluate,
+) -> Evaluated:
     """The own models of these clients, which the stack holds, and the averaged one."""
     averaged = mean_client(job.backbone.layout, stack.factors)
     models = {f: torch.cat([value, averaged[f]]) for f, value in stack.factors.items()}
-    return judge(job, models, clients, round_)
+    return judge(job, models, clients, round_, evaluate)
 
 
 def some_rows(split: Sized, count: int | None, purpose: str = "eval_rows") -> np.ndarray:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from plait.engines.checkpoint import load_rows, save_stack
 from plait.engines.eval_schedule import EvalSchedule
-from plait.engines.evaluation import evaluation
+from plait.engines.evaluation import Evaluator, evaluation
 from plait.engines.job import Job
+from plait.engines.local_training import evaluate
 from plait.engines.rounds import all_rounds
-from plait.engines.steps import edges_of, mix, round_done, train_round
+from plait.engines.steps import Phase, edges_of, local_steps, mix, round_done, train_round
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.lora import Stack
 from plait.metrics import all_pairs, diagnostics, pair_distances
@@ -27,6 +28,8 @@ class Simulation:
 
     job: Job
     stack: Stack
+    phase: Phase = local_steps
+    evaluator: Evaluator = evaluate
 
     @property
     def started(self) -> Started:
@@ -43,7 +46,9 @@ class Simulation:
         job, stack = self.job, self.stack
         begin = time.perf_counter()
         everyone = range(job.config.clients)
-        losses = train_round(job, stack, round_, everyone, seeded_noise(job.config.seed))
+        losses = train_round(
+            job, stack, round_, everyone, seeded_noise(job.config.seed), self.phase
+        )
         trained = time.perf_counter()
         W = job.schedule(round_)
         before = stack.factors
@@ -64,7 +69,8 @@ class Simulation:
 
     def evaluate(self, round_: int) -> Evaluated:
         """Every client's own model, and the averaged one."""
-        return evaluation(self.job, self.stack, range(self.job.config.clients), round_)
+        everyone = range(self.job.config.clients)
+        return evaluation(self.job, self.stack, everyone, round_, self.evaluator)
 
     def save(self, path: Path, rounds_done: int) -> None:
         """Write the checkpoint of all clients."""

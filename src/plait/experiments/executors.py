@@ -17,14 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 
 from plait.config import THIS_MACHINE, Machine
+from plait.engines.stacked_runs import StackedRuns
 from plait.events import Event, Started
 from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
 from plait.machine.process_settings import configure_process
 from plait.runs.loggers import logged
-from plait.runs.run import Run
+from plait.runs.run import OpenEngine, Run, simulation
+
+STACKED = 16
+"""Runs in one stack on a graphics card, if not said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,43 @@ def here(
     for cell in cells:
         for said in _told(cell, loggers, machine):
             yield cell, said
+
+
+def in_one_stack(
+    cells: Sequence[Cell],
+    runs: int,
+    loggers: Sequence[str] = (),
+    machine: Machine = THIS_MACHINE,
+) -> Iterator[CellSaid]:
+    """Carry cells out in this process, so many at once, their local phases computed as one."""
+    for first in range(0, len(cells), runs):
+        some = cells[first : first + runs]
+        said: SimpleQueue[CellSaid] = SimpleQueue()
+        stacked = StackedRuns(len(some))
+        engine = partial(simulation, phase=stacked.phase, evaluator=stacked.evaluate)
+
+        def tell(
+            cell: Cell, said: SimpleQueue[CellSaid] = said, engine: OpenEngine = engine
+        ) -> None:
+            for one in _told(cell, loggers, machine, engine):
+                said.put((cell, one))
+
+        threads = [
+            threading.Thread(target=stacked.carry_out, args=(partial(tell, cell),), daemon=True)
+            for cell in some
+        ]
+        for thread in threads:
+            thread.start()
+        left = len(some)
+        try:
+            while left:
+                cell, one = said.get()
+                left -= isinstance(one, CellEnded)
+                yield cell, one
+        finally:
+            stacked.stop()
+            for thread in threads:
+                thread.join()
 
 
 @contextmanager
@@ -105,7 +147,12 @@ def in_processes(
 def executor_for(
     jobs: int, loggers: Sequence[str] = (), machine: Machine = THIS_MACHINE
 ) -> AbstractContextManager[Executor]:
-    """The executor for so many runs at a time, which write to loggers."""
+    """The executor for so many runs at a time, which write to loggers.
+
+    On a CPU that is a process for each, on a graphics card all in one stack.
+    """
+    if jobs > 1 and resolve_device(machine.device).type != "cpu":
+        return nullcontext(partial(in_one_stack, runs=jobs, loggers=loggers, machine=machine))
     if jobs == 1:
         return nullcontext(partial(here, loggers=loggers, machine=machine))
     return in_processes(jobs, loggers, machine)
@@ -114,15 +161,15 @@ def executor_for(
 def num_jobs(device: str, jobs: int, runs: int | None = None) -> int:
     """How many of so many runs to carry out at a time: `jobs`, or if it is 0 what is best here.
 
-    On a CPU that is a process with one thread for each core. A graphics card is given to one run at
-    a time.
+    On a CPU that is a process with one thread for each core, on a graphics card a stack of
+    `STACKED` runs.
 
     Raises:
         ValueError: `jobs` is below 0.
     """
     if jobs < 0:
         raise ValueError(f"jobs is {jobs}; give 1 or more, or 0 for what suits the machine.")
-    best = num_cores() if resolve_device(device).type == "cpu" else 1
+    best = num_cores() if resolve_device(device).type == "cpu" else STACKED
     return jobs or max(1, min(best, runs or best))
 
 
@@ -131,11 +178,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _told(cell: Cell, loggers: Sequence[str], machine: Machine) -> Iterator[Event | CellEnded]:
+def _told(
+    cell: Cell, loggers: Sequence[str], machine: Machine, engine: OpenEngine | None = None
+) -> Iterator[Event | CellEnded]:
     """What a run says, or goes on to say; nothing that goes wrong with it is raised."""
     began = False
     try:
-        said = Run(cell.config, cell.folder, resume=True, machine=machine)
+        said = Run(cell.config, cell.folder, resume=True, machine=machine, engine=engine)
         for event in logged(said, loggers, cell.config, cell.folder):
             began = began or isinstance(event, Started)
             yield event

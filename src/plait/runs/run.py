@@ -14,10 +14,13 @@ from peft import PeftModel
 
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.data.objectives import LANGUAGE, OBJECTIVES
+from plait.engines.evaluation import Evaluator
 from plait.engines.fingerprints import fingerprints
 from plait.engines.job import prepare
+from plait.engines.local_training import evaluate
 from plait.engines.rounds import Engine, all_rounds
 from plait.engines.simulate import Simulation
+from plait.engines.steps import Phase, local_steps
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.figures import best_evaluation, has_stopped, summarize
 from plait.lookup import lookup
@@ -30,9 +33,15 @@ from plait.runs.samples import write_samples
 from plait.runs.trained import Client, Prediction, Text, predict
 
 
-def _simulation(config: Config, machine: Machine) -> AbstractContextManager[Engine]:
+def simulation(
+    config: Config,
+    machine: Machine,
+    phase: Phase = local_steps,
+    evaluator: Evaluator = evaluate,
+) -> AbstractContextManager[Engine]:
+    """A run as a simulation, at its start, and what trains and evaluates."""
     job = prepare(config, machine)
-    return nullcontext(Simulation(job, job.initial_stack()))
+    return nullcontext(Simulation(job, job.initial_stack(), phase, evaluator))
 
 
 def _cluster(config: Config, machine: Machine) -> AbstractContextManager[Engine]:
@@ -43,8 +52,11 @@ def _cluster(config: Config, machine: Machine) -> AbstractContextManager[Engine]
     return Cluster(config, machine, partial(prepare, machine=machine))
 
 
-ENGINES: dict[str, Callable[[Config, Machine], AbstractContextManager[Engine]]] = {
-    "simulate": _simulation,
+OpenEngine = Callable[[Config, Machine], AbstractContextManager[Engine]]
+"""Prepares a run, and lets go of it at the end."""
+
+ENGINES: dict[str, OpenEngine] = {
+    "simulate": simulation,
     "ray": _cluster,
 }
 
@@ -80,6 +92,7 @@ class Run(Iterator[Event]):
         machine: Machine = THIS_MACHINE,
         name: str = "",
         tags: Sequence[str] = (),
+        engine: OpenEngine | None = None,
     ) -> None:
         """Nothing is computed or written yet.
 
@@ -91,6 +104,7 @@ class Run(Iterator[Event]):
             machine: Where and how fast.
             name: What people call it.
             tags: Words to find it by.
+            engine: What carries it out; the machine's if not given.
 
         Raises:
             ValueError: The folder is in use, or belongs to another config.
@@ -99,7 +113,7 @@ class Run(Iterator[Event]):
         self._name, self._tags = name, tags
         self.folder = None if out is None else RunFolder.open(Path(out), config, resume)
         self.events: list[Event] = []
-        self._open = lookup(ENGINES, machine.engine, "engine")
+        self._open = engine or lookup(ENGINES, machine.engine, "engine")
         self._engine: Engine | None = None
         self._going = self._carry_out()
 
