@@ -9,7 +9,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_job
@@ -17,7 +16,7 @@ from plait.config import Config, Machine
 from plait.engines import stacked_runs
 from plait.engines.job import Materials, Rules, assemble
 from plait.events import RoundDone
-from plait.experiments.executors import CellEnded, here, in_one_stack, num_jobs
+from plait.experiments.executors import CellEnded, here, in_one_stack
 from plait.experiments.plan import Cell
 from plait.factors import A
 from plait.runs.run import Run
@@ -146,11 +145,3 @@ def test_a_stack_that_was_left_goes_on(tmp_path):
     list(in_one_stack(stacked, 3))
     for one, other in zip(alone, stacked, strict=True):
         assert_same(one, other)
-
-
-def test_a_card_takes_a_stack_and_a_cpu_a_process_for_each_core(monkeypatch):
-    assert num_jobs("cpu", 0, 40) < 40
-    monkeypatch.setattr(
-        "plait.experiments.executors.resolve_device", lambda _name: torch.device("cuda")
-    )
-    assert (num_jobs("auto", 0, 40), num_jobs("auto", 0, 3), num_jobs("auto", 5, 40)) == (16, 3, 5)

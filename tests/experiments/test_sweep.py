@@ -18,7 +18,7 @@ import torch
 from conftest import save_encoder
 from fake_runs import FakeRuns, events
 from plait.cli.main import main
-from plait.config import Config
+from plait.config import Config, Machine
 from plait.experiments import executors as workers
 from plait.experiments.executors import CellEnded, executor_for, here, in_processes, num_jobs
 from plait.experiments.plan import Cell, tuning_seed
@@ -411,7 +411,9 @@ def test_jobs_are_chosen_by_the_device_and_by_what_there_is_to_do(monkeypatch):
     assert num_jobs("cpu", 0, 3) == 3
     assert num_jobs("cpu", 5, 3) == 5
     monkeypatch.setattr(workers, "resolve_device", torch.device)
-    assert num_jobs("cuda", 0) == 1
+    assert (num_jobs("cuda", 0), num_jobs("cuda", 0, 3), num_jobs("cuda", 5, 40)) == (16, 3, 5)
+    with executor_for(2, machine=Machine(device="cuda")) as executor:
+        assert executor.func is workers.in_one_stack
     with pytest.raises(ValueError, match="jobs is -1"):
         num_jobs("cpu", -1)
 
