@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
+from plait.later import Tensor, torch
 from plait.lora import Layout, State
 from plait.machine.devices import exact
 from plait.mixing import Mix, Mixed, SiteFactors, average, by_site

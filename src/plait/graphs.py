@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import networkx as nx
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 from plait.config import Config
 from plait.contact_traces import from_edges, read_contacts
+from plait.later import networkx
 from plait.mixing_matrix import Adjacency, Matrix
 from plait.rng import stream
 
@@ -41,8 +41,8 @@ def one_peer_period(N: int) -> int:
 # -- one graph for all rounds
 
 
-def _adjacency(graph: nx.Graph[Any]) -> Adjacency:
-    adjacency = nx.to_numpy_array(graph, nodelist=sorted(graph)).astype(np.bool_)
+def _adjacency(graph: networkx.Graph[Any]) -> Adjacency:
+    adjacency = networkx.to_numpy_array(graph, nodelist=sorted(graph)).astype(np.bool_)
     np.fill_diagonal(adjacency, False)  # networkx closes a ring of one client on itself
     return adjacency
 
@@ -53,17 +53,17 @@ def _fixed(adjacency: Adjacency) -> Graphs:
 
 def ring(config: Config) -> Graphs:
     """Each client has two neighbours."""
-    return _fixed(_adjacency(nx.cycle_graph(config.clients)))
+    return _fixed(_adjacency(networkx.cycle_graph(config.clients)))
 
 
 def complete(config: Config) -> Graphs:
     """Everybody meets everybody."""
-    return _fixed(_adjacency(nx.complete_graph(config.clients)))
+    return _fixed(_adjacency(networkx.complete_graph(config.clients)))
 
 
 def star(config: Config) -> Graphs:
     """All meet client 0 only."""
-    return _fixed(_adjacency(nx.star_graph(config.clients - 1)))
+    return _fixed(_adjacency(networkx.star_graph(config.clients - 1)))
 
 
 def torus(config: Config) -> Graphs:
@@ -76,13 +76,13 @@ def torus(config: Config) -> Graphs:
             f"{N} clients fill no grid of at least 2 x 2, which topology torus needs: N must be a "
             f"product of two numbers above 1, such as {s * s}, {s * (s + 1)} or {(s + 1) ** 2}."
         )
-    return _fixed(_adjacency(nx.grid_2d_graph(side, N // side, periodic=True)))
+    return _fixed(_adjacency(networkx.grid_2d_graph(side, N // side, periodic=True)))
 
 
 def exponential(config: Config) -> Graphs:
     """Neighbours at distance 1, 2, 4, 8, ... on a ring."""
     hops = [2**j for j in range(one_peer_period(config.clients))]
-    return _fixed(_adjacency(nx.circulant_graph(config.clients, hops)))
+    return _fixed(_adjacency(networkx.circulant_graph(config.clients, hops)))
 
 
 # -- one random graph for all rounds
@@ -137,7 +137,7 @@ def regular(config: Config) -> Graphs:
     N, degree = config.clients, degree_of(config, odd_too=config.clients % 2 == 0)
     return _fixed(
         first_connected(
-            lambda rng: _adjacency(nx.random_regular_graph(degree, N, _seed(rng))),
+            lambda rng: _adjacency(networkx.random_regular_graph(degree, N, _seed(rng))),
             config,
             "Raise degree.",
         )
@@ -149,7 +149,7 @@ def small_world(config: Config) -> Graphs:
     N, degree, p = config.clients, degree_of(config), config.p
     return _fixed(
         first_connected(
-            lambda rng: _adjacency(nx.watts_strogatz_graph(N, degree, p, _seed(rng))),
+            lambda rng: _adjacency(networkx.watts_strogatz_graph(N, degree, p, _seed(rng))),
             config,
             "Raise degree or lower p.",
         )

@@ -14,11 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from plait.factors import VALUE, Factor, Slot
+from plait.later import Tensor, functional, torch
 from plait.optimizers import ADAMW
 from plait.rng import torch_stream
 
@@ -136,7 +133,7 @@ def resized(layout: Layout, state: Mapping[Slot, Tensor], rank: int) -> State:
 
     def row(factor: Factor, flat: Tensor) -> Tensor:
         views = layout.views(factor, flat).values()
-        return torch.cat([pad(view, pads[factor]).flatten(1) for view in views], dim=1)
+        return torch.cat([functional.pad(view, pads[factor]).flatten(1) for view in views], dim=1)
 
     return {
         slot: row(slot[1], value) if more and slot[1] in pads else value

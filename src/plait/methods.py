@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
-from torch import Tensor
-
 from plait.base_mixing import averaged_with_residual, stacked_into_base
 from plait.config import Config, Weights
 from plait.factors import AB, BASE, NONE, VALUE, A, B, Factor
+from plait.later import Tensor
 from plait.lookup import lookup
 from plait.lora import initial_A
 from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site

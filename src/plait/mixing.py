@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from plait.factors import AB, NONE, VALUE, A, B, Factor, Slot
+from plait.later import Tensor, torch
 from plait.lookup import lookup
 from plait.lora import Layout, State
 from plait.machine.devices import exact, exact_device

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from plait.later import Tensor, torch
 
 Update = Callable[
     [Sequence[Tensor], Sequence[Tensor], Mapping[str, Sequence[Tensor]], int, float, float], None

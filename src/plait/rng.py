@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
+
+from plait.later import torch
 
 
 def _key(seed: int, purpose: str, *address: int) -> int:

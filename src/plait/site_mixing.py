@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from plait.factors import BASE, BASE_A, BASE_B, VALUE, A, B, Factor
+from plait.later import Tensor, torch
 from plait.lora import Layout, joined
 from plait.machine.devices import exact, one_thread
 from plait.mixing import SiteFactors, SiteRule, by_site, mean

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional
+
+from plait.later import Tensor, functional
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
+from plait.later import Tensor, torch
 
 PREFERRED = ("cuda", "mps", "cpu")
 
