@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from plait.factors import A, Factor
+from plait.lora import product_norm
 from plait.machine.devices import exact, one_thread
 from plait.mixing import SiteFactors, SiteRule
 
@@ -78,9 +79,8 @@ def norm_average(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteF
 
 def _norm(A: Tensor, B: Tensor, client: int) -> float:
     """||B A||_F of one client, of A (m, r, d_in) and B (m, d_out, r)."""
-    a, b = exact(A[client]), exact(B[client])
     with one_thread():
-        return float(((a @ a.mT) * (b.mT @ b)).sum().clamp(min=0).sqrt())
+        return product_norm(B[client], A[client])
 
 
 def factorized(wide: Tensor, tall: Tensor, rank: int) -> SiteFactors:

@@ -164,6 +164,18 @@ def say_preparing(out: Path, config: Config) -> None:
     print(f"preparing {out}: {about} ...", flush=True)
 
 
+def check_mixing(config: Config) -> None:
+    """Refuse a mix, or ranks, that the method doesn't take; torch is imported to see it.
+
+    Raises:
+        ValueError: Which, and what to take.
+    """
+    if config.mix != Config.mix or config.ranks:
+        from plait.methods import build_method
+
+        build_method(config)
+
+
 def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> None:
     """Refuse columns and packages that aren't there; it takes no torch to see that.
 
