@@ -13,20 +13,24 @@ from plait.config import Config
 from plait.engines import simulate as engine
 from plait.events import RoundDone
 from plait.factors import AB, NONE, VALUE, A, B
+from plait.lora import Layout, Site
 from plait.methods import METHODS, Method, alternate, always, build_method
 from plait.mixing import (
     AVERAGE,
     MIXES,
     average,
-    build_rule,
+    build_mix,
+    clipped_gossip,
     each_factor,
     each_site,
     mean,
     neighbour_weights,
+    trimmed_mean,
 )
 from plait.topology import build_schedule
 
 N, P = 6, 40
+LAYOUT = Layout((Site("a", 4, 3), Site("b", 6, 7)), rank=2, scale=1.0)  # A and B have 20 each
 EXAMPLES = [f"{name}:{row.example}" if row.example else name for name, row in MIXES.items()]
 
 
@@ -36,6 +40,13 @@ def states(seed=0, clients=N):
 
 def weights(topology="complete", clients=N):
     return neighbour_weights(build_schedule(Config(topology=topology, clients=clients))(0))
+
+
+def mixed_by(mix, mine, heard, W):
+    """What a mix makes of rows (m, P): A and B of `LAYOUT` side by side."""
+    own, theirs = ({(VALUE, A): X[:, :20], (VALUE, B): X[:, 20:]} for X in (mine, heard))
+    mixed = build_mix(mix).combine(LAYOUT, own, theirs, W)
+    return torch.cat([mixed[VALUE, A], mixed[VALUE, B]], dim=1)
 
 
 # -- slow twins: one client, one coordinate, one neighbour at a time
@@ -68,30 +79,39 @@ def twin_clipped_gossip(X, W, radius):
 @pytest.mark.parametrize("count", [1, 2])
 def test_trimmed_mean_equals_its_twin(topology, count):
     X, W = states(), weights(topology)
-    mixed = build_rule(f"trimmed-mean:{count}")(X, X, W)
+    mixed = trimmed_mean(count)(X, X, W)
     torch.testing.assert_close(mixed.double(), twin_trimmed_mean(X, W, count), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("radius", [0.1, 8.5, 100.0])  # two clients are about 9 apart
 def test_clipped_gossip_equals_its_twin(radius):
     X, W = states(), weights("ring")
-    mixed = build_rule(f"clipped-gossip:{radius}")(X, X, W)
+    mixed = clipped_gossip(radius)(X, X, W)
     torch.testing.assert_close(mixed.double(), twin_clipped_gossip(X, W, radius), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("mix", EXAMPLES)
 def test_a_client_alone_gets_the_same_bits_as_in_a_stack(mix):
     X, W = states(), weights("ring")
-    together = build_rule(mix)(X, X, W)
+    together = mixed_by(mix, X, X, W)
     for i in range(N):
         heard = np.flatnonzero(W[i])
-        alone = build_rule(mix)(X[i : i + 1].clone(), X[heard].clone(), W[i : i + 1, heard])
+        alone = mixed_by(mix, X[i : i + 1].clone(), X[heard].clone(), W[i : i + 1, heard])
         assert torch.equal(alone[0], together[i])
 
 
-def test_a_radius_that_nothing_reaches_is_averaging_to_the_bit():
+@pytest.mark.parametrize("mix", ["clipped-gossip:1e6", "clipped-product:1e6"])
+def test_a_radius_that_nothing_reaches_is_averaging_to_the_bit(mix):
     X, W = states(), weights("ring")
-    assert torch.equal(build_rule("clipped-gossip:1e6")(X, X, W), average(X, X, W))
+    assert torch.equal(mixed_by(mix, X, X, W), average(X, X, W))
+
+
+@pytest.mark.parametrize("mix", EXAMPLES)
+def test_where_all_agree_or_nobody_is_heard_all_stays_as_it_is(mix):
+    X, W = states(), weights()
+    same = X[:1].repeat(N, 1)
+    assert torch.equal(mixed_by(mix, same, same, W), same)
+    assert torch.equal(mixed_by(mix, X, X, 0 * W), X)
 
 
 # -- what holds whatever is sent
@@ -107,7 +127,7 @@ LIES = {
 def test_trimmed_mean_stays_within_the_honest_values(lie):
     X, W = states(), weights()
     X[0] = LIES[lie]
-    mixed = build_rule("trimmed-mean:1")(X, X, W)[1:]
+    mixed = trimmed_mean(1)(X, X, W)[1:]
     assert (mixed <= X[1:].max(dim=0).values + 1e-6).all()
     assert (mixed >= X[1:].min(dim=0).values - 1e-6).all()
 
@@ -121,9 +141,9 @@ def test_averaging_does_not():
 @pytest.mark.parametrize("lie", LIES)
 def test_clipped_gossip_lets_a_liar_move_nobody_far(lie):
     X, W = states(), weights()
-    honest = build_rule("clipped-gossip:0.5")(X, X, W)
+    honest = clipped_gossip(0.5)(X, X, W)
     X[0] = LIES[lie]
-    moved = (build_rule("clipped-gossip:0.5")(X, X, W)[1:] - honest[1:]).norm(dim=1)
+    moved = (clipped_gossip(0.5)(X, X, W)[1:] - honest[1:]).norm(dim=1)
     assert (moved <= 2 * 0.5 * W[1:, 0].max() + 1e-5).all()
 
 
@@ -132,16 +152,18 @@ def test_clipped_gossip_lets_a_liar_move_nobody_far(lie):
 def test_which_of_them_conserve_the_mean(mix, topology):
     X, W = states(), weights(topology)
     assert np.array_equal(W, W.T)
-    moved = float((mean(build_rule(mix)(X, X, W)) - mean(X)).abs().max())
+    moved = float((mean(mixed_by(mix, X, X, W)) - mean(X)).abs().max())
     if MIXES[mix.partition(":")[0]].conserves_mean:
         assert moved < 1e-6
     elif topology == "ring":
         assert moved > 1e-3
 
 
-def test_with_too_few_neighbours_to_trim_a_client_keeps_its_state():
+@pytest.mark.parametrize("mix", ["trimmed-mean", "trimmed-product"])
+def test_with_too_few_neighbours_to_trim_a_client_keeps_its_state(mix):
     X, W = states(), weights("ring")
-    assert torch.equal(build_rule("trimmed-mean:2")(X, X, W), X)
+    assert torch.equal(mixed_by(f"{mix}:2", X, X, W), X)
+    assert not torch.equal(mixed_by(f"{mix}:1", X, X, W), X)
 
 
 # -- a run with a client that lies
@@ -180,7 +202,7 @@ def random(row, round_):
 
 
 @pytest.mark.parametrize("lie", [enormous, random])
-@pytest.mark.parametrize("mix", ["average", "trimmed-mean:1", "clipped-gossip:0.5"])
+@pytest.mark.parametrize("mix", EXAMPLES)
 def test_honest_clients_learn_beside_a_liar_with_robust_mixing_only(monkeypatch, mix, lie):
     losses = losses_of_the_honest(monkeypatch, mix, lie)
     assert (losses[-1] < losses[0]) == (mix != "average"), losses
@@ -193,6 +215,8 @@ def test_honest_clients_learn_beside_a_liar_with_robust_mixing_only(monkeypatch,
     ("name", "message"),
     [
         ("trimed-mean:1", "Did you mean trimmed-mean"),
+        ("trimmed-product:x", "a whole number above 0, as in trimmed-product:1"),
+        ("clipped-product:0", "a number above 0, as in clipped-product:0.5"),
         ("average:1", "write `average`"),
         ("clipped-gossip", "write `clipped-gossip:0.5`"),
         ("trimmed-mean:0", "a whole number above 0"),
@@ -276,7 +300,7 @@ def own_method(monkeypatch, **settings):
 )
 def test_what_mixes_together_must_travel_together(monkeypatch, share, message):
     mix = always(each_site(lambda mine, _theirs, _W: mine))
-    with pytest.raises(ValueError, match=f"own mixes AB together and {message}"):
+    with pytest.raises(ValueError, match=f"own mixes A and B together, and own {message}"):
         own_method(monkeypatch, share=share, mix=mix)
     own_method(monkeypatch, share=share)
     for fine in (always(AB), always(NONE), alternate(AB, NONE, every=1)):

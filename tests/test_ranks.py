@@ -28,6 +28,12 @@ def test_equal_ranks_are_no_list():
     assert Config(ranks="4") == Config(rank=4)
 
 
+@pytest.mark.parametrize("ranks", [[4, 2, 1], (4, 2, 1)])
+def test_a_list_in_python_or_toml_is_what_it_says(ranks):
+    assert dataclasses.replace(CONFIG, ranks=ranks) == CONFIG
+    assert Config(ranks=4) == Config(rank=4)
+
+
 def test_ranks_go_by_turns_and_the_largest_is_the_runs():
     assert [CONFIG.rank_of(k) for k in range(4)] == [4, 2, 1, 4]
     assert CONFIG.rank == 4
@@ -40,7 +46,7 @@ def test_a_file_of_ranks_is_its_numbers(tmp_path):
     assert dataclasses.replace(CONFIG, ranks=str(file)) == CONFIG
 
 
-@pytest.mark.parametrize("ranks", ["4,x", "4,0", "", "none.txt", "4,-2", "4,2.5"])
+@pytest.mark.parametrize("ranks", ["4,x", "4,0", "", "none.txt", "4,-2", "4,2.5", [4, 0], [], 0])
 def test_what_are_no_ranks_is_said(ranks):
     with pytest.raises(ValueError, match="write whole numbers above 0"):
         Config(ranks=ranks)

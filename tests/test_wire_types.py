@@ -51,10 +51,11 @@ def test_the_mean_stays_and_each_is_nearly_what_it_would_be():
         assert 0 < apart < 2**-8 * before[slot].abs().max()
 
 
-def test_clients_that_agree_stay_as_they_are():
+@pytest.mark.parametrize("how", ["average", "clipped-product:0.5"])
+def test_clients_that_agree_stay_as_they_are(how):
     """Or small steps would never get through."""
     before = {slot: value[:1].repeat(4, 1) for slot, value in states().items()}
-    for slot, value in mixed(HALF, before).items():
+    for slot, value in mixed(Config(**HALF.to_json() | {"mix": how}), before).items():
         assert torch.equal(value, before[slot])
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
+from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B, Factor
 from plait.later import Tensor, torch
 from plait.lora import Layout, State
 from plait.machine.devices import exact
-from plait.mixing import Mix, Mixed, SiteFactors, average, by_site
+from plait.mixing import Mix, SiteFactors, average
+from plait.screening import Slots
 from plait.site_mixing import factorized, stacked
 
 Keep = Callable[[Layout, State], tuple[Tensor, Tensor]]
@@ -55,14 +56,14 @@ def stacked_into_base(start: Callable[[Layout], Tensor], mixes_base: bool) -> Mi
 def _into_base(keep: Keep, mixes_base: bool, any_rank: bool = False) -> Mix:
     """The mix that goes on with `keep`, and whose base takes up what that lacks of the product."""
 
-    def combine(layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
+    def combine(layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
         factors = [slot for slot in mine if slot[1] not in BASE]
         mixed = {slot: average(mine[slot], heard[slot], W) for slot in factors}
         mixed[VALUE, A], mixed[VALUE, B] = keep(layout, mixed)
         mixed |= {(VALUE, base): mine[VALUE, base].clone() for base in (BASE_A, BASE_B)}
-        own, theirs, kept = (by_site(layout, one) for one in (mine, heard, mixed))
-        old, found = (by_site(layout, one, BASE_A, BASE_B) for one in (mine, mixed))
-        bases = by_site(layout, heard, BASE_A, BASE_B) if mixes_base else None
+        own, theirs, kept = (_sites(layout, one, A, B) for one in (mine, heard, mixed))
+        old, found = (_sites(layout, one, BASE_A, BASE_B) for one in (mine, mixed))
+        bases = _sites(layout, heard, BASE_A, BASE_B) if mixes_base else None
         for site, place in enumerate(found):
             for i, row in enumerate(W):
                 A_i, B_i = _client(kept[site], i)
@@ -80,7 +81,13 @@ def _into_base(keep: Keep, mixes_base: bool, any_rank: bool = False) -> Mix:
                     into[i].copy_(value)
         return mixed
 
-    return Mix(combine, together=AB | BASE if mixes_base else AB, any_rank=any_rank)
+    together = AB | BASE if mixes_base else AB
+    return Mix(combine, together=together, any_rank=any_rank, steps=False)
+
+
+def _sites(layout: Layout, state: Slots, a: Factor, b: Factor) -> list[SiteFactors]:
+    """Views of the values of two factors, layer by layer."""
+    return layout.by_site(state[VALUE, a], state[VALUE, b])
 
 
 def _client(site: SiteFactors, i: int) -> SiteFactors:

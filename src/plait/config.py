@@ -56,8 +56,8 @@ class MethodSettings:
     switch_scale: float = 1.0
     """T in units of 1 / sqrt(1 - rho), c, where a method takes T from the topology."""
     mix: str = "average"
-    """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
-    liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
+    """What a client makes of its own factors and its neighbours': `average`, or one that a few
+    liars can't steer, such as `trimmed-mean:1`, `clipped-product:0.5`; `plait mixes` lists them."""
     base_rank: int = 32
     """Rank of what `fedex` and `flora` add to the frozen weights, R; what needs more is cut off."""
     base_change: BaseChange = "mixed"
@@ -146,7 +146,7 @@ class ModelSettings:
     """LoRA rank, r."""
     ranks: str | None = None
     """Ranks of the clients, by turns, `4,8,16`, or a file with one on each line; `rank` is then the
-    largest, and all have its scale."""
+    largest, and all have its scale. In Python and TOML a list, too."""
     alpha: float = 16.0
     """LoRA scale: the update is (alpha / r) B A, or what `scale` says."""
     scale: Scale = "lora"

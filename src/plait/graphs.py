@@ -111,8 +111,9 @@ def degree_of(config: Config, odd_too: bool = False) -> int:
     if degree < N and (odd_too or degree % 2 == 0):
         return degree
     kind = "one" if odd_too else "an even one"
+    said = "is" if config.degree else "isn't given, and then it is"
     raise ValueError(
-        f"degree is {degree}; topology {config.topology} of {N} clients takes {kind} below {N}."
+        f"degree {said} {degree}; topology {config.topology} of {N} clients takes {kind} below {N}."
     )
 
 

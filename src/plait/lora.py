@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from plait.factors import VALUE, Factor, Slot
 from plait.later import Tensor, functional, torch
+from plait.machine.devices import exact
 from plait.optimizers import ADAMW
 from plait.rng import torch_stream
 
@@ -100,6 +101,11 @@ class Layout:
             name: part.unflatten(1, shape)
             for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
+
+    def by_site(self, flat_A: Tensor, flat_B: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(n, P_A) and (n, P_B) -> A (n, r, d_in) and B (n, d_out, r) of each adapted layer."""
+        views = self.views(Factor.A, flat_A), self.views(Factor.B, flat_B)
+        return [(views[0][site.name], views[1][site.name]) for site in self.sites]
 
 
 def joined(layout: Layout, factors: Mapping[Factor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -256,3 +262,12 @@ def branch(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """
     low = torch.bmm(x, A.to(x.dtype).mT) * scale
     return torch.bmm(low, B.to(x.dtype).mT)
+
+
+def product_norm(P: Tensor, Q: Tensor) -> float:
+    """||P Q||_F of P (d_out, k) and Q (k, d_in); the product isn't formed where k is small."""
+    P, Q = exact(P), exact(Q)
+    if P.shape[1] >= min(P.shape[0], Q.shape[1]):
+        return float((P @ Q).norm())
+    squared = float(((P.T @ P) * (Q @ Q.T)).sum())
+    return math.sqrt(max(squared, 0.0))

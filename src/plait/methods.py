@@ -18,7 +18,7 @@ from plait.factors import AB, BASE, NONE, VALUE, A, B, Factor
 from plait.later import Tensor
 from plait.lookup import lookup
 from plait.lora import initial_A
-from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site
+from plait.mixing import AVERAGE, Mix, build_mix, each_site
 from plait.optimizers import ADAMW, Optimizer
 from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
 from plait.topology import exact_after, rho_of
@@ -330,17 +330,16 @@ def build_method(config: Config) -> Method:
         ValueError: There is no such method or rule, the method has a mix of its own, or it can't
             work with what it says itself.
     """
-    method = lookup(METHODS, config.method, "method")(config)
-    _check(method, config)
+    method, how = lookup(METHODS, config.method, "method")(config), config.method
     if method.base_rank and config.lora_dropout:
         raise ValueError(f"{config.method} adds to the frozen model: leave out --lora-dropout.")
     if config.mix != Config.mix:
-        rule = build_rule(config.mix)
+        mix, how = build_mix(config.mix), f"mix {config.mix}"
         if method.mix is not AVERAGED:
             raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
-        method = replace(method, mix=always(each_factor(rule)))
+        method = replace(method, mix=always(mix))
+    _check(method, config, how)
     if config.ranks and (method.correct or not method.mix(0).any_rank):
-        how = config.method if config.mix == Config.mix else f"mix {config.mix}"
         raise ValueError(f"{how} needs clients of one rank: give --rank instead of --ranks.")
     return method
 
@@ -357,14 +356,22 @@ def settled(config: Config) -> Config:
     return replace(config, topology=topology, weights=weights)
 
 
-def _check(method: Method, config: Config) -> None:
-    """Refuse a method that shares what it doesn't have, or mixes together what travels apart."""
+def _check(method: Method, config: Config, how: str) -> None:
+    """Refuse a method that shares what it doesn't have, or mixes together what travels apart.
+
+    Args:
+        method: The method.
+        config: What it was built of.
+        how: What says how it mixes.
+    """
     if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds, *method.kept}:
         raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
     for round_ in range(config.rounds):
         together = method.mix(round_).together
         if together and (part := method.share(round_) & together) not in (NONE, together):
+            fix = "" if config.frozen_every == 1 else ", or --frozen-every 1 if that is why"
             raise ValueError(
-                f"{config.method} mixes {together.name} together and shares only {part.name} in "
-                f"round {round_}: let them travel in the same rounds, or mix with each_factor."
+                f"{how} mixes A and B together, and {config.method} shares only {part.name} in "
+                f"round {round_}: take a method that shares both in the same rounds, or a mix that "
+                f"takes each by itself{fix}."
             )

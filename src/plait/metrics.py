@@ -17,7 +17,6 @@ of a stacked product. All sums in float64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from plait.factors import Factor
-from plait.lora import Layout, joined
+from plait.lora import Layout, joined, product_norm
 from plait.machine.devices import exact
 
 
@@ -83,15 +82,6 @@ def consensus(X: Tensor) -> float:
 def distances(X: Tensor, mean: Tensor) -> Tensor:
     """(m,) ||X_i - mean||_F^2 of X (m, ...) and mean (...): who is far from the others."""
     return (exact(X) - mean).flatten(1).square().sum(dim=1)
-
-
-def product_norm(P: Tensor, Q: Tensor) -> float:
-    """||P Q||_F of P (d_out, k) and Q (k, d_in)."""
-    P, Q = exact(P), exact(Q)
-    if P.shape[1] >= min(P.shape[0], Q.shape[1]):
-        return float((P @ Q).norm())
-    squared = float(((P.T @ P) * (Q @ Q.T)).sum())
-    return math.sqrt(max(squared, 0.0))
 
 
 def cross_term(A: Tensor, B: Tensor) -> float:

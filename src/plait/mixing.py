@@ -2,10 +2,10 @@
 
 A mix is a pure function of one neighbourhood, with all that travels; it knows no round, rank or
 clock. A *rule* mixes the rows of one slot: `each_factor` applies it to every slot by itself, so A,
-B and a head are judged apart. `each_site` is for rules that take A and B of a layer together.
-`MIXES` has rules by name: gossip averaging, and two that a few liars among the neighbours can't
-steer. What a robust rule doesn't take leaves its weight with the receiver, as a message does that
-never came.
+B and a head are judged apart. `each_site` is for rules that take A and B of a layer together, and
+`screened` for averaging with weights that follow from what was heard (screening.py). `MIXES` has
+mixes by name: gossip averaging, and some that a few liars among the neighbours can't steer. What
+these don't take leaves its weight with the receiver, as a message does that never came.
 
 Shapes: m own clients, n clients that were heard (own ones included), P parameters of a factor.
 
@@ -15,17 +15,18 @@ Sources: coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498), in go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from plait.factors import AB, NONE, VALUE, A, B, Factor, Slot
+from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.later import Tensor, torch
 from plait.lookup import lookup
 from plait.lora import Layout, State
 from plait.machine.devices import exact, exact_device
+from plait.screening import Screen, Slots, clipped_product, trimmed_product
 
 Number = TypeVar("Number", int, float)
 Rule = Callable[[Tensor, Tensor, np.ndarray], Tensor]
@@ -36,8 +37,6 @@ SiteFactors = tuple[Tensor, Tensor]
 """A (m, r, d_in) and B (m, d_out, r) of an adapted layer."""
 SiteRule = Callable[[SiteFactors, SiteFactors, np.ndarray], SiteFactors]
 """As `Rule`, of a layer's A and B together."""
-
-Mixed = Mapping[Slot, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,41 +49,48 @@ class Mix:
         together: Factors that must travel in the same rounds, or `combine` can't work.
         any_rank: Whether zeros may stand for the directions that clients of smaller rank lack; what
             they get in them is cut off again.
+        steps: Whether the result is one's own state and steps from it in each slot: then what
+            rounding for the wire took off one's own may be added again.
     """
 
-    combine: Callable[[Layout, Mixed, Mixed, np.ndarray], State]
+    combine: Callable[[Layout, Slots, Slots, np.ndarray], State]
     together: Factor = NONE
     any_rank: bool = False
+    steps: bool = True
 
 
 def each_factor(rule: Rule, any_rank: bool = False) -> Mix:
     """Mix every slot by itself."""
 
-    def combine(_layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
+    def combine(_layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
         return {slot: rule(own, heard[slot], W) for slot, own in mine.items()}
 
     return Mix(combine, any_rank=any_rank)
 
 
+def screened(screen: Screen) -> Mix:
+    """Average every slot with the weights that a screen of all of them takes."""
+
+    def combine(layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
+        taken = screen(layout, mine, heard, W)
+        return {slot: average(own, heard[slot], taken) for slot, own in mine.items()}
+
+    return Mix(combine, together=AB)
+
+
 def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
     """Mix the values of A and B layer by layer, both at once; other slots are averaged."""
 
-    def combine(layout: Layout, mine: Mixed, heard: Mixed, W: np.ndarray) -> State:
+    def combine(layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
         a, b = (VALUE, A), (VALUE, B)
-        own, theirs = (by_site(layout, one) for one in (mine, heard))
+        own, theirs = (layout.by_site(one[a], one[b]) for one in (mine, heard))
         pairs = [rule(x, y, W) for x, y in zip(own, theirs, strict=True)]
         mixed = {slot: average(mine[slot], heard[slot], W) for slot in mine if slot not in (a, b)}
         for slot, parts in zip((a, b), zip(*pairs, strict=True), strict=True):
             mixed[slot] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return mixed
 
-    return Mix(combine, together=AB, any_rank=any_rank)
-
-
-def by_site(layout: Layout, state: Mixed, a: Factor = A, b: Factor = B) -> list[SiteFactors]:
-    """Views of the values of two factors, layer by layer."""
-    views = layout.views(a, state[VALUE, a]), layout.views(b, state[VALUE, b])
-    return [(views[0][site.name], views[1][site.name]) for site in layout.sites]
+    return Mix(combine, together=AB, any_rank=any_rank, steps=False)
 
 
 MANY = 32
@@ -185,13 +191,13 @@ class MixRow:
     """A line of `MIXES`.
 
     Attributes:
-        build: Makes the rule of what follows the colon in its name.
+        build: Makes the mix of what follows the colon in its name.
         summary: What it is, in one line.
         conserves_mean: Whether a symmetric W leaves the mean of all clients where it is.
         example: An argument to show; none if the mix takes none.
     """
 
-    build: Callable[[str], Rule]
+    build: Callable[[str], Mix]
     summary: str
     conserves_mean: bool
     example: str = ""
@@ -199,33 +205,47 @@ class MixRow:
 
 MIXES: dict[str, MixRow] = {
     "average": MixRow(
-        lambda _: average,
+        lambda _: AVERAGE,
         "Gossip averaging with the weights of W; one liar can send everybody anywhere",
         conserves_mean=True,
     ),
     "trimmed-mean": MixRow(
-        lambda argument: trimmed_mean(_above_zero("trimmed-mean", argument, int)),
+        lambda argument: each_factor(trimmed_mean(_above_zero("trimmed-mean", argument, int))),
         "In each coordinate without the so many lowest and highest values of those heard",
         conserves_mean=False,
         example="1",
     ),
     "clipped-gossip": MixRow(
-        lambda argument: clipped_gossip(_above_zero("clipped-gossip", argument, float)),
+        lambda argument: each_factor(
+            clipped_gossip(_above_zero("clipped-gossip", argument, float))
+        ),
         "Differences to a neighbour cut down to this L2 norm",
+        conserves_mean=True,
+        example="0.5",
+    ),
+    "trimmed-product": MixRow(
+        lambda argument: screened(trimmed_product(_above_zero("trimmed-product", argument, int))),
+        "Without the so many neighbours that are farthest from most in A, in B, or in B A",
+        conserves_mean=False,
+        example="1",
+    ),
+    "clipped-product": MixRow(
+        lambda argument: screened(clipped_product(_above_zero("clipped-product", argument, float))),
+        "Neighbours' weights cut down so that none moves A, B or B A further than this L2 norm",
         conserves_mean=True,
         example="0.5",
     ),
 }
 
 
-def build_rule(name: str) -> Rule:
-    """The rule that `name` or `name:argument` means.
+def build_mix(name: str) -> Mix:
+    """The mix that `name` or `name:argument` means.
 
     Raises:
         ValueError: There is no such mix, or its argument can't be; the message has the fix.
 
     Example:
-        >>> build_rule("trimmed-mean")
+        >>> build_mix("trimmed-mean")
         Traceback (most recent call last):
         ValueError: Mix 'trimmed-mean': write `trimmed-mean:1`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,13 +25,15 @@ def listed(ranks: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def read_ranks(given: str) -> tuple[int, ...]:
-    """The numbers of `4,8,16`, or of a file that has them on lines.
+def read_ranks(given: str | int | Sequence[int]) -> tuple[int, ...]:
+    """The numbers of `4,8,16`, of a file that has them on lines, or as they are.
 
     Raises:
         ValueError: They are none, or the file can't be read as text.
         OSError: It can't be read.
     """
+    if not isinstance(given, str):
+        given = ",".join(map(str, given if isinstance(given, Sequence) else (given,)))
     if not any(character.isalpha() or character in "/._" for character in given):
         return listed(given)  # not a path, and perhaps too long for one
     path = Path(given)

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from plait.factors import BASE, BASE_A, BASE_B, VALUE, A, B, Factor
+from plait.factors import BASE, BASE_A, BASE_B, A, B, Factor
 from plait.later import Tensor, torch
-from plait.lora import Layout, joined
+from plait.lora import Layout, joined, product_norm
 from plait.machine.devices import exact, one_thread
-from plait.mixing import SiteFactors, SiteRule, by_site, mean
+from plait.mixing import SiteFactors, SiteRule, mean
 
 
 def mean_product(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteFactors:
@@ -68,7 +68,7 @@ def mean_client(layout: Layout, factors: Mapping[Factor, Tensor]) -> dict[Factor
     found = {factor: mean(value) for factor, value in factors.items() if factor not in BASE}
     if BASE_A in factors:
         A_all, B_all = joined(layout, factors)
-        sites = by_site(layout, {(VALUE, A): A_all, (VALUE, B): B_all})
+        sites = layout.by_site(A_all, B_all)
         pairs = [mean_pair(*site) for site in sites]
         for own, base, dim, flats in zip(
             (A, B), (BASE_A, BASE_B), (0, 1), zip(*pairs, strict=True), strict=True
@@ -122,9 +122,8 @@ def norm_average(mine: SiteFactors, theirs: SiteFactors, W: np.ndarray) -> SiteF
 
 def _norm(A: Tensor, B: Tensor, client: int) -> float:
     """||B A||_F of one client, of A (m, r, d_in) and B (m, d_out, r)."""
-    a, b = exact(A[client]), exact(B[client])
     with one_thread():
-        return float(((a @ a.mT) * (b.mT @ b)).sum().clamp(min=0).sqrt())
+        return product_norm(B[client], A[client])
 
 
 def factorized(wide: Tensor, tall: Tensor, rank: int) -> SiteFactors:

@@ -85,7 +85,11 @@ def _base(config: Config) -> MixingSchedule:
 
 
 def _equistatic(config: Config) -> MixingSchedule:
-    """U-EquiStatic: the mean over drawn distances on a ring, there and back, and 1/N of oneself."""
+    """U-EquiStatic: the mean over drawn distances on a ring, there and back, and 1/N of oneself.
+
+    A distance may be drawn again, and then weighs as much more, as in the code of its authors
+    (github.com/kexinjinnn/EquiTopo): so clients may have fewer neighbours than `degree`.
+    """
     N, M = config.clients, graphs.degree_of(config) // 2
 
     def draw(rng: np.random.Generator) -> Matrix:

@@ -369,6 +369,17 @@ def test_a_wrong_column_is_said_before_torch_is_imported(tmp_path, words, said):
     assert done.returncode == 1
 
 
+@pytest.mark.parametrize("command", ["run", "compare", "up"])
+def test_ranks_that_a_mix_does_not_take_are_refused_before_anything_is_prepared(
+    capsys, tmp_path, command
+):
+    words = [command, "--mix=trimmed-mean:1", "--ranks=4,8", f"--out={tmp_path}/o"]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert "needs clients of one rank" in said.err
+    assert not said.out
+
+
 def test_a_comparison_without_matplotlib_says_so_at_its_start(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     without(monkeypatch, "matplotlib")

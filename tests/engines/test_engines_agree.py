@@ -111,7 +111,7 @@ def test_they_agree_on_a_base_in_few_bits(load_in):
     assert far(stack, peers) == 0
 
 
-@pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])
+@pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05", "clipped-product:0.05"])
 def test_they_mix_robustly_bit_for_bit_alike(mix):
     config = Config(topology="ring", mix=mix, **SETTINGS)
     stack, _ = simulated(config)

@@ -15,7 +15,7 @@ from plait.engines.simulate import simulate
 from plait.events import RoundDone
 from plait.factors import AB, VALUE, A, B
 from plait.methods import METHODS, Method, alternate, always
-from plait.mixing import average, each_factor, each_site
+from plait.mixing import average, build_mix, each_factor, each_site
 from plait.runs.run import Run
 
 CONFIG = Config(
@@ -34,6 +34,7 @@ WAYS = {
     "moments and sites": {"kinds": (VALUE, "m"), "mix": always(each_site(averaged_apart))},
     "sites": {"mix": always(each_site(averaged_apart))},
     "factors": {"mix": always(each_factor(average))},
+    "screened": {"mix": always(build_mix("trimmed-product:1"))},
 }
 
 

@@ -501,7 +501,9 @@ def peak_mib(pid: int) -> int:
     raise AssertionError(pid)
 
 
-@pytest.mark.parametrize("mix", ["trimmed-mean:1", "clipped-gossip:0.05"])
+@pytest.mark.parametrize(
+    "mix", ["trimmed-mean:1", "clipped-gossip:0.05", "trimmed-product:1", "clipped-product:0.05"]
+)
 def test_a_member_that_lies(stage, faultless, mix):
     play = stage(SHORT, mix=mix)
     play.start("cai", "lying", 100.0)

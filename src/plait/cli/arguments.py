@@ -164,6 +164,20 @@ def say_preparing(out: Path, config: Config) -> None:
     print(f"preparing {out}: {about} ...", flush=True)
 
 
+def check_rules(config: Config) -> None:
+    """Refuse a method, mix, topology or ranks that can't be; it takes no model to see that.
+
+    Raises:
+        ValueError: Which, and what to take.
+    """
+    from plait.methods import settled
+    from plait.plugins import load_plugins
+    from plait.topology import build_schedule
+
+    load_plugins(config.plugin)
+    build_schedule(settled(config))
+
+
 def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> None:
     """Refuse columns and packages that aren't there; it takes no torch to see that.
 

@@ -32,6 +32,7 @@ from plait.cli.arguments import (
     Names,
     Start,
     check_first,
+    check_rules,
     default_out,
     defaults,
     fields_of,
@@ -125,6 +126,7 @@ def _run(args: list[str]) -> None:
         there, _ = start_from(None, out / "config.json")
         given = parse(Run, "run", args, Run(**fields_of(there, given.machine)))
     config = given.settings
+    check_rules(config)
     say_preparing(out, config)
     if not given.resume:
         check_new(out)
@@ -157,6 +159,8 @@ def _compare(args: list[str]) -> None:
     start = Compare(**defaults(args), methods=preset.methods, lrs=preset.lrs)
     given = parse(Compare, "compare", args, start)
     out = given.out or default_out(f"{given.settings.task}-compare", given.resume)
+    for method in split(given.methods):
+        check_rules(replace(given.settings, method=method))
     say_preparing(out, given.settings)
     check_first(given.settings, given.machine, parts(given.log))
     console = Console()

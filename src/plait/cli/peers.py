@@ -15,6 +15,7 @@ from plait.cli.arguments import (
     Flag,
     Start,
     check_first,
+    check_rules,
     default_out,
     defaults,
     parse,
@@ -143,6 +144,7 @@ def up(args: list[str]) -> int:
     given = parse(Up, "up", args, Up(**defaults(args)))
     config = replace(given.settings, clients=given.peers)
     out = given.out or default_out(f"{config.task}-{config.method}-{config.seed}-peers")
+    check_rules(config)
     say_preparing(out, config)
     check_first(config, given.machine)
     _need_packages()

@@ -106,7 +106,7 @@ def mix(
     own, theirs = ({slot: rounded(state[slot]) for slot in slots} for state in (mine, heard))
     own = {slot: mine[slot] for slot in job.base} | own
     mixed = how.combine(job.backbone.layout, own, theirs, W)
-    if job.config.wire != "float32" and not how.together:  # what rounding took off stays
+    if job.config.wire != "float32" and how.steps:  # what rounding took off stays
         mixed = {slot: value + (mine[slot] - own[slot]) for slot, value in mixed.items()}
     job.cut(mixed, clients)
     return mixed
