@@ -29,7 +29,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Scale = Literal["lora", "rslora", "sfed"]
-Wire = Literal["float32", "bfloat16"]
+Wire = Literal["float32", "bfloat16", "int8"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
 TestSplit = Literal["common", "client"]
@@ -58,8 +58,8 @@ class MethodSettings:
     """What a client makes of its own factors and its neighbours': `average`, or a rule that a few
     liars can't steer, `trimmed-mean:1` or `clipped-gossip:0.5`; `plait mixes` lists them."""
     wire: Wire = "float32"
-    """Type of the values in messages. `bfloat16` halves the bytes; what rounding takes off a
-    client's values stays with it."""
+    """Type of the values in messages. `bfloat16` halves the bytes; `int8` quarters them, with a
+    scale for each layer's A and B. What rounding takes off a client's values stays with it."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0

@@ -80,17 +80,20 @@ class Layout:
             return {site.name: (self.rank, site.d_in) for site in self.sites}
         return {site.name: (site.d_out, self.rank) for site in self.sites}
 
+    def sizes(self, factor: Factor) -> list[int]:
+        """The number of parameters in each part of one client's block."""
+        return [math.prod(shape) for shape in self.shapes(factor).values()]
+
     def size(self, factor: Factor) -> int:
         """P, the number of parameters in one client's block."""
-        return sum(math.prod(shape) for shape in self.shapes(factor).values())
+        return sum(self.sizes(factor))
 
     def views(self, factor: Factor, flat: Tensor) -> dict[str, Tensor]:
         """(n, P) -> name -> (n, *shape). One split, so that its backward is one concatenation."""
-        shapes = self.shapes(factor)
-        parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
+        parts = flat.split(self.sizes(factor), dim=1)
         return {
             name: part.unflatten(1, shape)
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+            for (name, shape), part in zip(self.shapes(factor).items(), parts, strict=True)
         }
 
 
