@@ -84,7 +84,8 @@ class FakeTransport:
 
 
 def addressed(message: Message, to: str) -> Message:
-    return Message(dataclasses.replace(message.header, receiver=to), message.body)
+    header = dataclasses.replace(message.header, receiver=to)
+    return dataclasses.replace(message, header=header)
 
 
 def member(name: str, **span) -> Member:

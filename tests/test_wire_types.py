@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from conftest import tiny_job
 from plait.config import Config
 from plait.engines.steps import mix
 from plait.mixing import neighbour_weights
 from plait.topology import build_schedule
-from plait.wire_types import OF_DTYPE, WIRE_TYPES
+from plait.wire_types import INT8, OF_DTYPE, WIRE_TYPES
 
 CONFIG = Config(clients=4, topology="ring", rounds=2, local_steps=1, batch_size=2, rank=2)
-HALF = Config(**CONFIG.to_json() | {"wire": "bfloat16"})
+FEWER = {
+    wire: Config(**CONFIG.to_json() | {"wire": wire}) for wire in WIRE_TYPES if wire != "float32"
+}
+SIZES = [3, 1, 4]
+MOST = 2.0**127
+"""Far from where a bfloat16 becomes infinite."""
 
 
 @pytest.mark.parametrize("name", WIRE_TYPES)
-def test_what_comes_out_is_what_was_rounded_and_twice_is_once(name):
-    one = WIRE_TYPES[name]
-    x = torch.tensor([0.0, -1.0, 1 / 3, 1e-30, 3e38, -7e-41, 12345.678])
-    data = one.to_array(x).tobytes()
-    assert len(data) == one.item_bytes * len(x)
-    assert torch.equal(torch.from_numpy(one.from_bytes(data).copy()), one.rounded(x))
-    assert torch.equal(one.rounded(one.rounded(x)), one.rounded(x))
+@settings(max_examples=25, deadline=None)
+@given(values=arrays("f4", (2, sum(SIZES)), elements=st.floats(-MOST, MOST, width=32)))
+def test_what_comes_out_is_what_was_rounded_and_twice_is_once(name, values):
+    one, x = WIRE_TYPES[name], torch.from_numpy(values)
+    rounded = one.rounded(x, SIZES)
+    assert torch.equal(one.rounded(rounded, SIZES), rounded)
+    for row, expected in zip(x, rounded, strict=True):
+        data = one.to_array(row, SIZES).tobytes()
+        assert len(data) == one.num_bytes(SIZES)
+        assert torch.equal(torch.from_numpy(one.from_bytes(data, SIZES).copy()), expected)
+        assert one.to_array(expected, SIZES).tobytes() == data, "as after a restart"
     assert OF_DTYPE[one.dtype] is one
+
+
+@settings(max_examples=25, deadline=None)
+@given(values=arrays("f4", 5, elements=st.floats(-MOST, MOST, width=32)))
+def test_a_part_is_rounded_to_whole_multiples_of_its_scale(values):
+    x = torch.from_numpy(values).double()
+    far = (INT8.rounded(x.float(), [5]).double() - x).abs().max()
+    assert far <= max(x.abs().max() / 127 / 2 * (1 + 2**-8), 2.0**-127)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-45, 3.4028234663852886e38])
+def test_the_smallest_and_the_largest_values_have_a_scale(x):
+    found = INT8.rounded(torch.tensor([x, -x]), [2])
+    assert found.isfinite().all()
+    assert (found - torch.tensor([x, -x])).abs().max() <= max(x / 64, 2.0**-127)
 
 
 def mixed(config, state):
@@ -42,24 +68,28 @@ def states():
     }
 
 
-def test_the_mean_stays_and_each_is_nearly_what_it_would_be():
+@pytest.mark.parametrize(("wire", "most"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+def test_the_mean_stays_and_each_is_nearly_what_it_would_be(wire, most):
     before = states()
-    after, exact = mixed(HALF, before), mixed(CONFIG, before)
+    after, exact = mixed(FEWER[wire], before), mixed(CONFIG, before)
     for slot, value in after.items():
         torch.testing.assert_close(value.mean(0), before[slot].mean(0), rtol=0, atol=1e-6)
         apart = (value - exact[slot]).abs().max()
-        assert 0 < apart < 2**-8 * before[slot].abs().max()
+        assert 0 < apart < most * before[slot].abs().max()
 
 
 @pytest.mark.parametrize("how", ["average", "clipped-product:0.5"])
-def test_clients_that_agree_stay_as_they_are(how):
+@pytest.mark.parametrize("wire", FEWER)
+def test_clients_that_agree_stay_as_they_are(wire, how):
     """Or small steps would never get through."""
     before = {slot: value[:1].repeat(4, 1) for slot, value in states().items()}
-    for slot, value in mixed(Config(**HALF.to_json() | {"mix": how}), before).items():
+    for slot, value in mixed(Config(**FEWER[wire].to_json() | {"mix": how}), before).items():
         assert torch.equal(value, before[slot])
 
 
-def test_half_the_bytes():
-    job, half = tiny_job(CONFIG), tiny_job(HALF)
-    assert 2 * half.message_bytes(0, 1) == job.message_bytes(0, 1)
-    assert np.isfinite(job.message_bytes(0, 1))
+def test_half_the_bytes_or_a_quarter_and_scales():
+    whole, half, quarter = (tiny_job(one) for one in (CONFIG, *FEWER.values()))
+    assert 2 * half.message_bytes(0, 1) == whole.message_bytes(0, 1)
+    layout = quarter.backbone.layout
+    parts = sum(len(layout.sizes(factor)) for _, factor in quarter.shared(0))
+    assert quarter.message_bytes(0, 1) == whole.message_bytes(0, 1) // 4 + 2 * parts

@@ -29,7 +29,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Scale = Literal["lora", "rslora", "sfed"]
-Wire = Literal["float32", "bfloat16"]
+Wire = Literal["float32", "bfloat16", "int8"]
 BaseChange = Literal["mixed", "local"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
@@ -64,8 +64,8 @@ class MethodSettings:
     """Whether that travels and is `mixed`, too, or each client adds to its own, `local`: with fewer
     bytes, and on the complete graph the same."""
     wire: Wire = "float32"
-    """Type of the values in messages. `bfloat16` halves the bytes; what rounding takes off a
-    client's values stays with it."""
+    """Type of the values in messages. `bfloat16` halves the bytes; `int8` quarters them, with a
+    scale for each layer's A and B. What rounding takes off a client's values stays with it."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0

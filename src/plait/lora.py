@@ -84,22 +84,26 @@ class Layout:
             return {site.name: (rank, site.d_in) for site in self.sites}
         return {site.name: (site.d_out, rank) for site in self.sites}
 
+    def sizes(self, factor: Factor) -> list[int]:
+        """The number of parameters in each part of one client's block."""
+        return [math.prod(shape) for shape in self.shapes(factor).values()]
+
     def size(self, factor: Factor) -> int:
         """P, the number of parameters in one client's block."""
-        return sum(math.prod(shape) for shape in self.shapes(factor).values())
+        return sum(self.sizes(factor))
 
     def views(self, factor: Factor, flat: Tensor) -> dict[str, Tensor]:
         """(n, P) -> name -> (n, *shape). One split, so that its backward is one concatenation.
 
         Of A and B with whatever rank the rows have.
         """
-        shapes = self.shapes(factor)
+        layout = self
         if factor in Factor.AB and flat.shape[1] != self.size(factor):
-            shapes = self.of_rank(self.rank * flat.shape[1] // self.size(factor)).shapes(factor)
-        parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
+            layout = self.of_rank(self.rank * flat.shape[1] // self.size(factor))
+        parts = flat.split(layout.sizes(factor), dim=1)
         return {
             name: part.unflatten(1, shape)
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+            for (name, shape), part in zip(layout.shapes(factor).items(), parts, strict=True)
         }
 
     def by_site(self, flat_A: Tensor, flat_B: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -1,17 +1,23 @@
 """What a value becomes in a message: float32 as it is, or rounded to fewer bits.
 
 Engines mix with the rounded values and peers send them, so all agree to the last bit.
+
+Legend: P values of a slot, which lie in parts: those of each layer, or each parameter of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Data = memoryview | bytes | bytearray
+Sizes = Sequence[int]
+"""How many values each part has; P in all."""
 
 
 @dataclass(frozen=True)
@@ -21,35 +27,78 @@ class WireType:
     Attributes:
         dtype: Its name in a safetensors head.
         item_bytes: Of a value.
-        rounded: float32 -> float32, as it comes out at the other end; twice is once.
-        to_array: (P,) float32 on the CPU -> (P,) an array whose bytes travel.
+        rounded: (..., P) float32 -> as it comes out at the other end; twice is once.
+        to_array: (P,) float32 on the CPU -> an array whose bytes travel: values, then scales.
         from_bytes: These bytes -> (P,) float32; of float32 a view of them.
+        scale: Of what type the scales are, one for each part, where there are any.
     """
 
     dtype: str
     item_bytes: int
-    rounded: Callable[[Tensor], Tensor]
-    to_array: Callable[[Tensor], npt.NDArray[np.generic]]
-    from_bytes: Callable[[memoryview | bytes | bytearray], npt.NDArray[np.float32]]
+    rounded: Callable[[Tensor, Sizes], Tensor]
+    to_array: Callable[[Tensor, Sizes], npt.NDArray[np.generic]]
+    from_bytes: Callable[[Data, Sizes], npt.NDArray[np.float32]]
+    scale: WireType | None = None
+
+    def num_bytes(self, sizes: Sizes) -> int:
+        """Of the values in some parts, and their scales."""
+        scale_bytes = self.scale.item_bytes if self.scale else 0
+        return self.item_bytes * sum(sizes) + scale_bytes * len(sizes)
 
 
-def _widened(data: memoryview | bytes | bytearray) -> npt.NDArray[np.float32]:
+def _widened(data: Data, _sizes: Sizes = ()) -> npt.NDArray[np.float32]:
     """bfloat16 is the upper half of a float32."""
     return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
 
 
-WIRE_TYPES: dict[str, WireType] = {
-    "float32": WireType(
-        "F32", 4, lambda x: x, Tensor.numpy, lambda data: np.frombuffer(data, "<f4")
+FLOAT32 = WireType(
+    "F32", 4, lambda x, _: x, lambda x, _: x.numpy(), lambda data, _: np.frombuffer(data, "<f4")
+)
+BFLOAT16 = WireType(
+    "BF16",
+    2,
+    lambda x, _: x.to(torch.bfloat16).float(),
+    lambda x, _: x.to(torch.bfloat16).view(torch.int16).numpy(),
+    _widened,
+)
+
+
+def _quantized(part: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., p) -> whole numbers int8, the largest of them +-127, and their scale (..., 1).
+
+    The scale is a bfloat16: so 127 times it is exact, and the numbers of what comes out are these.
+    Within its bounds no product is infinite, and none has fewer bits than others.
+    """
+    scale = (part.abs().amax(dim=-1, keepdim=True) / 127).to(torch.bfloat16).float()
+    scale = scale.clamp(2.0**-126, 2.0**121)
+    return (part / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _dequantized(data: Data, sizes: Sizes) -> npt.NDArray[np.float32]:
+    numbers, scales = np.frombuffer(data, np.int8, sum(sizes)), _widened(data[sum(sizes) :])
+    with np.errstate(over="ignore", invalid="ignore"):  # who reads them looks whether all is finite
+        return numbers * np.repeat(scales, sizes)
+
+
+def _bytes_of_quantized(x: Tensor, sizes: Sizes) -> npt.NDArray[np.generic]:
+    numbers, scales = map(torch.cat, zip(*map(_quantized, x.split(list(sizes))), strict=True))
+    rows = numbers.numpy(), BFLOAT16.to_array(scales, ())
+    return np.concatenate([row.view(np.uint8) for row in rows])
+
+
+INT8 = WireType(
+    "I8",
+    1,
+    lambda x, sizes: torch.cat(
+        [numbers * scale for numbers, scale in map(_quantized, x.split(list(sizes), dim=-1))],
+        dim=-1,
     ),
-    "bfloat16": WireType(
-        "BF16",
-        2,
-        lambda x: x.to(torch.bfloat16).float(),
-        lambda x: x.to(torch.bfloat16).view(torch.int16).numpy(),
-        _widened,
-    ),
-}
+    _bytes_of_quantized,
+    _dequantized,
+    scale=BFLOAT16,
+)
+
+WIRE_TYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 
 OF_DTYPE = {one.dtype: one for one in WIRE_TYPES.values()}
 """The same by their names in a head."""

@@ -188,9 +188,14 @@ def test_so_they_do_with_clients_of_different_rank(method):
         all_agree(config)
 
 
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
 @pytest.mark.parametrize("method", ["adf", "decaf", "tracking", "local"])
-def test_so_they_do_on_messages_of_fewer_bits(method):
-    all_agree(config_of(method, topology="ring", wire="bfloat16"))
+def test_so_they_do_on_messages_of_fewer_bits(method, wire):
+    all_agree(config_of(method, topology="pairs", wire=wire))
+
+
+def test_so_they_do_on_messages_of_fewer_bits_and_ranks():
+    all_agree(config_of("adf", topology="pairs", rank=4, ranks="2,1,4", wire="int8"))
 
 
 def all_agree(config):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -283,11 +284,14 @@ def ahead(size: float) -> None:
     transport.write_question = lambda question: ask(dataclasses.replace(question, asker_round=FAR))
 
 
+def _said(message: Message, **changes: Any) -> Message:
+    """The message with another header."""
+    return dataclasses.replace(message, header=dataclasses.replace(message.header, **changes))
+
+
 def _with_body(message: Message, body: bytes) -> Message:
-    header = dataclasses.replace(
-        message.header, num_bytes=len(body), digest=xxh3_128(body).digest()
-    )
-    return Message(header, body)
+    said = _said(message, num_bytes=len(body), digest=xxh3_128(body).digest())
+    return dataclasses.replace(said, body=body)
 
 
 def _not_finite(_transport, message: Message) -> list[Message]:
@@ -302,35 +306,29 @@ def _wrong_shapes(_transport, message: Message) -> list[Message]:
 
 
 def _huge(_transport, message: Message) -> list[Message]:
-    declared = dataclasses.replace(message.header, num_bytes=1 << 30)
-    more = Message(message.header, message.body + bytes(64 << 20))
-    return [Message(declared, message.body), more]
+    more = dataclasses.replace(message, body=message.body + bytes(64 << 20))
+    return [_said(message, num_bytes=1 << 30), more]
 
 
 def _old(_transport, message: Message) -> list[Message]:
     if message.header.round == 0:
         return []
-    older = dataclasses.replace(message.header, round=message.header.round - 1)
-    far = dataclasses.replace(message.header, round=message.header.round + 1000)
-    return [Message(older, message.body), Message(far, message.body)]
+    round_ = message.header.round
+    return [_said(message, round=round_ - 1), _said(message, round=round_ + 1000)]
 
 
 def _another_name(transport_, message: Message) -> list[Message]:
     names = [name for name in transport_._members.newest.names if name != message.header.sender]
-    return [
-        Message(dataclasses.replace(message.header, sender=name), message.body)
-        for name in [*names, "nobody"]
-    ]
+    return [_said(message, sender=name) for name in [*names, "nobody"]]
 
 
 def _wrong_phase(_transport, message: Message) -> list[Message]:
-    return [Message(dataclasses.replace(message.header, active="AB"), message.body)]
+    return [_said(message, active="AB")]
 
 
 def _random(_transport, message: Message) -> list[Message]:
-    noise = [Message(message.header, os.urandom(size)) for size in (1, 100, 100_000)]
-    odd = Message(dataclasses.replace(message.header, active=NOISE), message.body)
-    return [*noise, odd]
+    noise = [dataclasses.replace(message, body=os.urandom(size)) for size in (1, 100, 100_000)]
+    return [*noise, _said(message, active=NOISE)]
 
 
 def _noise(original):

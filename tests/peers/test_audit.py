@@ -87,7 +87,7 @@ class TwoFaced(FakeTransport):
 
         body = message.body[:-4] + bytes(4)
         header = dataclasses.replace(message.header, digest=xxh3_128(body).digest())
-        return Message(header, body)
+        return dataclasses.replace(message, header=header, body=body)
 
 
 def test_different_rows_to_different_neighbours_are_found(tmp_path):

@@ -64,9 +64,11 @@ def some_factors(factors: Factor = Factor.AB) -> dict[Slot, torch.Tensor]:
 def some_message(which: Factor = Factor.AB, **header) -> Message:
     fields = {"federation": "fed", "config_digest": "c0ffee", "sender": "alice", "round": 3}
     message = encode(some_factors(which), layout=LAYOUT, active="B", **fields)
-    return Message(
-        dataclasses.replace(message.header, **({"receiver": "bob"} | header)), message.body
-    )
+    return addressed(message, **{"receiver": "bob"} | header)
+
+
+def addressed(message: Message, **header) -> Message:
+    return dataclasses.replace(message, header=dataclasses.replace(message.header, **header))
 
 
 def received(message: Message) -> dict[Factor, torch.Tensor]:
@@ -104,23 +106,42 @@ def test_factors_arrive_bit_for_bit(factors):
         taken[factor].add_(1)  # it is the receiver's own memory
 
 
-def test_values_of_fewer_bits_arrive_as_they_were_rounded():
-    half = dataclasses.replace(IDENTITY, wire="bfloat16")
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_values_of_fewer_bits_arrive_as_they_were_rounded(wire):
+    fewer = dataclasses.replace(IDENTITY, wire=wire)
     fields = {"federation": "fed", "config_digest": "c0ffee", "sender": "alice", "round": 3}
+    sent, sizes = some_factors(Factor.AB | Factor.HEAD), {f: LAYOUT.sizes(f) for f in Factor}
     for kind in ("round", "state"):
-        message = encode(
-            some_factors(), layout=LAYOUT, active="B", wire="bfloat16", kind=kind, **fields
-        )
-        message = Message(dataclasses.replace(message.header, receiver="bob"), message.body)
-        half.check(message.header, ALICE)
-        taken = decode(message.header, message.body, half)
-        rounded = WIRE_TYPES["bfloat16" if kind == "round" else "float32"].rounded
-        for slot, row in some_factors().items():
-            assert torch.equal(taken[slot], rounded(row))
+        message = encode(sent, layout=LAYOUT, active="B", wire=wire, kind=kind, **fields)
+        message = addressed(message, receiver="bob")
+        fewer.check(message.header, ALICE)
+        taken = decode(message.header, message.body, fewer)
+        kind_of = WIRE_TYPES[wire if kind == "round" else "float32"]
+        for slot, row in sent.items():
+            assert torch.equal(taken[slot], kind_of.rounded(row, sizes[slot[1]]))
         assert message.values_digest == digest_of(taken), "as both note it in their books"
+        assert message.values_bytes == sum(kind_of.num_bytes(sizes[factor]) for _, factor in sent)
         refused = reason_of(IDENTITY.check, message.header, ALICE) if kind == "round" else None
         assert refused in (None, Reason.WRONG_SHAPE)
-    assert message.values_bytes == 4 * sum(row.numel() for row in taken.values())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 3e38])
+def test_a_scale_that_makes_values_infinite_is_refused(scale):
+    template = template_of(LAYOUT, slots(Factor.AB), "I8")
+    body = bytearray(pack(some_factors(), template))
+    body[-2:] = struct.pack("<f", scale)[2:]
+    assert reason_of(unpack, body, template) is Reason.NOT_FINITE
+    assert reason_of(unpack, body[:-2], template) is Reason.WRONG_SHAPE
+
+
+def test_values_and_scales_may_lie_in_another_order():
+    template = template_of(LAYOUT, slots(Factor.AB), "I8")
+    body = pack(some_factors(), template)
+    tensors = load(body)
+    assert tensors["B/encoder.0.query"].dtype == torch.int8
+    assert tensors["scales/B"].shape == (2,)
+    taken, expected = (unpack(one, template) for one in (bytearray(save(tensors)), body))
+    assert all(torch.equal(row, expected[slot]) for slot, row in taken.items())
 
 
 def test_the_body_does_not_change_with_the_factors():

@@ -127,7 +127,8 @@ class Network:
             config_digest=self.federation.digest(),
             **fields,
         )
-        return Message(dataclasses.replace(message.header, **header), message.body)
+        header = dataclasses.replace(message.header, **header)
+        return dataclasses.replace(message, header=header)
 
     def deliver(
         self, header: bytes, pieces: Iterator[bytes], pair: Pair | None, secure: bool = True

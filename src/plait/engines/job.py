@@ -153,7 +153,7 @@ class Job:
     def message_bytes(self, round_: int, client: int) -> int:
         """The bytes of what a client sends to each neighbour in a round."""
         layout, wire = self.layout_of(client), WIRE_TYPES[self.config.wire]
-        return wire.item_bytes * sum(layout.size(factor) for _, factor in self.shared(round_))
+        return sum(wire.num_bytes(layout.sizes(factor)) for _, factor in self.shared(round_))
 
     def sent_bytes(self, round_: int, edges: Iterable[Edge]) -> int:
         """The bytes of all that was heard in a round."""

@@ -103,9 +103,13 @@ def mix(
     if not slots:
         return {}
     how, rounded = job.method.mix(round_), WIRE_TYPES[job.config.wire].rounded
-    own, theirs = ({slot: rounded(state[slot]) for slot in slots} for state in (mine, heard))
+    layout = job.backbone.layout
+    own, theirs = (
+        {slot: rounded(state[slot], layout.sizes(slot[1])) for slot in slots}
+        for state in (mine, heard)
+    )
     own = {slot: mine[slot] for slot in job.base} | own
-    mixed = how.combine(job.backbone.layout, own, theirs, W)
+    mixed = how.combine(layout, own, theirs, W)
     if job.config.wire != "float32" and how.steps:  # what rounding took off stays
         mixed = {slot: value + (mine[slot] - own[slot]) for slot, value in mixed.items()}
     job.cut(mixed, clients)

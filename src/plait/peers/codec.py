@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from hashlib import sha256
 from itertools import combinations
 from typing import Any, Literal
 
@@ -20,9 +19,9 @@ from xxhash import xxh3_128
 
 from plait.factors import VALUE, Slot, slots_name
 from plait.lora import Layout
-from plait.peers.message_body import LENGTH, Template, pack, template_of, unpack
+from plait.peers.message_body import Template, digest_of, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
-from plait.wire_types import OF_DTYPE, WIRE_TYPES
+from plait.wire_types import WIRE_TYPES
 
 VERSION = 2
 PIECE_BYTES = 1 << 22
@@ -74,21 +73,22 @@ class Header:
 
 @dataclass(frozen=True)
 class Message:
-    """A header and its body. One body serves many receivers."""
+    """A header and its body, as a template has it. One body serves many receivers."""
 
     header: Header
     body: bytes = field(repr=False)
+    template: Template = field(repr=False)
 
     @property
     def values_bytes(self) -> int:
-        """Bytes of the values, without the head that says where they lie."""
-        return len(self.body) - LENGTH.size - int(LENGTH.unpack_from(self.body)[0])
+        """Bytes of the values and their scales, without the head that says where they lie."""
+        return self.template.values_bytes
 
     @cached_property
     def values_digest(self) -> str:
         """The SHA-256 of the values, as `digest_of` has it of rows; computed once."""
         values = memoryview(self.body)[-self.values_bytes :]
-        return sha256(OF_DTYPE[self.header.dtype].from_bytes(values).data).hexdigest()
+        return digest_of(dict(self.template.rows(values)))
 
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
@@ -302,7 +302,8 @@ def encode(
         wire: The type of the values, a key of `WIRE_TYPES`; of a state they are float32.
     """
     dtype = dtype_of(kind, wire)
-    body = pack(slots, template_of(layout, tuple(slots), dtype))
+    template = template_of(layout, tuple(slots), dtype)
+    body = pack(slots, template)
     header = Header(
         federation=federation,
         kind=kind,
@@ -317,7 +318,7 @@ def encode(
         digest=xxh3_128(body).digest(),
         dtype=dtype,
     )
-    return Message(header, body)
+    return Message(header, body, template)
 
 
 def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[Slot, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -38,12 +38,11 @@ Values = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a body: a slot of one layer, or of a parameter of the head."""
+    """A tensor of a body: a slot of one layer, or of a parameter of the head; or scales."""
 
     name: str
-    slot: Slot
     shape: tuple[int, ...]
-    dtype: str = "F32"
+    dtype: str
 
     @property
     def num_bytes(self) -> int:
@@ -53,14 +52,29 @@ class Part:
 
 @dataclass(frozen=True)
 class Template:
-    """The tensors that a body must hold, no more and no fewer, in the order of a client's row."""
+    """The tensors that a body must hold, no more and no fewer, in the order of a client's row.
 
-    parts: tuple[Part, ...]
+    Attributes:
+        layout: Where everything lies in a row.
+        slots: Whose rows they are.
+        wire: The type of all values.
+    """
 
-    @property
-    def wire(self) -> WireType:
-        """The type of all values."""
-        return OF_DTYPE[self.parts[0].dtype]
+    layout: Layout
+    slots: tuple[Slot, ...]
+    wire: WireType
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors: of each slot its parts, and then their scales if the type has any."""
+        return tuple(part for slot in self.slots for part in self._parts_of(slot))
+
+    def _parts_of(self, slot: Slot) -> Iterator[Part]:
+        shapes = self.layout.shapes(slot[1])
+        for name, shape in shapes.items():
+            yield Part(f"{slot_name(slot)}/{name}", shape, self.wire.dtype)
+        if scale := self.wire.scale:
+            yield Part(f"scales/{slot_name(slot)}", (len(shapes),), scale.dtype)
 
     @cached_property
     def values_bytes(self) -> int:
@@ -80,16 +94,13 @@ class Template:
         text += b" " * (-len(text) % 8)
         return LENGTH.pack(len(text)) + text
 
-    @cached_property
-    def rows(self) -> dict[Slot, Span]:
-        """Slot -> where its parts lie among the values, one after another."""
-        rows: dict[Slot, Span] = {}
-        end = 0
-        for part in self.parts:
-            start = rows.get(part.slot, (end, end))[0]
-            end += part.num_bytes
-            rows[part.slot] = (start, end)
-        return rows
+    def rows(self, values: memoryview) -> Iterator[tuple[Slot, Values]]:
+        """Each slot with its row (P,) float32, of all values' bytes; of float32 views of them."""
+        for slot in self.slots:
+            sizes = self.layout.sizes(slot[1])
+            size = self.wire.num_bytes(sizes)
+            yield slot, self.wire.from_bytes(values[:size], sizes)
+            values = values[size:]
 
     @property
     def most_bytes(self) -> int:
@@ -105,13 +116,7 @@ class Template:
 @lru_cache(maxsize=16)
 def template_of(layout: Layout, slots: tuple[Slot, ...], dtype: str = "F32") -> Template:
     """The tensors of some slots of a layout."""
-    return Template(
-        tuple(
-            Part(f"{slot_name(slot)}/{name}", slot, shape, dtype)
-            for slot in slots
-            for name, shape in layout.shapes(slot[1]).items()
-        )
-    )
+    return Template(layout, slots, OF_DTYPE[dtype])
 
 
 def pack(slots: Mapping[Slot, Tensor], template: Template) -> bytes:
@@ -121,10 +126,10 @@ def pack(slots: Mapping[Slot, Tensor], template: Template) -> bytes:
         slots: Slot -> (P,) float32.
         template: Its tensors.
     """
-    rows = [slots[slot] for slot in template.rows]
-    wire = template.wire
-    assert sum(row.numel() for row in rows) * wire.item_bytes == template.values_bytes
-    arrays = [wire.to_array(row.detach().cpu().contiguous()) for row in rows]
+    rows = {slot: slots[slot].detach().cpu().contiguous() for slot in template.slots}
+    sizes = template.layout.sizes
+    arrays = [template.wire.to_array(row, sizes(slot[1])) for slot, row in rows.items()]
+    assert sum(array.nbytes for array in arrays) == template.values_bytes
     return b"".join([template.head, *(array.data.cast("B") for array in arrays)])
 
 
@@ -151,15 +156,12 @@ def unpack(
         values = memoryview(body)[len(template.head) :]
     else:
         values = _in_order(body, template)
-    rows = {
-        slot: template.wire.from_bytes(values[start:end]).copy()
-        for slot, (start, end) in template.rows.items()
-    }
+    rows = {slot: row.copy() for slot, row in template.rows(values)}
     _check_values(rows, norm_bound)
     return {slot: torch.from_numpy(row) for slot, row in rows.items()}
 
 
-def digest_of(rows: Mapping[Slot, Tensor]) -> str:
+def digest_of(rows: Mapping[Slot, Tensor | Values]) -> str:
     """The SHA-256 of rows' values, float32, little-endian, in their order, as hex digits.
 
     Args:
@@ -167,7 +169,7 @@ def digest_of(rows: Mapping[Slot, Tensor]) -> str:
     """
     found = sha256()
     for row in rows.values():
-        found.update(np.ascontiguousarray(row.numpy(), "<f4").data)
+        found.update(np.ascontiguousarray(row, "<f4").data)
     return found.hexdigest()
 
 
