@@ -62,7 +62,7 @@ class RoundDone:
 
     Attributes:
         round: From 0.
-        active: The factors that trained, such as `B`, `A` or `AB`.
+        active: The factors that trained, such as `B`, `A` or `AB`, each at some client.
         shared: The factors that travelled.
         train_losses: (N,) each client's mean training loss over its local steps.
         edges: (i, j, w_ij) of this round, i != j: client i heard j and gave it the weight.

@@ -42,6 +42,11 @@ def alternate(*values: Value, every: int) -> Schedule[Value]:
     return lambda round_: values[(round_ // every) % len(values)]
 
 
+def everywhere(_round: int, _client: int) -> Factor:
+    """What trains in a round does so at all clients, in a method that says nothing else."""
+    return AB
+
+
 EVERY_STEP = always(AB)
 """When a factor takes local steps that trains in a round, in a method that says nothing else."""
 
@@ -90,6 +95,7 @@ class Method:
     Attributes:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
+        at: Which of these do at a client, by round and client; the others stay as they are there.
         turn: Which of these take a local step, by its number, counted from the run's first.
         share: Which of A and B travel in a round.
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
@@ -112,6 +118,7 @@ class Method:
     summary: str
     train: Schedule[Factor]
     share: Schedule[Factor]
+    at: Callable[[int, int], Factor] = everywhere
     turn: Schedule[Factor] = EVERY_STEP
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
@@ -124,6 +131,15 @@ class Method:
     control: Control | None = None
     exact: str = ""
     source: str = ""
+
+    def trains(self, round_: int, client: int | None = None) -> Factor:
+        """Which factors take local steps in a round, at a client or at any."""
+        anywhere = self.train(round_)
+        return anywhere if client is None else anywhere & self.at(round_, client)
+
+    def plan(self, round_: int, clients: int) -> tuple[Factor, ...]:
+        """What travels in a round, and what trains at each of so many clients."""
+        return self.share(round_), *(self.trains(round_, client) for client in range(clients))
 
 
 @lru_cache(maxsize=8)
@@ -174,6 +190,15 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         control=Control(method="dec-lora", lr_factor=0.5),
         exact="exact averaging: RoLoRA with phases of T; T beyond the run: FFA-LoRA",
         source="arXiv 2511.18291",
+    ),
+    "adf-offset": lambda config: replace(
+        METHODS["adf"](config),
+        summary="ADF-LoRA without a common clock: client i's is i rounds ahead, to show why",
+        train=always(AB),
+        at=lambda round_, client: alternate(B, A, every=config.switch_every)(round_ + client),
+        share=always(AB),
+        exact="T beyond rounds and clients together: FFA-LoRA",
+        source="a control of plait's own",
     ),
     "dec-lora": lambda _: Method(
         summary="Dec-LoRA: both factors train, both are mixed",

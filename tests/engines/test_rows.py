@@ -304,7 +304,7 @@ def test_by_turns_with_one_step_a_round_is_adf_that_switches_each_round():
         rounds = rounds_of(simulate(job, stacks[-1]))
         assert [event.active for event in rounds] == ["B", "A", "B"]
     assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
-    assert stacks[0].steps == stacks[1].steps == {A: 1, B: 2}
+    assert [steps_of(stack) for stack in stacks] == [{A: [1] * 4, B: [2] * 4}] * 2
 
 
 def test_by_turns_is_one_step_of_one_factor_after_another():
@@ -316,4 +316,33 @@ def test_by_turns_is_one_step_of_one_factor_after_another():
     for step in range(10):
         train_round(single, stacks[1], step, range(4), seeded_noise(0))
     assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
-    assert stacks[0].steps == stacks[1].steps == {A: 5, B: 5}
+    assert [steps_of(stack) for stack in stacks] == [{A: [5] * 4, B: [5] * 4}] * 2
+
+
+# -- clocks apart
+
+
+def steps_of(stack):
+    return {factor: steps.tolist() for factor, steps in stack.steps.items()}
+
+
+@pytest.mark.parametrize("private", [{}, {"dp_clip": 0.02, "dp_noise": 0.5}])
+def test_without_a_common_clock_each_trains_the_factor_of_its_own(private):
+    job = tiny_job(config_of("adf-offset", rounds=5, **private))
+    stack = job.initial_stack()
+    stack.state[VALUE, B] += 0.1  # where B is zero A has no gradient
+    for round_ in range(5):
+        before = {slot: value.clone() for slot, value in stack.state.items()}
+        train_round(job, stack, round_, range(4), seeded_noise(0))
+        for client, slot in itertools.product(range(4), before):
+            moved = not torch.equal(before[slot][client], stack.state[slot][client])
+            assert moved == (slot[1].name == "BBAA"[(round_ + client) % 4])
+    assert steps_of(stack) == {A: [2, 2, 3, 3], B: [3, 3, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer_state": "reset_each_phase"}, {"dp_clip": 0.02, "dp_noise": 0.5, "ranks": "2,1"}],
+)
+def test_all_engines_agree_on_clocks_apart(settings):
+    all_agree(config_of("adf-offset", topology="pairs", rounds=5, **settings))

@@ -110,16 +110,16 @@ class Job:
         found = resized(self.backbone.layout.of_rank(old), flat, new)
         return {slot: row[0] for slot, row in found.items()}
 
-    def trained(self, round_: int) -> Factor:
-        """What takes local steps in a round: the method's factors, and a head that is trained."""
-        return reduce(operator.or_, self.turns(round_))
+    def trained(self, round_: int, client: int | None = None) -> Factor:
+        """What takes local steps in a round, at a client or at any: the method's, and a head."""
+        return reduce(operator.or_, self.turns(round_, client))
 
-    def turns(self, round_: int) -> list[Factor]:
-        """What takes each of the K local steps of a round."""
+    def turns(self, round_: int, client: int | None = None) -> list[Factor]:
+        """What takes each of the K local steps of a round, at a client or at any."""
         head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
-        method, count = self.method, self.config.local_steps
+        here, count = self.method.trains(round_, client), self.config.local_steps
         steps = range(round_ * count, (round_ + 1) * count)
-        return [method.train(round_) & method.turn(step) | head for step in steps]
+        return [here & self.method.turn(step) | head for step in steps]
 
     def shared(self, round_: int) -> tuple[Slot, ...]:
         """The slots that travel in a round: the method's, and with them a head that is mixed."""

@@ -52,7 +52,8 @@ def local_phase(
 
     Args:
         backbone: The frozen model.
-        stack: The state of these clients; row k belongs to client `clients[k]`.
+        stack: The state of these clients, who have taken as many steps on a factor that is active;
+            row k belongs to client `clients[k]`.
         train: The active factors.
         round_: The round's number.
         tokens: The training split.
@@ -142,7 +143,8 @@ class _Phase:
             assert leaf.grad is not None
             lr = self.lr_factor * (config.head_lr if factor is Factor.HEAD else config.lr)
             beside = {kind: rows(slot) for kind, slot in kept[factor].items()}
-            taken = self.stack.steps[factor] + sum(factor in turn for turn in self.turns[:step])
+            taken = int(self.stack.steps[factor][0])
+            taken += sum(factor in turn for turn in self.turns[:step])
             optimizer.update(
                 rows(leaf.detach()), rows(leaf.grad), beside, taken, lr, config.weight_decay
             )

@@ -228,7 +228,8 @@ def _check_sense(roster: Roster, first: Config, config: Config) -> None:
     if len(here) < 2:
         raise ValueError(f"nobody would be left to meet {', '.join(here) or 'anybody'}")
     old, new = build_method(first), build_method(config)
-    if any((old.train(t), old.share(t)) != (new.train(t), new.share(t)) for t in range(rounds)):
+    both = min(first.clients, config.clients)
+    if any(old.plan(t, both) != new.plan(t, both) for t in range(rounds)):
         raise ValueError(
             f"with another number of members {config.method} would train or send other factors in "
             "a round, and those that are there would not know"

@@ -174,7 +174,7 @@ class Peer:
             if target <= behind + self.inbox.keep_rounds:
                 return behind
             self.inbox.skip_to(target)
-        leave_out(self.stack, range(behind, target), self.job)
+        leave_out(self.stack, range(behind, target), self.job, self.me)
         self.desk.report("skipped", self.desk.name, f"from round {behind} to {target}")
         return target
 
