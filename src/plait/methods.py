@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from plait.config import Config, Weights
 from plait.factors import AB, NONE, VALUE, A, B, Factor
 from plait.lookup import lookup
-from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site
+from plait.mixing import AVERAGE, Mix, build_rule, each_factor, each_site, taken
+from plait.mixing_matrix import Matrix
 from plait.optimizers import ADAMW, Optimizer
+from plait.rng import stream
 from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
-from plait.topology import exact_after, rho_of
+from plait.topology import MixingSchedule, build_schedule, exact_after, rho_of
 
 Value = TypeVar("Value")
 Schedule = Callable[[int], Value]
@@ -95,7 +98,9 @@ class Method:
     Attributes:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
-        at: Which of these do at a client, by round and client; the others stay as they are there.
+        at: Which of these do at a client, by round and client; the others stay as they are there,
+            and with none it rests, its head too.
+        meets: Who hears whom, and with what weight; as the topology says where a row says nothing.
         turn: Which of these take a local step, by its number, counted from the run's first.
         share: Which of A and B travel in a round.
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
@@ -119,6 +124,7 @@ class Method:
     train: Schedule[Factor]
     share: Schedule[Factor]
     at: Callable[[int, int], Factor] = everywhere
+    meets: Callable[[Config], MixingSchedule] = build_schedule
     turn: Schedule[Factor] = EVERY_STEP
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
@@ -154,6 +160,34 @@ def interval_of(config: Config) -> int:
     """
     gap = 1 - round(rho_of(config), 9)  # the last digits may differ from machine to machine
     return max(1, round(config.switch_scale / math.sqrt(gap))) if gap > 0 else config.rounds
+
+
+@lru_cache(maxsize=8)
+def walk(config: Config) -> tuple[int, ...]:
+    """Who holds the model in each round, and after the last.
+
+    From client i it goes to j with the probability W[i, j] of the round. With Metropolis weights
+    that is a walk by Metropolis-Hastings: in the long run it is as often at each client, however
+    many neighbours that has. The draws are the seed's, so that all know them without a word.
+    """
+    schedule = build_schedule(replace(config, weights="metropolis"))
+    holders = [int(stream(config.seed, "walk").integers(config.clients))]
+    for round_ in range(config.rounds):
+        chances = schedule(round_)[holders[-1]]
+        holders.append(int(stream(config.seed, "walk", round_).choice(len(chances), p=chances)))
+    return tuple(holders)
+
+
+def handed_on(config: Config) -> MixingSchedule:
+    """The schedule of a walk: who holds the model next hears who holds it, and nobody else does."""
+
+    def schedule(round_: int) -> Matrix:
+        W, (holder, following) = np.eye(config.clients), walk(config)[round_ : round_ + 2]
+        W[following] = 0
+        W[following, holder] = 1
+        return W
+
+    return schedule
 
 
 def tracking(method: Method) -> Method:
@@ -301,6 +335,18 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         exact="one step a round: ADF-LoRA with T = 1",
         source="github.com/junkangLiu0/LA-LORA",
+    ),
+    "rw-lora": lambda config: Method(
+        summary="RW-LoRA: one model walks over the graph; who has it trains it and hands it on",
+        train=always(AB),
+        at=lambda round_, client: AB if walk(config)[round_] == client else NONE,
+        meets=handed_on,
+        share=always(AB),
+        mix=always(each_factor(taken)),
+        conserves="nothing",
+        weights="metropolis",
+        exact="one client's steps after another's; a message a round, or none",
+        source="RW-LoRA, by a note on it",
     ),
     "tracking": lambda config: replace(
         tracking(METHODS["dec-lora"](config)),

@@ -31,7 +31,7 @@ from plait.model.backbone import Backbone
 from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
-from plait.topology import build_schedule, rho_of
+from plait.topology import rho_of
 from plait.wire_types import WIRE_TYPES
 
 Edge = tuple[int, int, float]
@@ -116,7 +116,8 @@ class Job:
 
     def turns(self, round_: int, client: int | None = None) -> list[Factor]:
         """What takes each of the K local steps of a round, at a client or at any."""
-        head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
+        rests = client is not None and not self.method.at(round_, client)
+        head = Factor.HEAD if self.backbone.layout.head and not rests else Factor.NONE
         here, count = self.method.trains(round_, client), self.config.local_steps
         steps = range(round_ * count, (round_ + 1) * count)
         return [here & self.method.turn(step) | head for step in steps]
@@ -180,7 +181,8 @@ class Rules:
         load_plugins(config.plugin)
         check_accounting(config)
         config = settled(config)
-        return cls(config, build_method(config), build_schedule(config))
+        method = build_method(config)
+        return cls(config, method, method.meets(config))
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def train_round(
         phase: What trains.
 
     Returns:
-        (n,) float64, each client's loss, mean over the steps.
+        (n,) float64, each client's loss, mean over the steps; NaN of one that rests.
 
     Raises:
         ValueError: A client's loss is no longer finite.
@@ -88,6 +88,8 @@ def _train_alike(
     """As `train_round`, of clients who train the same after as many steps."""
     method, private = job.method, job.config.dp_clip is not None
     active = job.trained(round_, clients[0])
+    if not active:
+        return np.full(len(clients), np.nan)
     reset_optimizer(stack, round_, job, clients[0])
     before = {
         (kind, factor): stack.state[kind, factor].clone()

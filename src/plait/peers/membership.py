@@ -258,7 +258,8 @@ def _changing(federation: Federation) -> bool:
 
 def links(federation: Federation) -> frozenset[tuple[int, int]]:
     """The pairs of members (i, j), i < j, of whom one needs the other's messages in some round."""
-    schedule = build_schedule(settled(federation.config))
+    config = settled(federation.config)
+    schedule = build_method(config).meets(config)
     met: set[tuple[int, int]] = set()
     for round_ in range(min(federation.config.rounds, MOST_TURNS)):
         W = neighbour_weights(schedule(round_))
@@ -282,12 +283,14 @@ def _check_reachability(federation: Federation) -> None:
 
 
 def _check_symmetry(federation: Federation) -> None:
+    config = settled(federation.config)
+    symmetric = topology_row(config).symmetric and build_method(config).meets is build_schedule
     for needs, what in (
         (_changing(federation), "peers that join or leave"),
         (federation.limits.symmetric_loss, "symmetric_loss"),
     ):
-        if needs and not topology_row(settled(federation.config)).symmetric:
+        if needs and not symmetric:
             raise ValueError(
-                f"{what} need a symmetric topology; {federation.config.topology} with "
-                f"weights {federation.config.weights} is not."
+                f"{what} need a symmetric topology; {config.method} on {config.topology} with "
+                f"weights {config.weights} has none."
             )
