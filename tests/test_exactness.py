@@ -49,9 +49,10 @@ def test_on_a_sparse_graph_adf_is_not_rolora():
     assert (adf.factors[Factor.A] - rolora.factors[Factor.A]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("method", ["adf", "adf-offset"])
 @pytest.mark.parametrize("topology", ["ring", "pairs"])
-def test_adf_that_never_switches_is_ffa(topology):
-    adf, rounds = finished(method="adf", switch_every=1000, topology=topology, p=0.5)
+def test_adf_that_never_switches_is_ffa(method, topology):
+    adf, rounds = finished(method=method, switch_every=1000, topology=topology, p=0.5)
     ffa, _ = finished(method="ffa", topology=topology, p=0.5)
     assert_equal_factors(adf, ffa, 1e-6)
     assert all(layer.cross_term < 1e-12 for event in rounds for layer in event.after)

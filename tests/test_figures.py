@@ -55,6 +55,15 @@ def test_a_peer_that_sees_itself_alone_knows_no_distances():
     assert FIGURES["cross_term"].shown(math.nan) == ""
 
 
+def test_losses_of_those_that_rest_count_for_nothing():
+    for losses, mean in (([math.nan, 1.0, 3.0], 2.0), ([math.nan], math.nan)):
+        found = of_event(dataclasses.replace(ROUND, train_losses=losses))
+        assert found["train_loss_client_mean"] == pytest.approx(mean, nan_ok=True)
+        assert found["train_loss_client_max"] == pytest.approx(
+            max(losses[1:] or losses), nan_ok=True
+        )
+
+
 def test_a_summary_takes_the_last_of_states_and_the_sum_of_costs():
     found = taken(SAID)
     assert found["accuracy_client_mean"] == np.mean(EVALUATION.scores)

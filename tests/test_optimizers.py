@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import tiny_job
 from plait.config import Config
+from plait.engines.checkpoint import load_rows
 from plait.engines.simulate import simulate
 from plait.factors import AB, VALUE, A, B
 from plait.methods import METHODS, Method, always
@@ -95,8 +97,18 @@ def test_a_method_may_bring_its_own(monkeypatch, optimizer, kinds, share):
     before = {slot: value.clone() for slot, value in stack.state.items()}
     list(simulate(job, stack))
     assert all(not torch.equal(stack.state[slot], value) for slot, value in before.items())
-    assert stack.steps == {A: 6, B: 6}
+    assert {f: steps.tolist() for f, steps in stack.steps.items()} == {A: [6] * 3, B: [6] * 3}
     stack.reset(B)
     assert all(not slot.any() for slot in stack.beside(B).values())
     assert stack.factors[B].any()
-    assert stack.steps == {A: 6, B: 0}
+    assert {f: steps.tolist() for f, steps in stack.steps.items()} == {A: [6] * 3, B: [0] * 3}
+
+
+def test_a_checkpoint_of_an_older_plait_has_one_number_of_steps_for_all(tmp_path):
+    stack = tiny_job(Config(clients=3, rank=2)).initial_stack()
+    slots = {f"{kind}.{factor.name}": slot for (kind, factor), slot in stack.state.items()}
+    said = {"rounds_done": "1", "steps.A": "3", "steps.B": "4"}
+    save_file({name: slot + 1 for name, slot in slots.items()}, tmp_path / "old", said)
+    load_rows(stack, tmp_path / "old")
+    assert {f: steps.tolist() for f, steps in stack.steps.items()} == {A: [3] * 3, B: [4] * 3}
+    assert torch.equal(stack.state["m", B], torch.ones_like(stack.state["m", B]))

@@ -62,9 +62,10 @@ class RoundDone:
 
     Attributes:
         round: From 0.
-        active: The factors that trained, such as `B`, `A` or `AB`.
+        active: The factors that trained, such as `B`, `A` or `AB`, each at some client.
         shared: The factors that travelled.
-        train_losses: (N,) each client's mean training loss over its local steps.
+        train_losses: (N,) each client's mean training loss over its local steps; NaN where it took
+            none, or nobody said.
         edges: (i, j, w_ij) of this round, i != j: client i heard j and gave it the weight.
         rho: ||W - J||_2 of this round.
         sent_bytes: What all clients sent in this round.

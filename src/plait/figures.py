@@ -83,6 +83,12 @@ def _before(value: Value) -> Value:
     return lambda event: value(event) if event.round < 0 else math.nan
 
 
+def _of_known(value: Callable[[Sequence[float]], float], losses: Sequence[float]) -> float:
+    """A figure of the losses that are known; NaN where none is."""
+    known = [loss for loss in losses if not math.isnan(loss)]
+    return value(known) if known else math.nan
+
+
 def _perplexity(losses: Sequence[float]) -> float:
     """Of held-out losses, which are means over tokens of a client's model each."""
     return float(np.exp(np.mean(losses)))
@@ -221,10 +227,12 @@ FIGURES: dict[str, Figure] = {
         head="base perplexity", form=".4g",
     ),
     "train_loss_client_mean": Figure(
-        "Training loss", lambda e: float(np.mean(e.train_losses)), logged="train/loss_client_mean"
+        "Training loss", lambda e: _of_known(lambda known: float(np.mean(known)), e.train_losses),
+        logged="train/loss_client_mean",
     ),
     "train_loss_client_max": Figure(
-        "Highest training loss", lambda e: max(e.train_losses), logged="train/loss_client_max"
+        "Highest training loss", lambda e: _of_known(max, e.train_losses),
+        logged="train/loss_client_max",
     ),
     "cross_term": _distance(
         "Cross term after mixing", lambda e: math.sqrt(_squared_cross_terms(e)),

@@ -181,11 +181,11 @@ class Stack:
 
     Attributes:
         state: Each factor's value, and beside it what optimizer and method keep of it.
-        steps: Factor -> steps taken since what is beside it was last reset.
+        steps: Factor -> (n,) float32, steps taken since what is beside it was last reset.
     """
 
     state: State
-    steps: dict[Factor, int]
+    steps: dict[Factor, Tensor]
 
     @property
     def factors(self) -> Mapping[Factor, Tensor]:
@@ -201,7 +201,22 @@ class Stack:
         for kind, slot in self.beside(factor).items():
             if kind not in but:
                 slot.zero_()
-        self.steps[factor] = 0
+        self.steps[factor].zero_()
+
+    def part(self, rows: list[int]) -> Stack:
+        """Some of the clients, in memory of their own; all in their order are the stack itself."""
+        if rows == list(range(len(self.state[VALUE, Factor.A]))):
+            return self
+        state = {slot: value[rows] for slot, value in self.state.items()}
+        return Stack(state, {factor: steps[rows] for factor, steps in self.steps.items()})
+
+    def put(self, rows: list[int], part: Stack) -> None:
+        """Take over what has become of a `part`."""
+        if part is not self:
+            for slot, value in part.state.items():
+                self.state[slot][rows] = value
+            for factor, steps in part.steps.items():
+                self.steps[factor][rows] = steps
 
 
 def initial_stack(
@@ -234,7 +249,7 @@ def initial_stack(
     trained = {factor: value for factor, value in factors.items() if factor not in Factor.BASE}
     for kind in kinds:
         state |= {(kind, factor): torch.zeros_like(value) for factor, value in trained.items()}
-    return Stack(state, dict.fromkeys(trained, 0))
+    return Stack(state, {factor: torch.zeros(num_clients) for factor in trained})
 
 
 def initial_A(  # noqa: N802

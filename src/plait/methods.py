@@ -12,16 +12,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
+import numpy as np
+
 from plait.base_mixing import averaged_with_residual, stacked_into_base
 from plait.config import Config, Weights
 from plait.factors import AB, BASE, NONE, VALUE, A, B, Factor
 from plait.later import Tensor
 from plait.lookup import lookup
 from plait.lora import initial_A
-from plait.mixing import AVERAGE, Mix, build_mix, each_site
+from plait.mixing import AVERAGE, Mix, build_mix, each_factor, each_site, taken
+from plait.mixing_matrix import Matrix
 from plait.optimizers import ADAMW, Optimizer
+from plait.rng import stream
 from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
-from plait.topology import exact_after, rho_of
+from plait.topology import MixingSchedule, build_schedule, exact_after, rho_of
 
 Value = TypeVar("Value")
 Schedule = Callable[[int], Value]
@@ -41,6 +45,11 @@ def alternate(*values: Value, every: int) -> Schedule[Value]:
         ['B', 'B', 'A', 'A', 'B']
     """
     return lambda round_: values[(round_ // every) % len(values)]
+
+
+def everywhere(_round: int, _client: int) -> Factor:
+    """What trains in a round does so at all clients, in a method that says nothing else."""
+    return AB
 
 
 EVERY_STEP = always(AB)
@@ -96,6 +105,9 @@ class Method:
     Attributes:
         summary: One line for `plait methods`.
         train: Which of A and B take local steps in a round.
+        at: Which of these do at a client, by round and client; the others stay as they are there,
+            and with none it rests, its head too.
+        meets: Who hears whom, and with what weight; as the topology says where a row says nothing.
         turn: Which of these take a local step, by its number, counted from the run's first.
         share: Which of A and B travel in a round.
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
@@ -119,6 +131,8 @@ class Method:
     summary: str
     train: Schedule[Factor]
     share: Schedule[Factor]
+    at: Callable[[int, int], Factor] = everywhere
+    meets: Callable[[Config], MixingSchedule] = build_schedule
     turn: Schedule[Factor] = EVERY_STEP
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
@@ -133,6 +147,15 @@ class Method:
     exact: str = ""
     source: str = ""
 
+    def trains(self, round_: int, client: int | None = None) -> Factor:
+        """Which factors take local steps in a round, at a client or at any."""
+        anywhere = self.train(round_)
+        return anywhere if client is None else anywhere & self.at(round_, client)
+
+    def plan(self, round_: int, clients: int) -> tuple[Factor, ...]:
+        """What travels in a round, and what trains at each of so many clients."""
+        return self.share(round_), *(self.trains(round_, client) for client in range(clients))
+
 
 @lru_cache(maxsize=8)
 def interval_of(config: Config) -> int:
@@ -146,6 +169,34 @@ def interval_of(config: Config) -> int:
     """
     gap = 1 - round(rho_of(config), 9)  # the last digits may differ from machine to machine
     return max(1, round(config.switch_scale / math.sqrt(gap))) if gap > 0 else config.rounds
+
+
+@lru_cache(maxsize=8)
+def walk(config: Config) -> tuple[int, ...]:
+    """Who holds the model in each round, and after the last.
+
+    From client i it goes to j with the probability W[i, j] of the round. With Metropolis weights
+    that is a walk by Metropolis-Hastings: in the long run it is as often at each client, however
+    many neighbours that has. The draws are the seed's, so that all know them without a word.
+    """
+    schedule = build_schedule(replace(config, weights="metropolis"))
+    holders = [int(stream(config.seed, "walk").integers(config.clients))]
+    for round_ in range(config.rounds):
+        chances = schedule(round_)[holders[-1]]
+        holders.append(int(stream(config.seed, "walk", round_).choice(len(chances), p=chances)))
+    return tuple(holders)
+
+
+def handed_on(config: Config) -> MixingSchedule:
+    """The schedule of a walk: who holds the model next hears who holds it, and nobody else does."""
+
+    def schedule(round_: int) -> Matrix:
+        W, (holder, following) = np.eye(config.clients), walk(config)[round_ : round_ + 2]
+        W[following] = 0
+        W[following, holder] = 1
+        return W
+
+    return schedule
 
 
 def tracking(method: Method) -> Method:
@@ -182,6 +233,15 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         control=Control(method="dec-lora", lr_factor=0.5),
         exact="exact averaging: RoLoRA with phases of T; T beyond the run: FFA-LoRA",
         source="arXiv 2511.18291",
+    ),
+    "adf-offset": lambda config: replace(
+        METHODS["adf"](config),
+        summary="ADF-LoRA without a common clock: client i's is i rounds ahead, to show why",
+        train=always(AB),
+        at=lambda round_, client: alternate(B, A, every=config.switch_every)(round_ + client),
+        share=always(AB),
+        exact="T beyond rounds and clients together: FFA-LoRA",
+        source="a control of plait's own",
     ),
     "dec-lora": lambda _: Method(
         summary="Dec-LoRA: both factors train, both are mixed",
@@ -306,6 +366,18 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         share=always(AB),
         exact="one step a round: ADF-LoRA with T = 1",
         source="github.com/junkangLiu0/LA-LORA",
+    ),
+    "rw-lora": lambda config: Method(
+        summary="RW-LoRA: one model walks over the graph; who has it trains it and hands it on",
+        train=always(AB),
+        at=lambda round_, client: AB if walk(config)[round_] == client else NONE,
+        meets=handed_on,
+        share=always(AB),
+        mix=always(each_factor(taken)),
+        conserves="nothing",
+        weights="metropolis",
+        exact="one client's steps after another's; a message a round, or none",
+        source="RW-LoRA, by a note on it",
     ),
     "tracking": lambda config: replace(
         tracking(METHODS["dec-lora"](config)),

@@ -130,6 +130,14 @@ AVERAGE = each_factor(average, any_rank=True)
 """Every slot averaged."""
 
 
+def taken(mine: Tensor, theirs: Tensor, W: np.ndarray) -> Tensor:
+    """What was heard in the place of one's own, with whatever weight; nothing is averaged."""
+    mixed = mine.clone()
+    for i, j in zip(*np.nonzero(W), strict=True):
+        mixed[i] = theirs[j]
+    return mixed
+
+
 def trimmed_mean(count: int) -> Rule:
     """Averaging without the values at the edges, coordinate by coordinate.
 

@@ -77,7 +77,7 @@ def _quantized(part: Tensor) -> tuple[Tensor, Tensor]:
 def _dequantized(data: Data, sizes: Sizes) -> npt.NDArray[np.float32]:
     numbers, scales = np.frombuffer(data, np.int8, sum(sizes)), _widened(data[sum(sizes) :])
     with np.errstate(over="ignore", invalid="ignore"):  # who reads them looks whether all is finite
-        return numbers * np.repeat(scales, sizes)
+        return np.multiply(numbers, np.repeat(scales, sizes), dtype=np.float32)
 
 
 def _bytes_of_quantized(x: Tensor, sizes: Sizes) -> npt.NDArray[np.generic]:

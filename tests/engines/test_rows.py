@@ -23,7 +23,7 @@ from plait.engines.simulate import simulate
 from plait.engines.steps import mix, train_round
 from plait.events import RoundDone
 from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
-from plait.methods import METHODS, build_method
+from plait.methods import METHODS, build_method, walk
 from plait.mixing import neighbour_weights
 from plait.model.peft_adapters import save_adapters
 from plait.peers.local_federation import average_adapters
@@ -122,7 +122,8 @@ def job_of(method, **others):
 )
 def test_mixing_equals_its_twin(method, clients, seed, round_, p):
     job, layout = job_of(method), job_of(method).backbone.layout
-    W = build_schedule(config_of(method, clients=clients, seed=seed, p=p))(round_)
+    config = config_of(method, clients=clients, seed=seed, p=p, rounds=4)
+    W = build_method(config).meets(config)(round_)
     generator = torch.Generator().manual_seed(seed)
     state = {
         slot: torch.randn(clients, layout.size(slot[1]), generator=generator)
@@ -175,7 +176,7 @@ def test_all_engines_agree_bit_for_bit(method, topology):
     all_agree(config_of(method, topology=topology))
 
 
-ONE_RANK = ("fedrot", "fedex", "tracking", "adf-tracking")
+ONE_RANK = ("fedrot", "fedex", "rw-lora", "tracking", "adf-tracking")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -198,12 +199,14 @@ def test_so_they_do_on_messages_of_fewer_bits_and_ranks():
     all_agree(config_of("adf", topology="pairs", rank=4, ranks="2,1,4", wire="int8"))
 
 
-def all_agree(config):
+def all_agree(config, keep_rounds=8):
     job = tiny_job(config)
     stack = job.initial_stack()
     whole = rounds_of(simulate(job, stack))
     hub, members = Hub(), [member(f"p{k}") for k in range(config.clients)]
-    peers = [start_peer(hub, k, config, members) for k in range(config.clients)]
+    peers = [
+        start_peer(hub, k, config, members, keep_rounds=keep_rounds) for k in range(config.clients)
+    ]
     said = [rounds_of(events) for events in together(peers, config.rounds)]
     assert_same_state(stack, peers)
     for event, *parts in zip(whole, *said, strict=True):
@@ -321,7 +324,7 @@ def test_by_turns_with_one_step_a_round_is_adf_that_switches_each_round():
         rounds = rounds_of(simulate(job, stacks[-1]))
         assert [event.active for event in rounds] == ["B", "A", "B"]
     assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
-    assert stacks[0].steps == stacks[1].steps == {A: 1, B: 2}
+    assert [steps_of(stack) for stack in stacks] == [{A: [1] * 4, B: [2] * 4}] * 2
 
 
 def test_by_turns_is_one_step_of_one_factor_after_another():
@@ -333,7 +336,66 @@ def test_by_turns_is_one_step_of_one_factor_after_another():
     for step in range(10):
         train_round(single, stacks[1], step, range(4), seeded_noise(0))
     assert all(torch.equal(value, stacks[1].state[slot]) for slot, value in stacks[0].state.items())
-    assert stacks[0].steps == stacks[1].steps == {A: 5, B: 5}
+    assert [steps_of(stack) for stack in stacks] == [{A: [5] * 4, B: [5] * 4}] * 2
+
+
+# -- a walk
+
+
+def test_a_walk_goes_along_edges_and_comes_to_all_as_often():
+    holders = walk(Config(topology="star", clients=4, rounds=2000))
+    assert all(a == b or 0 in (a, b) for a, b in itertools.pairwise(holders))
+    np.testing.assert_allclose(np.bincount(holders) / len(holders), 0.25, atol=0.08)
+
+
+def test_a_walk_is_one_clients_steps_after_anothers():
+    settings = {"rounds": 6, "head": "mixed", "optimizer_state": "reset_each_round"}
+    job = tiny_job(config_of("rw-lora", topology="ring", **settings))
+    stack, alone, holders = job.initial_stack(), job.initial_stack([0]), walk(job.config)
+    assert len(set(holders)) > 1
+    for event in simulate(job, stack):
+        if not isinstance(event, RoundDone):
+            continue
+        holder, following = holders[event.round : event.round + 2]
+        losses = train_round(job, alone, event.round, [holder], seeded_noise(0))
+        assert event.train_losses[holder] == losses[0]
+        assert np.isnan(event.train_losses).sum() == 3
+        assert event.edges == [(following, holder, 1.0)] * (following != holder)
+        for factor, value in alone.factors.items():
+            assert torch.equal(value[0], stack.factors[factor][following])
+
+
+def test_peers_that_rest_wait_for_the_model_where_it_comes_next():
+    all_agree(config_of("rw-lora", topology="ring", rounds=12), keep_rounds=12)
+
+
+# -- clocks apart
+
+
+def steps_of(stack):
+    return {factor: steps.tolist() for factor, steps in stack.steps.items()}
+
+
+@pytest.mark.parametrize("private", [{}, {"dp_clip": 0.02, "dp_noise": 0.5}])
+def test_without_a_common_clock_each_trains_the_factor_of_its_own(private):
+    job = tiny_job(config_of("adf-offset", rounds=5, **private))
+    stack = job.initial_stack()
+    stack.state[VALUE, B] += 0.1  # where B is zero A has no gradient
+    for round_ in range(5):
+        before = {slot: value.clone() for slot, value in stack.state.items()}
+        train_round(job, stack, round_, range(4), seeded_noise(0))
+        for client, slot in itertools.product(range(4), before):
+            moved = not torch.equal(before[slot][client], stack.state[slot][client])
+            assert moved == (slot[1].name == "BBAA"[(round_ + client) % 4])
+    assert steps_of(stack) == {A: [2, 2, 3, 3], B: [3, 3, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer_state": "reset_each_phase"}, {"dp_clip": 0.02, "dp_noise": 0.5, "ranks": "2,1"}],
+)
+def test_all_engines_agree_on_clocks_apart(settings):
+    all_agree(config_of("adf-offset", topology="pairs", rounds=5, **settings))
 
 
 # -- what is added to the frozen weights

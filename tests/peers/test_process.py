@@ -25,6 +25,7 @@ from fake_network import Hub, member, start_peer
 from plait.cli import main as cli
 from plait.config import Config, Machine
 from plait.data.tasks import load_task
+from plait.engines.job import Rules
 from plait.events import Evaluated, from_line, to_line
 from plait.peers import local_federation as up
 from plait.peers import process as peers
@@ -37,6 +38,7 @@ from plait.peers.process import (
     counting_alone,
     neighbours_of,
     open_folder,
+    patient,
     prepare_peer,
     take_up,
     with_descriptors,
@@ -166,6 +168,16 @@ def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
     federation = Federation(id="f", config=config, peers=members, limits=limits)
     with pytest.raises(ValueError, match="need a symmetric topology"):
         check_members(federation)
+    walk = Config(method="rw-lora", topology="ring", clients=2, rounds=2)
+    with pytest.raises(ValueError, match="rw-lora on ring"):
+        check_members(dataclasses.replace(federation, config=walk))
+
+
+@pytest.mark.parametrize(("method", "keep", "wait"), [("adf-offset", 8, 5), ("rw-lora", 40, 200)])
+def test_where_peers_rest_all_rounds_of_the_others_are_waited_for(method, keep, wait):
+    rules = Rules.of(Config(method=method, topology="ring", clients=3, rounds=40))
+    limits = patient(Limits(round_timeout_s=5), rules)
+    assert (limits.keep_rounds, limits.round_timeout_s) == (keep, wait)
 
 
 def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeypatch):

@@ -170,12 +170,11 @@ def check_rules(config: Config) -> None:
     Raises:
         ValueError: Which, and what to take.
     """
-    from plait.methods import settled
+    from plait.methods import build_method, settled
     from plait.plugins import load_plugins
-    from plait.topology import build_schedule
 
     load_plugins(config.plugin)
-    build_schedule(settled(config))
+    build_method(config).meets(settled(config))
 
 
 def check_first(config: Config, machine: Machine, log: Sequence[str] = ()) -> None:

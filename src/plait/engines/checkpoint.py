@@ -24,7 +24,7 @@ def save_stack(stack: Stack, path: Path, rounds_done: int, **beside: Tensor) -> 
     Raises:
         OSError: It can't be written; nothing is left of it.
     """
-    save_tensors(_tensors(stack) | beside, path, _metadata(stack, rounds_done))
+    save_tensors(_tensors(stack) | beside, path, _metadata(rounds_done))
 
 
 def lay_out(stack: Stack, num_clients: int, path: Path, rounds_done: int) -> None:
@@ -39,7 +39,7 @@ def lay_out(stack: Stack, num_clients: int, path: Path, rounds_done: int) -> Non
     Raises:
         OSError: It can't be written.
     """
-    header: dict[str, object] = {"__metadata__": _metadata(stack, rounds_done)}
+    header: dict[str, object] = {"__metadata__": _metadata(rounds_done)}
     end = 0
     for name, value in _tensors(stack).items():
         shape = [num_clients, *value.shape[1:]]
@@ -63,7 +63,8 @@ def write_rows(stack: Stack, first: int, path: Path) -> None:
         header = json.loads(file.read(size))
         for name, value in _tensors(stack).items():
             rows = value.cpu().contiguous().numpy()
-            file.seek(8 + size + header[name]["data_offsets"][0] + first * rows[0].nbytes)
+            start = header[name]["data_offsets"][0] + first * (rows.nbytes // len(rows))
+            file.seek(8 + size + start)
             file.write(rows.data)
         file.flush()
         os.fsync(file.fileno())
@@ -76,10 +77,12 @@ def load_rows(stack: Stack, path: Path, first: int = 0) -> None:
         SafetensorError: The file can't be read.
     """
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        older = file.metadata()  # of an older plait: one number of steps for all clients
         for name, value in _tensors(stack).items():
-            value.copy_(file.get_slice(name)[first : first + len(value)])
-    stack.steps.update({f: int(metadata[f"steps.{f.name}"]) for f in stack.steps})
+            if name in older:
+                value.fill_(int(older[name]))
+            else:
+                value.copy_(file.get_slice(name)[first : first + len(value)])
 
 
 def load_beside(path: Path, name: str) -> Tensor | None:
@@ -106,11 +109,11 @@ def rounds_done(path: Path) -> int:
         return int(file.metadata()["rounds_done"])
 
 
-def _metadata(stack: Stack, rounds_done: int) -> dict[str, str]:
-    steps = {f"steps.{factor.name}": str(count) for factor, count in stack.steps.items()}
-    return {"rounds_done": str(rounds_done), **steps}
+def _metadata(rounds_done: int) -> dict[str, str]:
+    return {"rounds_done": str(rounds_done)}
 
 
 def _tensors(stack: Stack) -> dict[str, Tensor]:
-    """Name in the file -> (n, P) float32."""
-    return {f"{kind}.{factor.name}": slot for (kind, factor), slot in stack.state.items()}
+    """Name in the file -> float32, a row or a number for each client."""
+    slots = {f"{kind}.{factor.name}": slot for (kind, factor), slot in stack.state.items()}
+    return slots | {f"steps.{factor.name}": steps for factor, steps in stack.steps.items()}

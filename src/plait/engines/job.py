@@ -31,7 +31,7 @@ from plait.model.backbone import Backbone
 from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
-from plait.topology import build_schedule, rho_of
+from plait.topology import rho_of
 from plait.wire_types import WIRE_TYPES
 
 Edge = tuple[int, int, float]
@@ -110,16 +110,17 @@ class Job:
         found = resized(self.backbone.layout.of_rank(old), flat, new)
         return {slot: row[0] for slot, row in found.items()}
 
-    def trained(self, round_: int) -> Factor:
-        """What takes local steps in a round: the method's factors, and a head that is trained."""
-        return reduce(operator.or_, self.turns(round_))
+    def trained(self, round_: int, client: int | None = None) -> Factor:
+        """What takes local steps in a round, at a client or at any: the method's, and a head."""
+        return reduce(operator.or_, self.turns(round_, client))
 
-    def turns(self, round_: int) -> list[Factor]:
-        """What takes each of the K local steps of a round."""
-        head = Factor.HEAD if self.backbone.layout.head else Factor.NONE
-        method, count = self.method, self.config.local_steps
+    def turns(self, round_: int, client: int | None = None) -> list[Factor]:
+        """What takes each of the K local steps of a round, at a client or at any."""
+        rests = client is not None and not self.method.at(round_, client)
+        head = Factor.HEAD if self.backbone.layout.head and not rests else Factor.NONE
+        here, count = self.method.trains(round_, client), self.config.local_steps
         steps = range(round_ * count, (round_ + 1) * count)
-        return [method.train(round_) & method.turn(step) | head for step in steps]
+        return [here & self.method.turn(step) | head for step in steps]
 
     def shared(self, round_: int) -> tuple[Slot, ...]:
         """The slots that travel in a round: the method's, and with them a head that is mixed."""
@@ -185,7 +186,8 @@ class Rules:
         load_plugins(config.plugin)
         check_accounting(config)
         config = settled(config)
-        return cls(config, build_method(config), build_schedule(config))
+        method = build_method(config)
+        return cls(config, method, method.meets(config))
 
 
 @dataclass(frozen=True)

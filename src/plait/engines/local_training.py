@@ -43,7 +43,8 @@ class Work:
     """The local phase of some clients of a run.
 
     Attributes:
-        stack: Their state; row k belongs to client `clients[k]`. Changed in place.
+        stack: Their state, changed in place; row k belongs to client `clients[k]`. All have taken
+            as many steps.
         turns: Which factors take each of the K steps.
         round_: The round's number.
         shares: Client -> its rows of the training split.
@@ -88,7 +89,8 @@ def local_phase(
 
     Args:
         backbone: The frozen model.
-        stack: The state of these clients; row k belongs to client `clients[k]`.
+        stack: The state of these clients, who have taken as many steps on a factor that is active;
+            row k belongs to client `clients[k]`.
         train: The active factors.
         round_: The round's number.
         tokens: The training split.
@@ -228,7 +230,8 @@ class _Phase:
         for factor, grad in grads.items():
             lr = factor_of_rate * (config.head_lr if factor is Factor.HEAD else config.lr)
             beside = {kind: rows(kept[kind, factor][part.place]) for kind in self.optimizer.kinds}
-            taken = work.stack.steps[factor] + sum(factor in turn for turn in self.turns[:step])
+            taken = int(work.stack.steps[factor][0])
+            taken += sum(factor in turn for turn in self.turns[:step])
             value = leaves[factor].detach()[part.place]
             self.optimizer.update(rows(value), rows(grad), beside, taken, lr, config.weight_decay)
 

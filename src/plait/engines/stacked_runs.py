@@ -118,7 +118,7 @@ class StackedRuns:
             ValueError: The run's training diverged.
             InterruptedError: It was stopped.
         """
-        work = Work(stack, job.turns(round_), round_, job.shares, clients, job.config)
+        work = Work(stack, job.turns(round_, clients[0]), round_, job.shares, clients, job.config)
         losses: np.ndarray = self._result(_Phase(job, work)).mean(axis=1)
         check_finite(losses, clients, round_, job.config.lr)
         return losses

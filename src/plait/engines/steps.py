@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +20,15 @@ from plait.topology import rho_of_round
 from plait.wire_types import WIRE_TYPES
 
 Phase = Callable[[Job, Stack, int, Sequence[int]], np.ndarray]
-"""(job, stack, round, clients) -> (n,) losses: the local steps of a round, changing the stack's
-active factors in place; a `ValueError` if training diverged."""
+"""(job, stack, round, clients) -> (n,) losses: the local steps of a round of clients who train the
+same, changing the stack's active factors in place; a `ValueError` if training diverged."""
 
 
 def local_steps(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
     """The `Phase` of every engine: the job's rows, its optimizer, its number of steps."""
     losses: np.ndarray = local_phase(
-        job.backbone, stack, job.trained(round_), round_, job.train, job.shares, clients,
-        job.config, job.method.optimizer, job.turns(round_),
+        job.backbone, stack, job.trained(round_, clients[0]), round_, job.train, job.shares,
+        clients, job.config, job.method.optimizer, job.turns(round_, clients[0]),
     ).mean(axis=1)  # fmt: skip
     check_finite(losses, clients, round_, job.config.lr)
     return losses
@@ -54,13 +55,42 @@ def train_round(
         phase: What trains.
 
     Returns:
-        (n,) float64, each client's loss, mean over the steps.
+        (n,) float64, each client's loss, mean over the steps; NaN of one that rests.
 
     Raises:
         ValueError: A client's loss is no longer finite.
     """
-    active, method, private = job.trained(round_), job.method, job.config.dp_clip is not None
-    reset_optimizer(stack, active, round_, job)
+    losses = np.empty(len(clients))
+    for rows in _alike(job, stack, round_, clients):
+        part, some = stack.part(rows), [clients[row] for row in rows]
+        losses[rows] = _train_alike(job, part, round_, some, noise, phase)
+        stack.put(rows, part)
+    return losses
+
+
+def _alike(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> list[list[int]]:
+    """The rows of clients who train the same in a round, after as many steps."""
+    found: dict[object, list[int]] = defaultdict(list)
+    for row, client in enumerate(clients):
+        active = job.trained(round_, client)
+        taken = [
+            0 if begins_anew(factor, round_, job, client) else int(steps[row])
+            for factor, steps in stack.steps.items()
+            if factor in active
+        ]
+        found[*job.turns(round_, client), *taken].append(row)
+    return [*found.values()]
+
+
+def _train_alike(
+    job: Job, stack: Stack, round_: int, clients: Sequence[int], noise: Noise, phase: Phase
+) -> np.ndarray:
+    """As `train_round`, of clients who train the same after as many steps."""
+    method, private = job.method, job.config.dp_clip is not None
+    active = job.trained(round_, clients[0])
+    if not active:
+        return np.full(len(clients), np.nan)
+    reset_optimizer(stack, round_, job, clients[0])
     before = {
         (kind, factor): stack.state[kind, factor].clone()
         for kind, factor in job.travels
@@ -116,39 +146,39 @@ def mix(
     return mixed
 
 
-def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job) -> None:
-    """Start the optimizer anew where `optimizer_state` says so."""
+def reset_optimizer(stack: Stack, round_: int, job: Job, client: int) -> None:
+    """Start the optimizer anew where `optimizer_state` says so, as at a client so at all."""
     for factor in stack.factors:
-        if factor in active and begins_anew(factor, round_, job):
+        if factor in job.trained(round_, client) and begins_anew(factor, round_, job, client):
             stack.reset(factor, but=job.method.kept)
 
 
-def begins_anew(factor: Factor, round_: int, job: Job) -> bool:
-    """Whether the optimizer of a factor that trains in a round starts anew.
+def begins_anew(factor: Factor, round_: int, job: Job, client: int) -> bool:
+    """Whether the optimizer of a factor that trains at a client in a round starts anew.
 
-    `reset_each_phase` resets a factor's state in the first round of each of its phases.
+    `reset_each_phase` resets a factor's state in the first round of each of its phases there.
     """
     policy = job.config.optimizer_state
     if policy == "reset_each_phase":
-        return _begins(job, factor, round_)
+        return _begins(job, factor, round_, client)
     return policy == "reset_each_round"
 
 
-def leave_out(stack: Stack, rounds: Iterable[int], job: Job) -> None:
+def leave_out(stack: Stack, rounds: Iterable[int], job: Job, client: int) -> None:
     """What rounds in which a client was not there leave of its optimizer's state.
 
     With `reset_each_phase` nothing, of a factor whose phase began in them.
     """
     if job.config.optimizer_state == "reset_each_phase":
         for factor in stack.factors:
-            if any(_begins(job, factor, round_) for round_ in rounds):
+            if any(_begins(job, factor, round_, client) for round_ in rounds):
                 stack.reset(factor, but=job.method.kept)
 
 
-def _begins(job: Job, factor: Factor, round_: int) -> bool:
-    """Whether a phase of a factor begins with a round."""
-    before = round_ > 0 and factor in job.trained(round_ - 1)
-    return factor in job.trained(round_) and not before
+def _begins(job: Job, factor: Factor, round_: int, client: int) -> bool:
+    """Whether a phase of a factor begins with a round at a client."""
+    before = round_ > 0 and factor in job.trained(round_ - 1, client)
+    return factor in job.trained(round_, client) and not before
 
 
 def edges_of(W: np.ndarray, clients: range) -> list[Edge]:

@@ -144,12 +144,11 @@ def effective(config: Config, base: Config) -> Config:
 @cache
 def _unused(config: Config, base: Config) -> tuple[str, ...]:
     """The settings that make no difference, among those that a method or a topology may ignore."""
-    method, rounds = build_method(config), range(config.rounds)
+    method, rounds, clients = build_method(config), range(config.rounds), config.clients
     unused = []
     for name in ("switch_every", "switch_scale"):
         other = build_method(dataclasses.replace(config, **{name: getattr(base, name)}))
-        if all((method.train(t), method.share(t)) == (other.train(t), other.share(t))
-               for t in rounds):  # fmt: skip
+        if all(method.plan(t, clients) == other.plan(t, clients) for t in rounds):
             unused.append(name)
     if not method.base_rank:
         unused += ["base_rank", "base_change"]

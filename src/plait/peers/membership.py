@@ -228,7 +228,8 @@ def _check_sense(roster: Roster, first: Config, config: Config) -> None:
     if len(here) < 2:
         raise ValueError(f"nobody would be left to meet {', '.join(here) or 'anybody'}")
     old, new = build_method(first), build_method(config)
-    if any((old.train(t), old.share(t)) != (new.train(t), new.share(t)) for t in range(rounds)):
+    both = min(first.clients, config.clients)
+    if any(old.plan(t, both) != new.plan(t, both) for t in range(rounds)):
         raise ValueError(
             f"with another number of members {config.method} would train or send other factors in "
             "a round, and those that are there would not know"
@@ -257,7 +258,8 @@ def _changing(federation: Federation) -> bool:
 
 def links(federation: Federation) -> frozenset[tuple[int, int]]:
     """The pairs of members (i, j), i < j, of whom one needs the other's messages in some round."""
-    schedule = build_schedule(settled(federation.config))
+    config = settled(federation.config)
+    schedule = build_method(config).meets(config)
     met: set[tuple[int, int]] = set()
     for round_ in range(min(federation.config.rounds, MOST_TURNS)):
         W = neighbour_weights(schedule(round_))
@@ -281,12 +283,14 @@ def _check_reachability(federation: Federation) -> None:
 
 
 def _check_symmetry(federation: Federation) -> None:
+    config = settled(federation.config)
+    symmetric = topology_row(config).symmetric and build_method(config).meets is build_schedule
     for needs, what in (
         (_changing(federation), "peers that join or leave"),
         (federation.limits.symmetric_loss, "symmetric_loss"),
     ):
-        if needs and not topology_row(settled(federation.config)).symmetric:
+        if needs and not symmetric:
             raise ValueError(
-                f"{what} need a symmetric topology; {federation.config.topology} with "
-                f"weights {federation.config.weights} is not."
+                f"{what} need a symmetric topology; {config.method} on {config.topology} with "
+                f"weights {config.weights} has none."
             )

@@ -271,14 +271,14 @@ class Participant:
     def _opened(self, due: Due) -> Round:
         assert self._client is not None
         client, job, number = self._client, self.process.job, due.round
-        trains = job.trained(number)
+        trains, me = job.trained(number, self.process.me), self.process.me
         client.train(trains)
         since = range(min(self._done, number), number + 1)  # with rounds that were left out
         anew = [
             factor
             for factor in client.factors
             if factor in trains
-            and any(factor in job.trained(t) and begins_anew(factor, t, job) for t in since)
+            and any(factor in job.trained(t, me) and begins_anew(factor, t, job, me) for t in since)
         ]
         return Round(
             number=number,
@@ -300,7 +300,8 @@ def _hand_over(
     losses = np.array([math.nan if loss is None else float(loss)])
     if loss is not None:
         check_finite(losses, peers, round_, job.config.lr)
-    trained, rows = job.trained(round_), {factor: client.row(factor) for factor in stack.factors}
+    trained = job.trained(round_, peers[0])
+    rows = {factor: client.row(factor) for factor in stack.factors}
     for factor, row in rows.items():
         name = factors_name(factor)
         if factor not in trained and not torch.equal(row, stack.factors[factor]):

@@ -177,7 +177,7 @@ class Process:
         self.stack = self.job.initial_stack([self.me])
         noise = noise_of(self.folder, self.job.config)
         self.done, self.first_round = take_up(self.folder, self.stack)
-        limits = federation.limits
+        limits = patient(federation.limits, self.job)
         turn = agreed_turns(self.job, self.me, self._peers)
         rounds = self.job.config.rounds
         inbox = Inbox(self.me, turn, rounds, limits.keep_rounds, limits.symmetric_loss)
@@ -669,6 +669,16 @@ def changes(before: Roster, after: Roster, source: str) -> str:
 def state_of(job: Job, turn: Callable[[int], Turn], round_: int) -> tuple[str, str]:
     """What a state after so many rounds says of itself: (active, factors)."""
     return turn(max(0, round_ - 1)).active, slots_name(job.travelled(round_))
+
+
+def patient(limits: Limits, job: Job) -> Limits:
+    """The limits; one that rests is ahead at once, and waits there while others do the rounds."""
+    rounds, at = job.config.rounds, job.method.at
+    turns = range(min(rounds, MOST_TURNS))
+    if all(at(t, client) for t in turns for client in range(job.config.clients)):
+        return limits
+    timeout_s = rounds * limits.round_timeout_s
+    return dataclasses.replace(limits, keep_rounds=rounds, round_timeout_s=timeout_s)
 
 
 def check_sizes(job: Job, limits: Limits) -> None:

@@ -30,7 +30,7 @@ from plait.peers.exchange import Exchange, Left
 from plait.peers.federation import Member
 from plait.peers.inbox import FactorRows, Turn
 from plait.privacy import Noise
-from plait.topology import MixingSchedule, build_schedule
+from plait.topology import MixingSchedule
 
 Write = Callable[[FactorRows, int, str, str], Message]
 """(factors, round, active, kind) -> a message of this peer."""
@@ -52,7 +52,7 @@ def agreed_turns(
 
     @lru_cache(maxsize=8)
     def schedule(clients: int) -> MixingSchedule:
-        return build_schedule(replace(job.config, clients=clients))
+        return job.method.meets(replace(job.config, clients=clients))
 
     @lru_cache(maxsize=64)
     def of(members: tuple[Member, ...], round_: int) -> Turn:
@@ -174,20 +174,23 @@ class Peer:
             if target <= behind + self.inbox.keep_rounds:
                 return behind
             self.inbox.skip_to(target)
-        leave_out(self.stack, range(behind, target), self.job)
+        leave_out(self.stack, range(behind, target), self.job, self.me)
         self.desk.report("skipped", self.desk.name, f"from round {behind} to {target}")
         return target
 
     def _round(self, round_: int) -> Generator[Due, None, RoundDone]:
         begin = time.perf_counter()
         turn, due = self.inbox.turn(round_), Due(round_)
-        yield due
+        if trains := bool(self.job.trained(round_, self.me)):
+            yield due
+        else:
+            due.losses = np.full(1, np.nan)
         trained = time.perf_counter()
         if self.exchange.leave.is_set():
             raise Left
         assert due.losses is not None, "train() comes before the loop goes on"
         mine = {slot: self.stack.state[slot][0] for slot in self.job.shared(round_)}
-        if mine:
+        if mine and (trains or turn.hears):  # else it isn't kept for anybody
             self.exchange.send(turn, self.write(mine, round_, turn.active, "round"))
             self.exchange.wait()
         mixing = time.perf_counter()
