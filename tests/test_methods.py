@@ -107,6 +107,12 @@ def test_clients_of_different_rank_are_never_all_equal():
     assert shares(frozen_every=0, **settings) == " ".join(["AB"] * 18)
 
 
+@pytest.mark.parametrize("wire", ["bfloat16", "int8"])
+def test_rounded_messages_make_nobody_equal_but_at_the_start(wire):
+    found = shares(topology="complete", clients=4, frozen_every=0, wire=wire)
+    assert found == " ".join(["B"] * 6 + ["AB"] * 12)
+
+
 @pytest.mark.parametrize(("topology", "degree"), [("hypercube", None), ("base", 2)])
 def test_what_is_equal_need_not_be_sent(topology, degree):
     settings = {

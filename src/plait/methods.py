@@ -68,8 +68,8 @@ def with_frozen(config: Config) -> Schedule[Factor]:
     """Both factors of an alternation, the frozen one only when `frozen_every` has it travel."""
     T, every = config.switch_every, config.frozen_every
     train = alternate(B, A, every=T)
-    # Clients of different rank, or a rule that leaves some out, are never all equal.
-    plain = config.ranks is None and config.mix == Config.mix
+    # With different ranks, a rule that leaves some out, or rounding, clients are never all equal.
+    plain = (config.ranks, config.mix, config.wire) == (None, Config.mix, Config.wire)
 
     def rests(round_: int) -> bool:
         start = round_ - round_ % T
