@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(scale_table(rows))
     sizes = {}
     for name in args.models:
-        work = work_of(random_model(name), tokens, config, MODEL_CLIENTS)
+        work = work_of(random_model(MODELS[name]), tokens, config, MODEL_CLIENTS)
         sizes[name] = race(work, MODEL_CLIENTS, (args.repeats + 1) // 2, whole=False)
         console.print(race_table(f"{name}, {MODEL_CLIENTS} clients", sizes[name]))
         console.print(arithmetic(sizes[name]["limit"]), "\n")
@@ -108,14 +108,14 @@ def profiled(work: Work) -> dict[str, float]:
     return shares
 
 
-def random_model(name: str) -> Any:
-    """A RoBERTa of one of the sizes."""
+def random_model(sizes: dict[str, int]) -> Any:
+    """A RoBERTa of some size."""
     torch.manual_seed(0)
-    sizes = AutoConfig.for_model(
+    config = AutoConfig.for_model(
         "roberta", num_labels=2, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
-        layer_norm_eps=1e-5, **MODELS[name],
+        layer_norm_eps=1e-5, **sizes,
     )  # fmt: skip
-    return AutoModelForSequenceClassification.from_config(sizes)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def headline(

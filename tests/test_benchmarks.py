@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -84,6 +85,11 @@ def test_the_race_on_an_accelerator(work, monkeypatch):
     assert 0 < apart["peft fp32"] < 1e-5 < apart["peft bf16"] < 0.1
     shown = accelerator.table([{"model": "tiny", "clients": 4, **row} for row in rows])
     assert shown.row_count == 4
+    found = accelerator.study(work, runs=2)
+    line = accelerator.told("tiny", found)
+    assert re.search(
+        r"tiny, 2 runs of 10 clients: 0\.\d+ s a step in one stack, \d+\.\d times", line
+    )
 
 
 def test_bench_writes_its_summary(tmp_path, monkeypatch, capsys):
