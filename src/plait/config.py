@@ -55,6 +55,9 @@ class MethodSettings:
     has made it equal at all clients."""
     switch_scale: float = 1.0
     """T in units of 1 / sqrt(1 - rho), c, where a method takes T from the topology."""
+    switch_below: float = 0.25
+    """With `adf-adaptive` a phase ends when mixing moves the frozen factor less than so much of
+    what it moves the active one, at all clients."""
     mix: str = "average"
     """What a client makes of its own factors and its neighbours': `average`, or one that a few
     liars can't steer, such as `trimmed-mean:1`, `clipped-product:0.5`; `plait mixes` lists them."""
@@ -298,7 +301,7 @@ class Config(
         if self.frozen_every < 0:
             raise ValueError(f"frozen_every is {self.frozen_every}; it can't be below 0.")
         _check_stopping(self)
-        for name in ("lr", "head_lr", "alpha", "switch_scale", "radius"):
+        for name in ("lr", "head_lr", "alpha", "switch_scale", "switch_below", "radius"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if self.lr_end is not None and (self.lr_schedule == "constant" or self.lr_end < 0):
@@ -422,7 +425,7 @@ class Machine:
 
 CAME_LATER = (
     "load_in", "ranks", "scale", "wire", "frozen_every", "switch_scale", "degree", "radius",
-    "base_rank", "base_change",
+    "base_rank", "base_change", "switch_below",
 )  # fmt: skip
 """Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 

@@ -11,7 +11,8 @@ from operator import or_
 class Factor(Flag):
     """A block of a client's state: the LoRA factors of W0 + (alpha/r) B A, the head, and a base.
 
-    What a method has added to W0 itself is (alpha/r) BASE_B BASE_A; these two never train.
+    What a method has added to W0 itself is (alpha/r) BASE_B BASE_A, and NOTE a few numbers by which
+    clients agree; these never train.
     """
 
     NONE = 0
@@ -22,10 +23,11 @@ class Factor(Flag):
     BASE_A = 8
     BASE_B = 16
     BASE = BASE_A | BASE_B
+    NOTE = 32
 
 
 A, B, AB, NONE = Factor.A, Factor.B, Factor.AB, Factor.NONE
-BASE_A, BASE_B, BASE = Factor.BASE_A, Factor.BASE_B, Factor.BASE
+BASE_A, BASE_B, BASE, NOTE = Factor.BASE_A, Factor.BASE_B, Factor.BASE, Factor.NOTE
 
 Slot = tuple[str, Factor]
 """A kind and a factor, such as ("m", A): AdamW's first moment of A. All slots of a factor have its

@@ -23,6 +23,9 @@ from plait.rng import torch_stream
 Dropout = Callable[[str, Tensor], Tensor]
 """(site name, its input (..., d_in)) -> what to multiply the packed input (T, d_in) with."""
 
+UNTRAINED = Factor.BASE | Factor.NOTE
+"""What no optimizer changes, and so needs no slots beside it."""
+
 State = dict[Slot, Tensor]
 """Slot -> (n, P) float32, a row for each of n clients."""
 
@@ -56,6 +59,7 @@ class Layout:
         scale: What B A is multiplied with, such as alpha / r; clients of any rank have the same.
         head: Names and shapes of the head's parameters; empty when the head is frozen.
         base_rank: R of what is added to the frozen weights; 0 where they stay as they are.
+        notes: How many numbers beside the factors clients agree by.
     """
 
     sites: tuple[Site, ...]
@@ -63,13 +67,14 @@ class Layout:
     scale: float
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()
     base_rank: int = 0
+    notes: int = 0
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The blocks that a client's state has."""
         head = (Factor.HEAD,) if self.head else ()
         base = (Factor.BASE_A, Factor.BASE_B) if self.base_rank else ()
-        return (Factor.A, Factor.B, *head, *base)
+        return (Factor.A, Factor.B, *head, *base, *((Factor.NOTE,) if self.notes else ()))
 
     def of_rank(self, rank: int) -> Layout:
         """The same of another rank; the scale stays."""
@@ -79,6 +84,8 @@ class Layout:
         """Name -> shape of each part of one client's block."""
         if factor is Factor.HEAD:
             return dict(self.head)
+        if factor is Factor.NOTE:
+            return {"note": (self.notes,)}
         rank = self.base_rank if factor in Factor.BASE else self.rank
         if factor in (Factor.A, Factor.BASE_A):
             return {site.name: (rank, site.d_in) for site in self.sites}
@@ -246,7 +253,7 @@ def initial_stack(
         rows[Factor.HEAD] = torch.cat([head[name].float().flatten() for name, _ in layout.head])
     factors = {factor: row.to(device).repeat(num_clients, 1) for factor, row in rows.items()}
     state = {(VALUE, factor): value for factor, value in factors.items()}
-    trained = {factor: value for factor, value in factors.items() if factor not in Factor.BASE}
+    trained = {factor: value for factor, value in factors.items() if factor not in UNTRAINED}
     for kind in kinds:
         state |= {(kind, factor): torch.zeros_like(value) for factor, value in trained.items()}
     return Stack(state, {factor: torch.zeros(num_clients) for factor in trained})

@@ -7,16 +7,17 @@ is one more row of `METHODS`: the command line, the conformance suite and the do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeVar
 
 import numpy as np
 
+from plait.adaptive_phases import active_of_note, mix_with_notes
 from plait.base_mixing import averaged_with_residual, stacked_into_base
 from plait.config import Config, Weights
-from plait.factors import AB, BASE, NONE, VALUE, A, B, Factor
+from plait.factors import AB, BASE, NONE, NOTE, VALUE, A, B, Factor
 from plait.later import Tensor
 from plait.lookup import lookup
 from plait.lora import initial_A
@@ -108,6 +109,8 @@ class Method:
         at: Which of these do at a client, by round and client; the others stay as they are there,
             and with none it rests, its head too.
         meets: Who hears whom, and with what weight; as the topology says where a row says nothing.
+        picks: Which of these do at a client, by the note that it keeps and sends, if it does
+            (adaptive_phases.py).
         turn: Which of these take a local step, by its number, counted from the run's first.
         share: Which of A and B travel in a round.
         kinds: Which slots of a factor that travels do; with `share` this fixes the bytes on the
@@ -133,6 +136,7 @@ class Method:
     share: Schedule[Factor]
     at: Callable[[int, int], Factor] = everywhere
     meets: Callable[[Config], MixingSchedule] = build_schedule
+    picks: Callable[[Sequence[float]], Factor] | None = None
     turn: Schedule[Factor] = EVERY_STEP
     kinds: tuple[str, ...] = (VALUE,)
     optimizer: Optimizer = ADAMW
@@ -285,6 +289,16 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         exact="complete graph: T = 1",
         source="arXiv 2602.00451",
     ),
+    "adf-adaptive": lambda config: Method(
+        summary="ADF-LoRA whose phase ends when all agree that the frozen factor is nearly equal",
+        train=always(AB),
+        picks=active_of_note,
+        share=always(AB | NOTE),
+        mix=mix_with_notes(config),
+        control=Control(method="dec-lora", lr_factor=0.5),
+        exact="all change the phase in the same round",
+        source="plait's own",
+    ),
     "fedsa": lambda _: Method(
         summary="FedSA-LoRA: both factors train, only A is mixed; B stays at its client",
         train=always(AB),
@@ -395,6 +409,10 @@ METHODS: dict[str, Callable[[Config], Method]] = {
 }
 
 
+ROUND_BY_ROUND = (("float32", "reset_each_round"), ("float32", "keep"))
+"""Wire and optimizer's state where phases aren't known beforehand."""
+
+
 def build_method(config: Config) -> Method:
     """The method that `config` names, with the rule for mixing that it names.
 
@@ -403,6 +421,11 @@ def build_method(config: Config) -> Method:
             work with what it says itself.
     """
     method, how = lookup(METHODS, config.method, "method")(config), config.method
+    if method.picks and (config.wire, config.optimizer_state) not in ROUND_BY_ROUND:
+        raise ValueError(
+            f"{config.method} sends a count and knows no round before: give --wire float32, and "
+            "--optimizer-state reset_each_round or keep."
+        )
     if method.base_rank and config.lora_dropout:
         raise ValueError(f"{config.method} adds to the frozen model: leave out --lora-dropout.")
     if config.mix != Config.mix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import shutil
@@ -17,12 +18,13 @@ from safetensors.torch import load_file
 
 from conftest import tiny_job, tiny_model
 from fake_network import Hub, member, start_peer, together
+from plait.adaptive_phases import epochs
 from plait.config import Config, Machine
 from plait.engines.job import prepare
 from plait.engines.simulate import simulate
 from plait.engines.steps import mix, train_round
 from plait.events import RoundDone
-from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
+from plait.factors import AB, BASE, BASE_A, BASE_B, NOTE, VALUE, A, B
 from plait.methods import METHODS, build_method, walk
 from plait.mixing import neighbour_weights
 from plait.model.peft_adapters import save_adapters
@@ -118,7 +120,7 @@ def job_of(method, **others):
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=10, deadline=None)
 @given(
-    st.integers(2, 5), st.integers(0, 10**6), st.integers(0, 3), st.sampled_from([0.3, 0.7, 1.0])
+    st.integers(2, 5), st.integers(0, 10**6), st.integers(0, 2), st.sampled_from([0.3, 0.7, 1.0])
 )
 def test_mixing_equals_its_twin(method, clients, seed, round_, p):
     job, layout = job_of(method), job_of(method).backbone.layout
@@ -396,6 +398,70 @@ def test_without_a_common_clock_each_trains_the_factor_of_its_own(private):
 )
 def test_all_engines_agree_on_clocks_apart(settings):
     all_agree(config_of("adf-offset", topology="pairs", rounds=5, **settings))
+
+
+# -- phases that end by agreement
+
+
+ADAPTIVE = {"rounds": 14, "clients": 4, "switch_below": 0.5, "lr": 1e-2}
+
+
+@pytest.mark.parametrize(("topology", "below"), [("ring", 0.05), ("pairs", 0.5), ("complete", 0.5)])
+def test_all_change_the_phase_in_the_round_that_one_who_knows_all_would_choose(topology, below):
+    job = tiny_job(
+        config_of("adf-adaptive", topology=topology, **ADAPTIVE | {"switch_below": below})
+    )
+    stack, clock, spread, seen = job.initial_stack(), 0, 0.0, set()
+    for epoch, round_ in ((one, round_) for one in epochs(job.config) for round_ in one):
+        start = {f: value.clone() for f, value in stack.factors.items()}
+        train_round(job, stack, round_, range(4), seeded_noise(0))
+        active, frozen = (B, A) if clock % 2 == 0 else (A, B)
+        assert torch.equal(stack.factors[frozen], start[frozen])
+        assert not torch.equal(stack.factors[active], start[active])
+        before, W = dict(stack.factors), job.schedule(round_)
+        stack.state |= mix(job, stack.state, stack.state, neighbour_weights(W), round_, range(4))
+        if round_ == epoch.start:
+            moved = {f: (stack.factors[f] - before[f]).double().norm(dim=1) for f in (A, B)}
+            spread = float((moved[frozen] / moved[active]).nan_to_num(0).max())
+        if round_ == epoch[-1] and epoch != epochs(job.config)[-1] and spread < below:
+            clock += 1
+        if round_ != job.config.rounds - 1:
+            assert stack.factors[NOTE][:, 0].tolist() == [clock] * 4
+        seen.add(spread < below)
+    assert clock >= 2
+    assert False in seen or topology == "complete"
+
+
+@pytest.mark.parametrize("topology", ["ring", "pairs"])
+def test_engines_agree_on_when_a_phase_ends(topology):
+    config = config_of("adf-adaptive", topology=topology, **ADAPTIVE)
+    all_agree(config)
+    job = tiny_job(config)
+    phases = [event.active for event in rounds_of(simulate(job, job.initial_stack()))]
+    assert {*phases} == {"A", "B"}
+
+
+def test_an_epoch_lasts_until_all_have_heard_of_all():
+    for config in (Config(topology="ring", clients=7), Config(topology="pairs", rounds=60)):
+        for epoch in epochs(config)[:-1]:
+            later = [build_schedule(config)(t) > 0 for t in epoch][1:]
+            whole, shorter = (
+                functools.reduce(
+                    lambda heard, W: W @ heard, some, np.eye(config.clients, dtype=bool)
+                )
+                for some in (later, later[:-1])
+            )
+            assert whole.all()
+            assert not shorter.all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"wire": "int8"}, {"optimizer_state": "reset_each_phase"}, {"mix": "trimmed-mean:1"}],
+)
+def test_what_does_not_go_with_agreed_phases_is_refused(settings):
+    with pytest.raises(ValueError, match=r"--wire float32|leave out --mix"):
+        tiny_job(config_of("adf-adaptive", **settings))
 
 
 # -- what is added to the frozen weights

@@ -32,9 +32,9 @@ from plait.engines.checkpoint import lay_out, load_rows, write_rows
 from plait.engines.eval_schedule import EvalSchedule
 from plait.engines.evaluation import judge
 from plait.engines.job import Job
-from plait.engines.steps import edges_of, mix, round_done, train_round
+from plait.engines.steps import active_of, edges_of, mix, round_done, train_round
 from plait.events import Evaluated, RoundDone, Started
-from plait.factors import BASE, VALUE, A, B, Factor, Slot
+from plait.factors import AB, BASE, VALUE, A, B, Factor, Slot
 from plait.lora import Stack, State, values
 from plait.machine.devices import exact_device
 from plait.machine.process_settings import configure_process
@@ -73,6 +73,7 @@ class Round:
 
     Attributes:
         losses: (m,).
+        active: What trained at some of its clients.
         before: Its clients' state before mixing.
         heard: Who is heard by them, themselves included, ascending.
         theirs: The slots of those, before mixing.
@@ -81,6 +82,7 @@ class Round:
     """
 
     losses: np.ndarray
+    active: Factor
     before: State
     times: list[float]
     heard: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -154,10 +156,11 @@ class Block:
         """
         begin = time.perf_counter()
         noise = seeded_noise(self.config.seed)
+        active = active_of(self.job, self.stack, round_, self.clients)
         losses = train_round(self.job, self.stack, round_, self.clients, noise)
         times = [begin, time.perf_counter()]
         state = self.stack.state
-        self.round = Round(losses, dict(state), times)
+        self.round = Round(losses, active, dict(state), times)
         handed = dict.fromkeys([*self._of_layers(), *self.job.shared(round_)])
         weights = neighbour_weights(self.job.schedule(round_))
         rows = [
@@ -167,9 +170,9 @@ class Block:
         return self._to_everyone(self.sums()), *self._hand_over(rows)
 
     def _of_layers(self) -> list[Slot]:
-        """What the adapted layers have, all factors but a head."""
+        """What the adapted layers have."""
         factors = self.job.backbone.layout.factors
-        return [(VALUE, factor) for factor in factors if factor is not Factor.HEAD]
+        return [(VALUE, factor) for factor in factors if factor in AB | BASE]
 
     def _heard_by(self, others: range, weights: np.ndarray) -> np.ndarray:
         """Which of the block's rows a client of another block gives weight to, ascending."""
@@ -238,7 +241,7 @@ class Block:
         edges = edges_of(self.job.schedule(round_), self.clients)
         sent_bytes = self.job.sent_bytes(round_, edges)
         done = round_done(
-            self.job, round_, now.losses, edges, sent_bytes, before=[], after=[],
+            self.job, round_, now.losses, edges, sent_bytes, now.active, before=[], after=[],
             train_seconds=now.times[1] - now.times[0],
             mix_seconds=now.times[2] - now.times[1],
             worker_bytes=now.handed_bytes,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from plait.adaptive_phases import NOTES
 from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
 from plait.data.choices import Choices
 from plait.data.objectives import LANGUAGE, Objective
@@ -275,9 +276,11 @@ def _shared(config: Config) -> Config:
 
 def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:
     """The job of its parts; preparing them began at `perf_counter` time `begin`."""
-    if rules.method.base_rank:
-        with_base = materials.backbone.with_base(rules.method.base_rank)
-        materials = dataclasses.replace(materials, backbone=with_base)
+    method, backbone = rules.method, materials.backbone
+    if method.base_rank or method.picks:
+        notes = NOTES if method.picks else 0
+        backbone = backbone.with_layout(base_rank=method.base_rank, notes=notes)
+        materials = dataclasses.replace(materials, backbone=backbone)
     started = _first_event(rules.config, materials, shares, begin)
     mine = own_rows(materials.task, shares, rules.config)
     return Job(**vars(rules), **vars(materials), shares=shares, own_rows=mine, started=started)

@@ -13,7 +13,15 @@ from plait.engines.evaluation import Evaluator, evaluation
 from plait.engines.job import Job
 from plait.engines.local_training import evaluate
 from plait.engines.rounds import all_rounds
-from plait.engines.steps import Phase, edges_of, local_steps, mix, round_done, train_round
+from plait.engines.steps import (
+    Phase,
+    active_of,
+    edges_of,
+    local_steps,
+    mix,
+    round_done,
+    train_round,
+)
 from plait.events import Evaluated, Event, RoundDone, Started
 from plait.lora import Stack
 from plait.metrics import all_pairs, diagnostics, pair_distances
@@ -46,6 +54,7 @@ class Simulation:
         job, stack = self.job, self.stack
         begin = time.perf_counter()
         everyone = range(job.config.clients)
+        active = active_of(job, stack, round_, everyone)
         losses = train_round(
             job, stack, round_, everyone, seeded_noise(job.config.seed), self.phase
         )
@@ -61,6 +70,7 @@ class Simulation:
             losses,
             edges,
             job.sent_bytes(round_, edges),
+            active,
             **vars(diagnostics(job.backbone.layout, before, stack.factors, W)),
             pairs_apart=all_pairs(pair_distances(job.backbone.layout, before)),
             train_seconds=trained - begin,

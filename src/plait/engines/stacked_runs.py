@@ -22,7 +22,7 @@ from plait.data.objectives import Objective
 from plait.data.tokens import Tokens
 from plait.engines.job import Job
 from plait.engines.local_training import Work, evaluate, local_phases
-from plait.engines.steps import check_finite
+from plait.engines.steps import check_finite, turns_of
 from plait.factors import Factor
 from plait.lora import Stack
 from plait.model.backbone import Backbone
@@ -118,7 +118,8 @@ class StackedRuns:
             ValueError: The run's training diverged.
             InterruptedError: It was stopped.
         """
-        work = Work(stack, job.turns(round_, clients[0]), round_, job.shares, clients, job.config)
+        turns = turns_of(job, stack, 0, round_, clients[0])
+        work = Work(stack, turns, round_, job.shares, clients, job.config)
         losses: np.ndarray = self._result(_Phase(job, work)).mean(axis=1)
         check_finite(losses, clients, round_, job.config.lr)
         return losses

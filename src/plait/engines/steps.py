@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch import Tensor
 from plait.engines.job import Edge, Job
 from plait.engines.local_training import local_phase
 from plait.events import RoundDone
-from plait.factors import VALUE, Factor, Slot, factors_name, factors_of, slots_name
+from plait.factors import NOTE, VALUE, Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, State
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
@@ -26,9 +29,10 @@ same, changing the stack's active factors in place; a `ValueError` if training d
 
 def local_steps(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
     """The `Phase` of every engine: the job's rows, its optimizer, its number of steps."""
+    turns = turns_of(job, stack, 0, round_, clients[0])
     losses: np.ndarray = local_phase(
-        job.backbone, stack, job.trained(round_, clients[0]), round_, job.train, job.shares,
-        clients, job.config, job.method.optimizer, job.turns(round_, clients[0]),
+        job.backbone, stack, reduce(or_, turns), round_, job.train, job.shares, clients,
+        job.config, job.method.optimizer, turns,
     ).mean(axis=1)  # fmt: skip
     check_finite(losses, clients, round_, job.config.lr)
     return losses
@@ -68,17 +72,33 @@ def train_round(
     return losses
 
 
+def turns_of(job: Job, stack: Stack, row: int, round_: int, client: int) -> list[Factor]:
+    """What takes each of the K local steps of a round at a client, whose row of the stack it is."""
+    turns, picks = job.turns(round_, client), job.method.picks
+    if picks is None:
+        return turns
+    chosen = picks(stack.state[VALUE, NOTE][row].tolist()) | Factor.HEAD
+    return [turn & chosen for turn in turns]
+
+
+def active_of(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> Factor:
+    """What takes local steps in a round at any of some clients, whose state the stack is."""
+    turns = (turns_of(job, stack, row, round_, client) for row, client in enumerate(clients))
+    return reduce(or_, itertools.chain.from_iterable(turns))
+
+
 def _alike(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> list[list[int]]:
     """The rows of clients who train the same in a round, after as many steps."""
     found: dict[object, list[int]] = defaultdict(list)
     for row, client in enumerate(clients):
-        active = job.trained(round_, client)
+        turns = turns_of(job, stack, row, round_, client)
+        active = reduce(or_, turns)
         taken = [
             0 if begins_anew(factor, round_, job, client) else int(steps[row])
             for factor, steps in stack.steps.items()
             if factor in active
         ]
-        found[*job.turns(round_, client), *taken].append(row)
+        found[*turns, *taken].append(row)
     return [*found.values()]
 
 
@@ -87,10 +107,10 @@ def _train_alike(
 ) -> np.ndarray:
     """As `train_round`, of clients who train the same after as many steps."""
     method, private = job.method, job.config.dp_clip is not None
-    active = job.trained(round_, clients[0])
+    active = active_of(job, stack, round_, clients[:1])
     if not active:
         return np.full(len(clients), np.nan)
-    reset_optimizer(stack, round_, job, clients[0])
+    reset_optimizer(stack, active, round_, job, clients[0])
     before = {
         (kind, factor): stack.state[kind, factor].clone()
         for kind, factor in job.travels
@@ -146,10 +166,10 @@ def mix(
     return mixed
 
 
-def reset_optimizer(stack: Stack, round_: int, job: Job, client: int) -> None:
+def reset_optimizer(stack: Stack, active: Factor, round_: int, job: Job, client: int) -> None:
     """Start the optimizer anew where `optimizer_state` says so, as at a client so at all."""
     for factor in stack.factors:
-        if factor in job.trained(round_, client) and begins_anew(factor, round_, job, client):
+        if factor in active and begins_anew(factor, round_, job, client):
             stack.reset(factor, but=job.method.kept)
 
 
@@ -193,6 +213,7 @@ def round_done(
     losses: np.ndarray,
     edges: Sequence[Edge],
     sent_bytes: int,
+    active: Factor,
     **measured: Any,
 ) -> RoundDone:
     """The event of a round of some clients.
@@ -203,11 +224,12 @@ def round_done(
         losses: (n,) their training losses.
         edges: Whom they heard.
         sent_bytes: `Job.message_bytes` of each of their messages that was taken.
+        active: What took local steps, `active_of` before them.
         **measured: The other fields of the event.
     """
     return RoundDone(
         round=round_,
-        active=factors_name(job.trained(round_)),
+        active=factors_name(active),
         shared=slots_name(job.shared(round_)),
         train_losses=losses.tolist(),
         edges=list(edges),

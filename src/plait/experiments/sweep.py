@@ -150,6 +150,8 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
         other = build_method(dataclasses.replace(config, **{name: getattr(base, name)}))
         if all(method.plan(t, clients) == other.plan(t, clients) for t in rounds):
             unused.append(name)
+    if not method.picks:
+        unused.append("switch_below")
     if not method.base_rank:
         unused += ["base_rank", "base_change"]
     silent = not any(method.share(t) for t in rounds)

@@ -149,10 +149,10 @@ class Backbone:
         self._head_prefix = "" if mean_pooled else "model."
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
-    def with_base(self, rank: int) -> Backbone:
-        """The same with room for what is added to the frozen weights, of such a rank."""
+    def with_layout(self, base_rank: int, notes: int) -> Backbone:
+        """The same with room for what a method keeps beside A and B (`Layout`)."""
         other = copy.copy(self)
-        other.layout = dataclasses.replace(self.layout, base_rank=rank)
+        other.layout = dataclasses.replace(self.layout, base_rank=base_rank, notes=notes)
         return other
 
     @property

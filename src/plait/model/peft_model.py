@@ -45,9 +45,9 @@ class ClientModel:
             ValueError: The model is another one, or something trains that would not travel; what
                 to change.
         """
-        if backbone.layout.base_rank:
+        if backbone.layout.base_rank or backbone.layout.notes:
             raise ValueError(
-                "The method changes the frozen model, which a loop of one's own can't."
+                "The method keeps more than A and B, which a training loop of one's own doesn't."
             )
         self.model, self._backbone = model, backbone
         self._layout = backbone.layout.of_rank(rank or backbone.layout.rank)

@@ -242,6 +242,10 @@ def check_members(federation: Federation) -> None:
     Raises:
         ValueError: What needs a symmetric W has none, or two would have to meet that can't.
     """
+    if build_method(federation.config).picks and _changing(federation):
+        raise ValueError(
+            f"{federation.config.method} needs the same members from the first round to the last."
+        )
     if federation.config.frozen_every == 0 and _changing(federation):
         raise ValueError(
             "frozen_every is 0, and members come or go, so what would be equal at all isn't; put "

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from plait.engines.evaluation import evaluation
 from plait.engines.job import Job
-from plait.engines.steps import Phase, leave_out, local_steps, mix, round_done, train_round
+from plait.engines.steps import (
+    Phase,
+    active_of,
+    leave_out,
+    local_steps,
+    mix,
+    round_done,
+    train_round,
+)
 from plait.events import Event, RoundDone
 from plait.factors import Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, values
@@ -181,7 +189,8 @@ class Peer:
     def _round(self, round_: int) -> Generator[Due, None, RoundDone]:
         begin = time.perf_counter()
         turn, due = self.inbox.turn(round_), Due(round_)
-        if trains := bool(self.job.trained(round_, self.me)):
+        active = active_of(self.job, self.stack, round_, [self.me])
+        if trains := bool(active):
             yield due
         else:
             due.losses = np.full(1, np.nan)
@@ -204,6 +213,7 @@ class Peer:
             due.losses,
             [(self.me, peer, float(turn.weights[peer])) for peer in heard],
             sent_bytes=self.exchange.settle(),
+            active=active,
             before=before,
             after=[],
             pairs_apart=pairs_apart,
