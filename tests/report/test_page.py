@@ -374,7 +374,7 @@ def test_a_method_has_one_colour_everywhere():
     for label, method in (("dec-lora (matched)", "dec-lora"), ("ffa, rank 4", "ffa")):
         assert found[label] == alone[method]
     assert styles(["dec-lora", "dec-lora (matched)"])["dec-lora"] == alone["dec-lora"]
-    assert set(styles([f"adf, lr {k}" for k in range(20)]).values()) == set(LINE_STYLES)
+    assert set(styles([f"adf, lr {k}" for k in range(40)]).values()) == set(LINE_STYLES)
 
 
 def test_every_colour_is_one_and_classes_are_told_apart_in_the_dark_too(tmp_path, monkeypatch):

@@ -186,7 +186,7 @@ def _equivocations(books: Sequence[PeersBook]) -> Iterator[Finding]:
             takers[row][book.owner] = digests
     for (peer, what, round_), by in sorted(takers.items()):
         if len({digest for digests in by.values() for digest in digests}) > 1:
-            each = ", ".join(f"{who} took {_named(digests)}" for who, digests in by.items())
+            each = ", ".join(f"{who} took {_named(digests)}" for who, digests in sorted(by.items()))
             yield Finding(f"{what} {round_}: {peer} sent different rows: {each}")
 
 

@@ -42,6 +42,22 @@ LINE_STYLES = (
     ("#888888", "dash"),
     ("#E69F00", "dashdot"),
     ("#000000", "dot"),
+    ("#0072B2", "dash"),
+    ("#009E73", "dot"),
+    ("#888888", "dashdot"),
+    ("#D55E00", "dot"),
+    ("#CC79A7", "dash"),
+    ("#E69F00", "solid"),
+    ("#56B4E9", "dot"),
+    ("#000000", "dashdot"),
+    ("#D55E00", "dashdot"),
+    ("#CC79A7", "solid"),
+    ("#E69F00", "dot"),
+    ("#000000", "dash"),
+    ("#888888", "solid"),
+    ("#0072B2", "dashdot"),
+    ("#009E73", "solid"),
+    ("#56B4E9", "dash"),
 )
 
 AVERAGED, MAJORITY = "#000000", "#666666"
