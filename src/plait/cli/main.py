@@ -111,8 +111,8 @@ class Compare(Start):
     log: Names = ()
     """Write each run to a logger too: tensorboard, wandb, mlflow or trackio."""
     jobs: int = 0
-    """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
-    or one at a time on a graphics card."""
+    """Runs at a time, each in a process of its own, on a graphics card all in one stack; 1 for one
+    by one in this process, 0 for as many as there are cores, or sixteen on a card."""
 
 
 # -- the commands

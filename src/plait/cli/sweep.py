@@ -37,8 +37,8 @@ class SweepCommand:
     plugin: str | None = None
     """A Python file of yours that adds methods and other rows; `plugin` in the file's settings."""
     jobs: int = 0
-    """Runs at a time, each in a process of its own; 1 for this process, 0 for one for each core,
-    or one at a time on a graphics card."""
+    """Runs at a time, each in a process of its own, on a graphics card all in one stack; 1 for one
+    by one in this process, 0 for as many as there are cores, or sixteen on a card."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,9 +88,9 @@ def compare(plan: Plan, jobs: int = 1, loggers: Sequence[str] = ()) -> Iterator[
 
     Args:
         plan: What to compare.
-        jobs: Runs at a time, each in a process of its own; 1 for this process, 0 for one for each
-            core. Other processes import the main module, so what it does besides belongs under
-            `if __name__ == "__main__"`.
+        jobs: Runs at a time, each in a process of its own, on a graphics card all in one stack; 1
+            for one by one in this process, 0 for what suits the machine. Other processes import
+            the main module, so what it does besides belongs under `if __name__ == "__main__"`.
         loggers: Keys of `plait.runs.loggers.LOGGERS`; each run is written to each of them.
 
     Yields:
