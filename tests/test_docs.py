@@ -33,6 +33,7 @@ PAGES = [page for page in PAGES if "design" not in page.parts]
 OTHERS = {
     "pip", "python3", "source", "eval", "tensorboard", "curl", "make", "ray",
     "experiments/head_ablation.sh",
+    "experiments/language.sh",
 }  # fmt: skip
 """What else a reader is told to type; nothing of plait's to be tested."""
 TAKES = {name: row.takes for name, row in COMMANDS.items() if row.takes}

@@ -17,6 +17,7 @@ from plait.factors import (
     B,
     Factor,
     factors_name,
+    factors_named,
     factors_of,
     slot_name,
     slots_name,
@@ -59,3 +60,8 @@ def test_all_slots_of_a_factor_have_its_shape(head):
     assert list(stack.factors) == list(factors)
     assert set(stack.beside(A)) == {"m", "v"}
     assert stack.factors[A].data_ptr() == stack.state[VALUE, A].data_ptr()
+
+
+@pytest.mark.parametrize("factors", [NONE, A, AB, AB | Factor.HEAD, Factor.BASE])
+def test_a_name_of_factors_means_them(factors):
+    assert factors_named(factors_name(factors)) == factors

@@ -16,6 +16,7 @@ Sources: Consensus on the maximum, as in gossip with max (Iutzeler, Ciblat, Jaku
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -49,9 +50,10 @@ def epochs(config: Config) -> tuple[range, ...]:
     """
     schedule, found, start = build_schedule(config), [], 0
     while start < config.rounds:
-        end, heard = start + 1, np.eye(config.clients, dtype=bool)
+        end, heard = start + 1, np.eye(config.clients, dtype=np.float32)
         while end < config.rounds and not heard.all():
-            heard = (schedule(end) > 0) @ heard | heard
+            # In floats, of which products are fast.
+            heard = ((schedule(end) > 0).astype(np.float32) @ heard + heard > 0).astype(np.float32)
             end += 1
         found.append(range(start, end))
         start = end
@@ -59,11 +61,11 @@ def epochs(config: Config) -> tuple[range, ...]:
 
 
 @lru_cache(maxsize=8)
-def _place(config: Config) -> tuple[tuple[bool, bool], ...]:
-    """Whether each round is the first of its epoch, and whether all have heard of all after it."""
+def _place(config: Config) -> tuple[tuple[bool, bool, int], ...]:
+    """Of each round: whether it is the first of its epoch, or the last, and the epochs before."""
     return tuple(
-        (round_ == epoch.start, len(epoch) > 1 and round_ == epoch[-1])
-        for epoch in epochs(config)
+        (round_ == epoch.start, len(epoch) > 1 and round_ == epoch[-1], before)
+        for before, epoch in enumerate(epochs(config))
         for round_ in epoch
     )
 
@@ -73,13 +75,20 @@ def mix_with_notes(config: Config) -> Callable[[int], Mix]:
     return lambda round_: _mix(*_place(config)[round_], config.switch_below)
 
 
-def _mix(first: bool, last: bool, below: float) -> Mix:
+MOST_SPREAD = 1e6
+"""Where nothing but the frozen factor moves; a number that messages can hold."""
+
+
+def _mix(first: bool, last: bool, most: int, below: float) -> Mix:
     def combine(_layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
         note = VALUE, NOTE
         mixed = {slot: average(own, heard[slot], W) for slot, own in mine.items() if slot != note}
         notes = mine[note].clone()
         for i, row in enumerate(W):
             known = torch.cat([mine[note][i : i + 1], heard[note][np.flatnonzero(row)]])
+            # A liar's count is at most that of an honest client whose every epoch ended a phase.
+            known[:, 0] = known[:, 0].round().clamp(0, most)
+            known[:, 1] = known[:, 1].clamp(0, MOST_SPREAD)
             notes[i] = known.max(dim=0).values
             if first:
                 notes[i, 1] = _spread(mine, mixed, i, active_of_note(mine[note][i].tolist()))
@@ -87,14 +96,15 @@ def _mix(first: bool, last: bool, below: float) -> Mix:
                 notes[i, 0] += 1
         return mixed | {note: notes}
 
-    return Mix(combine, together=A | B | NOTE, any_rank=True)
+    return Mix(combine, together=A | B | NOTE)
 
 
 def _spread(mine: Slots, mixed: State, i: int, active: Factor) -> float:
     """How far mixing moved client i's frozen factor, as a share of how far it moved the active."""
     moved = {
-        factor: float(np.linalg.norm(exact(mixed[VALUE, factor][i] - mine[VALUE, factor][i]).cpu()))
+        factor: math.sqrt(np.square(exact(mixed[slot][i] - mine[slot][i]).cpu().numpy()).sum())
         for factor in (A, B)
+        for slot in [(VALUE, factor)]
     }
     frozen = moved[B if active is A else A]
-    return frozen / moved[active] if moved[active] else np.inf if frozen else 0.0
+    return min(MOST_SPREAD, frozen / max(moved[active], 1e-300)) if frozen else 0.0

@@ -9,8 +9,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
+from plait.factors import factors_name, factors_named
 from plait.metrics import LayerState, Pair
 
 
@@ -187,6 +190,11 @@ def from_line(line: str) -> Event:
 def _made(kind: type[Any], values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def all_active(said: Sequence[RoundDone]) -> str:
+    """What took local steps in a round, by what some say who each have a part of the clients."""
+    return factors_name(reduce(or_, (factors_named(one.active) for one in said)))
 
 
 def together(parts: Sequence[Evaluated]) -> Evaluated:

@@ -47,6 +47,11 @@ def factors_name(factors: Factor) -> str:
     return (factors.name if factors else None) or "-"
 
 
+def factors_named(name: str) -> Factor:
+    """The factors of a `factors_name`."""
+    return reduce(or_, (Factor[part] for part in name.split("|") if part != "-"), NONE)
+
+
 def slots_name(slots: Iterable[Slot]) -> str:
     """Slots by their names: of a value that of its factor; `-` for none.
 

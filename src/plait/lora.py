@@ -208,7 +208,8 @@ class Stack:
         for kind, slot in self.beside(factor).items():
             if kind not in but:
                 slot.zero_()
-        self.steps[factor].zero_()
+        if factor in self.steps:
+            self.steps[factor].zero_()
 
     def part(self, rows: list[int]) -> Stack:
         """Some of the clients, in memory of their own; all in their order are the stack itself."""

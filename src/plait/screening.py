@@ -51,7 +51,8 @@ def clipped_product(radius: float) -> Screen:
         taken = W.copy()
         for i, j in zip(*np.nonzero(W), strict=True):
             own, other = _rows(mine, [i]), _rows(heard, [j])
-            norms = [float((other[slot] - own[slot]).norm()) for slot in own]
+            with one_thread():
+                norms = [float((other[slot] - own[slot]).norm()) for slot in own]
             taken[i, j] *= radius / max(radius, *norms, _rate(layout, own, other))
         return taken
 

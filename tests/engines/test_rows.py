@@ -178,7 +178,7 @@ def test_all_engines_agree_bit_for_bit(method, topology):
     all_agree(config_of(method, topology=topology))
 
 
-ONE_RANK = ("fedrot", "fedex", "rw-lora", "tracking", "adf-tracking")
+ONE_RANK = ("adf-adaptive", "fedrot", "fedex", "rw-lora", "tracking", "adf-tracking")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -367,6 +367,21 @@ def test_a_walk_is_one_clients_steps_after_anothers():
             assert torch.equal(value[0], stack.factors[factor][following])
 
 
+def test_who_takes_the_model_takes_nothing_of_its_own_old_copy():
+    job = tiny_job(config_of("rw-lora", topology="ring", wire="int8"))
+    state = random_state_of(job)
+    W = np.zeros((4, 4))
+    W[2, 1] = 1
+    mixed = mix(job, state, state, W, 0, range(4))
+    for value in mixed.values():
+        assert torch.equal(value[2], value[1])
+
+
+def random_state_of(job):
+    layout, generator = job.backbone.layout, torch.Generator().manual_seed(0)
+    return {(VALUE, f): torch.randn(4, layout.size(f), generator=generator) for f in (A, B)}
+
+
 def test_peers_that_rest_wait_for_the_model_where_it_comes_next():
     all_agree(config_of("rw-lora", topology="ring", rounds=12), keep_rounds=12)
 
@@ -439,6 +454,26 @@ def test_engines_agree_on_when_a_phase_ends(topology):
     job = tiny_job(config)
     phases = [event.active for event in rounds_of(simulate(job, job.initial_stack()))]
     assert {*phases} == {"A", "B"}
+
+
+@pytest.mark.parametrize("method", ["adf-adaptive", "fedex"])
+def test_what_no_optimizer_changes_can_be_adopted(method):
+    """A peer that takes another's state starts its optimizer anew, for all factors that came."""
+    stack = job_of(method).initial_stack()
+    for factor in stack.factors:
+        stack.reset(factor)
+    assert stack.steps.keys() == {A, B}
+
+
+def test_a_liars_note_is_cut_down_to_what_an_honest_one_may_say():
+    job = job_of("adf-adaptive", topology="ring", **ADAPTIVE)
+    state = {(VALUE, f): torch.zeros(4, job.backbone.layout.size(f)) for f in (A, B, NOTE)}
+    state[VALUE, NOTE][1] = torch.tensor([1e30, 1e30])
+    W = neighbour_weights(job.schedule(0))
+    round_ = epochs(job.config)[2].start + 1
+    found = mix(job, state, state, W, round_, range(4))[VALUE, NOTE]
+    assert found[0].tolist() == [2, 1e6]
+    assert found[3].tolist() == [0, 0]
 
 
 def test_an_epoch_lasts_until_all_have_heard_of_all():

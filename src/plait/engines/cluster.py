@@ -27,7 +27,7 @@ from plait.config import Config, Machine
 from plait.engines.block import Block, Part
 from plait.engines.checkpoint import rounds_done
 from plait.engines.job import Job
-from plait.events import Evaluated, RoundDone, together
+from plait.events import Evaluated, RoundDone, all_active, together
 from plait.machine.files import sync
 from plait.metrics import diagnose
 
@@ -281,6 +281,7 @@ def merged(
     train_seconds = max(one.train_seconds for one in said)
     return dataclasses.replace(
         said[0],
+        active=all_active(said),
         train_losses=[loss for one in said for loss in one.train_losses],
         edges=[edge for one in said for edge in one.edges],
         sent_bytes=sum(one.sent_bytes for one in said),

@@ -229,7 +229,7 @@ def prepare(config: Config, machine: Machine = THIS_MACHINE, own: Task | None = 
     own_rows(task, shares, config)
     if own is None:
         share = _shared_validation if config.eval_split == "validation" else _shared_materials
-        materials = share(_shared(config), machine)
+        materials = share(shared_settings(config), machine)
     else:
         materials = _materials(own, config, machine, operator.call)
     return assemble(rules, materials, asked_shares(shares, materials.train), begin)
@@ -263,11 +263,11 @@ def dealt(config: Config, own: Task | None = None) -> tuple[Task, list[np.ndarra
     """The task, and each client's rows of its training split; as in `prepare`."""
     if own is not None:
         return own, [np.arange(len(own.train))] * config.clients
-    task = _shared_task(dataclasses.replace(_shared(config), eval_split="test"))
+    task = _shared_task(dataclasses.replace(shared_settings(config), eval_split="test"))
     return task, deal(task, config)
 
 
-def _shared(config: Config) -> Config:
+def shared_settings(config: Config) -> Config:
     """The settings that data and model depend on, all others at their defaults."""
     shared = {name: getattr(config, name) for name in MATERIAL}
     shared |= {"alpha": config.lora_alpha, "scale": "lora"}  # the same with any number of clients

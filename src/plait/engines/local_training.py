@@ -225,7 +225,7 @@ class _Phase:
         work, config = part.work, part.work.config
         factor_of_rate, rows = lr_factor(config, work.round_), self.backbone.backend.optimizer_rows
         turn = [factor for factor in self.active if factor in self.turns[step]]
-        grads = {f: grad[part.place] for f in turn if (grad := leaves[f].grad) is not None}
+        grads = {factor: _gradient(leaves[factor])[part.place] for factor in turn}
         _clip([*grads.values()], config.clip_norm)
         for factor, grad in grads.items():
             lr = factor_of_rate * (config.head_lr if factor is Factor.HEAD else config.lr)
@@ -234,6 +234,11 @@ class _Phase:
             taken += sum(factor in turn for turn in self.turns[:step])
             value = leaves[factor].detach()[part.place]
             self.optimizer.update(rows(value), rows(grad), beside, taken, lr, config.weight_decay)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def _rows(parts: Sequence[_Part], slot: Slot) -> Tensor:

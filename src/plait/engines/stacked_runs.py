@@ -76,6 +76,8 @@ class _Evaluation:
             and self.objective == other.objective
             and np.array_equal(self.tokens.offsets, other.tokens.offsets)
             and np.array_equal(self.tokens.ids, other.tokens.ids)
+            and np.array_equal(self.tokens.targets, other.tokens.targets)
+            and np.array_equal(self.tokens.asked_offsets, other.tokens.asked_offsets)
         )
 
     @staticmethod
@@ -107,8 +109,8 @@ class StackedRuns:
 
     def stop(self) -> None:
         """Have each run end where it waits next, as one that was killed."""
+        self._stopped = True
         with self._turn:
-            self._stopped = True
             self._turn.notify_all()
 
     def phase(self, job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
@@ -152,7 +154,7 @@ class StackedRuns:
         return asked.result
 
     def _compute_if_all_wait(self) -> None:
-        if len(self._waiting) < self.count:
+        if self._stopped or len(self._waiting) < self.count:
             return
         while self._waiting:
             first = self._waiting[0]

@@ -19,7 +19,8 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 
-from plait.config import THIS_MACHINE, Machine
+from plait.config import THIS_MACHINE, Config, Machine
+from plait.engines.job import shared_settings
 from plait.engines.stacked_runs import StackedRuns
 from plait.events import Event, Started
 from plait.experiments.plan import Cell
@@ -72,8 +73,7 @@ def in_one_stack(
     machine: Machine = THIS_MACHINE,
 ) -> Iterator[CellSaid]:
     """Carry cells out in this process, so many at once, their local phases computed as one."""
-    for first in range(0, len(cells), runs):
-        some = cells[first : first + runs]
+    for some in _stacks(cells, runs):
         said: SimpleQueue[CellSaid] = SimpleQueue()
         stacked = StackedRuns(len(some))
         engine = partial(simulation, phase=stacked.phase, evaluator=stacked.evaluate)
@@ -81,8 +81,11 @@ def in_one_stack(
         def tell(
             cell: Cell, said: SimpleQueue[CellSaid] = said, engine: OpenEngine = engine
         ) -> None:
-            for one in _told(cell, loggers, machine, engine):
-                said.put((cell, one))
+            try:
+                for one in _told(cell, loggers, machine, engine):
+                    said.put((cell, one))
+            except BaseException as error:  # such as SystemExit: nobody would hear of it
+                said.put((cell, CellEnded(Failure(f"{type(error).__name__}: {error}"))))
 
         threads = [
             threading.Thread(target=stacked.carry_out, args=(partial(tell, cell),), daemon=True)
@@ -100,6 +103,16 @@ def in_one_stack(
             stacked.stop()
             for thread in threads:
                 thread.join()
+
+
+def _stacks(cells: Sequence[Cell], runs: int) -> Iterator[list[Cell]]:
+    """Cells that share data and model, so many at once, in their order."""
+    alike: dict[Config, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(shared_settings(cell.config), []).append(cell)
+    for some in alike.values():
+        for first in range(0, len(some), runs):
+            yield some[first : first + runs]
 
 
 @contextmanager
@@ -151,7 +164,8 @@ def executor_for(
 
     On a CPU that is a process for each, on a graphics card all in one stack.
     """
-    if jobs > 1 and resolve_device(machine.device).type != "cpu":
+    stacks = machine.engine == "simulate" and resolve_device(machine.device).type != "cpu"
+    if jobs > 1 and stacks:
         return nullcontext(partial(in_one_stack, runs=jobs, loggers=loggers, machine=machine))
     if jobs == 1:
         return nullcontext(partial(here, loggers=loggers, machine=machine))

@@ -147,13 +147,17 @@ class Backbone:
         if self.head is not None and objective is not LANGUAGE:
             self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
         self._head_prefix = "" if mean_pooled else "model."
+        self._others: dict[tuple[int, int], Backbone] = {}  # by what with_layout was asked for
         self._head_lock = threading.Lock()  # a module's parameters are swapped while it runs
 
     def with_layout(self, base_rank: int, notes: int) -> Backbone:
         """The same with room for what a method keeps beside A and B (`Layout`)."""
-        other = copy.copy(self)
-        other.layout = dataclasses.replace(self.layout, base_rank=base_rank, notes=notes)
-        return other
+        key = base_rank, notes
+        if key not in self._others:
+            self._others[key] = copy.copy(self)
+            layout = dataclasses.replace(self.layout, base_rank=base_rank, notes=notes)
+            self._others[key].layout = layout
+        return self._others[key]
 
     @property
     def chunk_tokens(self) -> int:

@@ -242,7 +242,8 @@ def check_members(federation: Federation) -> None:
     Raises:
         ValueError: What needs a symmetric W has none, or two would have to meet that can't.
     """
-    if build_method(federation.config).picks and _changing(federation):
+    method = build_method(federation.config)
+    if (method.picks or method.base_rank) and _changing(federation):
         raise ValueError(
             f"{federation.config.method} needs the same members from the first round to the last."
         )

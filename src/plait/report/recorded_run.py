@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 
 from plait.config import Config
-from plait.events import KINDS, Evaluated, Event, RoundDone, Started, from_line, together
+from plait.events import (
+    KINDS,
+    Evaluated,
+    Event,
+    RoundDone,
+    Started,
+    all_active,
+    from_line,
+    together,
+)
 from plait.metrics import MOST_PAIRED
 from plait.runs.run_folder import Sample, load_fingerprints, load_samples, load_summary
 
@@ -295,6 +304,7 @@ class JoinedPeers(Track):
         self.meetings.append(_joined([part.meetings[k] for part, k in there]))
         joined = dataclasses.replace(
             said[0],
+            active=all_active(said),
             train_losses=[loss for one in said for loss in one.train_losses],
             sent_bytes=sum(one.sent_bytes for one in said),
             before=[],
