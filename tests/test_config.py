@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from plait.config import Config
-from plait.engines.job import _shared
+from plait.engines.job import shared_settings
 from plait.runs.run_folder import RunFolder
 
 
@@ -39,5 +39,5 @@ def test_what_divided_by_the_rank_is_the_scale():
     assert "scale" not in Config().decisive()
     assert Config().digest() != Config(scale="sfed").digest()
     # One frozen model is shared by runs with any number of clients.
-    assert _shared(Config(scale="sfed", **sizes)).lora_alpha == 80
-    assert _shared(Config(**sizes)) == _shared(Config(**sizes | {"clients": 3}))
+    assert shared_settings(Config(scale="sfed", **sizes)).lora_alpha == 80
+    assert shared_settings(Config(**sizes)) == shared_settings(Config(**sizes | {"clients": 3}))
