@@ -13,6 +13,7 @@ its ciphertext, and can't pose as either of its ends.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import shutil
 import tempfile
@@ -192,6 +193,7 @@ class Doors:
     def __init__(self) -> None:
         """None yet."""
         self._folder: Path | None = None
+        self._numbers = itertools.count()  # of doors, some of which are being made
         self._servers: list[asyncio.Server] = []
         self._guests: set[asyncio.Task[None]] = set()
 
@@ -202,7 +204,7 @@ class Doors:
             connect: Carries a connection to the peer; raises `Closed` where that can't be.
         """
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="plait-"))
-        path = self._folder / str(len(self._servers))
+        path = self._folder / str(next(self._numbers))
 
         async def come_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             guest = cast("asyncio.Task[None]", asyncio.current_task())
