@@ -33,7 +33,7 @@ def complete(clients=6):
 
 def products(state):
     """(n, all layers) float64, each client's B A laid out in full."""
-    sites = LAYOUT.by_site(state[VALUE, A].double(), state[VALUE, B].double())
+    sites = LAYOUT.by_site({slot: value.double() for slot, value in state.items()})
     return torch.cat([(b @ a).flatten(1) for a, b in sites], dim=1)
 
 

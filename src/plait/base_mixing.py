@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B, Factor
+from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
 from plait.later import Tensor, torch
 from plait.lora import Layout, State
 from plait.machine.devices import exact
@@ -61,9 +61,9 @@ def _into_base(keep: Keep, mixes_base: bool, any_rank: bool = False) -> Mix:
         mixed = {slot: average(mine[slot], heard[slot], W) for slot in factors}
         mixed[VALUE, A], mixed[VALUE, B] = keep(layout, mixed)
         mixed |= {(VALUE, base): mine[VALUE, base].clone() for base in (BASE_A, BASE_B)}
-        own, theirs, kept = (_sites(layout, one, A, B) for one in (mine, heard, mixed))
-        old, found = (_sites(layout, one, BASE_A, BASE_B) for one in (mine, mixed))
-        bases = _sites(layout, heard, BASE_A, BASE_B) if mixes_base else None
+        own, theirs, kept = (layout.by_site(one) for one in (mine, heard, mixed))
+        old, found = (layout.by_site(one, BASE_A, BASE_B) for one in (mine, mixed))
+        bases = layout.by_site(heard, BASE_A, BASE_B) if mixes_base else None
         for site, place in enumerate(found):
             for i, row in enumerate(W):
                 A_i, B_i = _client(kept[site], i)
@@ -83,11 +83,6 @@ def _into_base(keep: Keep, mixes_base: bool, any_rank: bool = False) -> Mix:
 
     together = AB | BASE if mixes_base else AB
     return Mix(combine, together=together, any_rank=any_rank, steps=False)
-
-
-def _sites(layout: Layout, state: Slots, a: Factor, b: Factor) -> list[SiteFactors]:
-    """Views of the values of two factors, layer by layer."""
-    return layout.by_site(state[VALUE, a], state[VALUE, b])
 
 
 def _client(site: SiteFactors, i: int) -> SiteFactors:

@@ -113,9 +113,11 @@ class Layout:
             for (name, shape), part in zip(layout.shapes(factor).items(), parts, strict=True)
         }
 
-    def by_site(self, flat_A: Tensor, flat_B: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(n, P_A) and (n, P_B) -> A (n, r, d_in) and B (n, d_out, r) of each adapted layer."""
-        views = self.views(Factor.A, flat_A), self.views(Factor.B, flat_B)
+    def by_site(
+        self, state: Mapping[Slot, Tensor], a: Factor = Factor.A, b: Factor = Factor.B
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The values (n, P) of two factors -> (n, r, d_in) and (n, d_out, r) of each layer."""
+        views = self.views(a, state[VALUE, a]), self.views(b, state[VALUE, b])
         return [(views[0][site.name], views[1][site.name]) for site in self.sites]
 
 
@@ -260,9 +262,7 @@ def initial_stack(
     return Stack(state, {factor: torch.zeros(num_clients) for factor in trained})
 
 
-def initial_A(  # noqa: N802
-    layout: Layout, seed: int, *round_: int
-) -> Tensor:
+def initial_A(layout: Layout, seed: int, *round_: int) -> Tensor:  # noqa: N802
     """(P,) A as all clients start with it, or start again with it after a round."""
     return torch.cat(
         [

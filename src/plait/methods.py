@@ -360,16 +360,12 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         exact="the mean product, while the base's rank suffices",
         source="arXiv 2410.09432",
     ),
-    "flora": lambda config: Method(
+    "flora": lambda config: replace(
+        METHODS["fedex"](config),
         summary="FLoRA in gossip: the mean product is added to the model, and LoRA starts again",
-        train=always(AB),
-        share=always(with_base(config)),
         mix=lambda round_: stacked_into_base(
             lambda layout: initial_A(layout, config.seed, round_), config.base_change == "mixed"
         ),
-        base_rank=config.base_rank,
-        conserves="nothing",
-        exact="the mean product, while the base's rank suffices",
         source="arXiv 2409.05976",
     ),
     # Its source begins each round with B, and can smooth the gradients, which this doesn't.
@@ -409,10 +405,6 @@ METHODS: dict[str, Callable[[Config], Method]] = {
 }
 
 
-ROUND_BY_ROUND = (("float32", "reset_each_round"), ("float32", "keep"))
-"""Wire and optimizer's state where phases aren't known beforehand."""
-
-
 def build_method(config: Config) -> Method:
     """The method that `config` names, with the rule for mixing that it names.
 
@@ -421,7 +413,8 @@ def build_method(config: Config) -> Method:
             work with what it says itself.
     """
     method, how = lookup(METHODS, config.method, "method")(config), config.method
-    if method.picks and (config.wire, config.optimizer_state) not in ROUND_BY_ROUND:
+    by_phase = config.optimizer_state == "reset_each_phase"
+    if method.picks and (by_phase or config.wire != Config.wire):
         raise ValueError(
             f"{config.method} sends a count and knows no round before: give --wire float32, and "
             "--optimizer-state reset_each_round or keep."

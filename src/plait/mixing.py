@@ -83,7 +83,7 @@ def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
 
     def combine(layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
         a, b = (VALUE, A), (VALUE, B)
-        own, theirs = (layout.by_site(one[a], one[b]) for one in (mine, heard))
+        own, theirs = (layout.by_site(one) for one in (mine, heard))
         pairs = [rule(x, y, W) for x, y in zip(own, theirs, strict=True)]
         mixed = {slot: average(mine[slot], heard[slot], W) for slot in mine if slot not in (a, b)}
         for slot, parts in zip((a, b), zip(*pairs, strict=True), strict=True):

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from plait.factors import VALUE, A, B, Slot
+from plait.factors import Slot
 from plait.later import Tensor, functional, torch
 from plait.lora import Layout, product_norm
 from plait.machine.devices import exact, one_thread
@@ -66,7 +66,7 @@ def _rate(layout: Layout, own: Slots, other: Slots) -> float:
     less than the distance of the products, and above zero where only these are the same.
     """
     squares = np.zeros(2)
-    for (A0, B0), (A1, B1) in zip(_sites(layout, own), _sites(layout, other), strict=True):
+    for (A0, B0), (A1, B1) in zip(layout.by_site(own), layout.by_site(other), strict=True):
         dA, dB = A1[0] - A0[0], B1[0] - B0[0]
         for end, (a, b) in enumerate(((A0[0], B0[0]), (A1[0], B1[0]))):
             with one_thread():
@@ -128,7 +128,7 @@ def _grams(layout: Layout, own: Slots, others: Slots) -> Iterator[Tensor]:
         step = value - own[slot]
         yield step @ step.mT
     product = torch.zeros(())
-    for (A0, B0), (A1, B1) in zip(_sites(layout, own), _sites(layout, others), strict=True):
+    for (A0, B0), (A1, B1) in zip(layout.by_site(own), layout.by_site(others), strict=True):
         # B1 A1 - B0 A0 in one product, so that it is zero to the bit where nothing differs.
         tall = torch.cat([B1 - B0, B0.expand_as(B1)], dim=2).transpose(0, 1).flatten(1)
         wide = torch.cat([A1, A1 - A0], dim=1).flatten(0, 1)
@@ -141,7 +141,3 @@ def _grams(layout: Layout, own: Slots, others: Slots) -> Iterator[Tensor]:
 def _rows(slots: Slots, clients: list[int] | np.ndarray) -> dict[Slot, Tensor]:
     """Some clients' rows in float64."""
     return {slot: exact(value[clients]) for slot, value in slots.items()}
-
-
-def _sites(layout: Layout, slots: Slots) -> list[tuple[Tensor, Tensor]]:
-    return layout.by_site(slots[VALUE, A], slots[VALUE, B])

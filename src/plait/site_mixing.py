@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from plait.factors import BASE, BASE_A, BASE_B, A, B, Factor
+from plait.factors import BASE, BASE_A, BASE_B, VALUE, A, B, Factor
 from plait.later import Tensor, torch
 from plait.lora import Layout, joined, product_norm
 from plait.machine.devices import exact, one_thread
@@ -68,7 +68,7 @@ def mean_client(layout: Layout, factors: Mapping[Factor, Tensor]) -> dict[Factor
     found = {factor: mean(value) for factor, value in factors.items() if factor not in BASE}
     if BASE_A in factors:
         A_all, B_all = joined(layout, factors)
-        sites = layout.by_site(A_all, B_all)
+        sites = layout.by_site({(VALUE, A): A_all, (VALUE, B): B_all})
         pairs = [mean_pair(*site) for site in sites]
         for own, base, dim, flats in zip(
             (A, B), (BASE_A, BASE_B), (0, 1), zip(*pairs, strict=True), strict=True

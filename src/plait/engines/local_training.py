@@ -141,9 +141,10 @@ def local_phases(
 
 @dataclass(frozen=True)
 class _Part:
-    """What a chunk has of one work: rows of its stack, and their place in the chunk."""
+    """What a chunk has of one work: clients, their rows of its stack, their place in the chunk."""
 
     work: Work
+    clients: list[int]
     rows: Tensor
     place: slice
 
@@ -180,7 +181,7 @@ class _Phase:
             for factor, leaf in leaves.items():
                 leaf.requires_grad_(factor in turn)
             batch = self.backbone.batch(self.tokens, self.texts[chunk, step])
-            dropout = self._dropout(batch, chunk, whose, step)
+            dropout = self._dropout(batch, parts, step)
             losses = _means(self.backbone.losses(batch, leaves, dropout), batch.asked_counts)
             losses.sum().backward()
             of_steps.append(losses.detach())
@@ -197,26 +198,26 @@ class _Phase:
     def _parts(self, chunk: list[int], whose: np.ndarray) -> Iterator[_Part]:
         """The works that have clients in a chunk, ascending."""
         for number in np.unique(whose):
-            place = np.flatnonzero(whose == number)
-            first = self.ends[number] - len(self.works[number].clients)
-            rows = torch.tensor([chunk[k] - first for k in place])
+            place, work = np.flatnonzero(whose == number), self.works[number]
+            first = self.ends[number] - len(work.clients)
+            rows = [int(chunk[k] - first) for k in place]
             yield _Part(
-                self.works[number],
-                moved(rows, self.backbone.device),
+                work,
+                [work.clients[row] for row in rows],
+                moved(torch.tensor(rows), self.backbone.device),
                 slice(place[0], place[-1] + 1),
             )
 
-    def _dropout(
-        self, batch: Batch, chunk: list[int], whose: np.ndarray, step: int
-    ) -> Dropout | None:
-        if not self.works[0].config.lora_dropout:
+    def _dropout(self, batch: Batch, parts: Sequence[_Part], step: int) -> Dropout | None:
+        rate = parts[0].work.config.lora_dropout
+        if not rate:
             return None
-        streams = []
-        for k, number in zip(chunk, whose, strict=True):
-            work = self.works[number]
-            client = work.clients[k - self.ends[number]]
-            streams.append((work.config.seed, client, work.positions[step]))
-        return lora_dropout(batch, streams, self.works[0].config.lora_dropout)
+        streams = [
+            (part.work.config.seed, client, part.work.positions[step])
+            for part in parts
+            for client in part.clients
+        ]
+        return lora_dropout(batch, streams, rate)
 
     def _step(
         self, part: _Part, step: int, leaves: dict[Factor, Tensor], kept: dict[Slot, Tensor]

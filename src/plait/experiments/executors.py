@@ -74,35 +74,38 @@ def in_one_stack(
 ) -> Iterator[CellSaid]:
     """Carry cells out in this process, so many at once, their local phases computed as one."""
     for some in _stacks(cells, runs):
-        said: SimpleQueue[CellSaid] = SimpleQueue()
-        stacked = StackedRuns(len(some))
-        engine = partial(simulation, phase=stacked.phase, evaluator=stacked.evaluate)
+        yield from _stacked(some, loggers, machine)
 
-        def tell(
-            cell: Cell, said: SimpleQueue[CellSaid] = said, engine: OpenEngine = engine
-        ) -> None:
-            try:
-                for one in _told(cell, loggers, machine, engine):
-                    said.put((cell, one))
-            except BaseException as error:  # such as SystemExit: nobody would hear of it
-                said.put((cell, CellEnded(Failure(f"{type(error).__name__}: {error}"))))
 
-        threads = [
-            threading.Thread(target=stacked.carry_out, args=(partial(tell, cell),), daemon=True)
-            for cell in some
-        ]
-        for thread in threads:
-            thread.start()
-        left = len(some)
+def _stacked(cells: Sequence[Cell], loggers: Sequence[str], machine: Machine) -> Iterator[CellSaid]:
+    """All of the cells at once."""
+    said: SimpleQueue[CellSaid] = SimpleQueue()
+    stacked = StackedRuns(len(cells))
+    engine = partial(simulation, phase=stacked.phase, evaluator=stacked.evaluate)
+
+    def tell(cell: Cell) -> None:
         try:
-            while left:
-                cell, one = said.get()
-                left -= isinstance(one, CellEnded)
-                yield cell, one
-        finally:
-            stacked.stop()
-            for thread in threads:
-                thread.join()
+            for one in _told(cell, loggers, machine, engine):
+                said.put((cell, one))
+        except BaseException as error:  # such as SystemExit: nobody would hear of it
+            said.put((cell, CellEnded(Failure(f"{type(error).__name__}: {error}"))))
+
+    threads = [
+        threading.Thread(target=stacked.carry_out, args=(partial(tell, cell),), daemon=True)
+        for cell in cells
+    ]
+    for thread in threads:
+        thread.start()
+    left = len(cells)
+    try:
+        while left:
+            cell, one = said.get()
+            left -= isinstance(one, CellEnded)
+            yield cell, one
+    finally:
+        stacked.stop()
+        for thread in threads:
+            thread.join()
 
 
 def _stacks(cells: Sequence[Cell], runs: int) -> Iterator[list[Cell]]:
