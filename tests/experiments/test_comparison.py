@@ -12,8 +12,8 @@ from fake_runs import FakeRuns, events
 from plait.config import Config
 from plait.experiments import executors as workers
 from plait.experiments.comparison import compare, conclude, entries, verdict
-from plait.experiments.plan import Plan, tuning_seed
-from plait.experiments.significance import differences, estimate, holm
+from plait.experiments.plan import Plan, tuning_seeds
+from plait.experiments.significance import differences, estimate, holm, seeds_needed
 from plait.report.comparison_report import curves, markdown, notes, write_report
 
 CONFIG = Config(clients=4, rounds=3, lr=1e-3)
@@ -166,6 +166,45 @@ def test_a_schedule_ends_in_proportion_to_each_rate(monkeypatch, tmp_path):
     assert all(c.lr_end / c.lr == pytest.approx(0.1) for c in runs.started)
 
 
+def test_a_verdict_says_what_was_not_tuned(monkeypatch, tmp_path):
+    fake(monkeypatch, by_method(CLEAR))
+    given = plan_of(tmp_path / "given", lrs={"adf": 2e-3, "dec-lora": 1e-3, "ffa": 1e-2})
+    assert "tuned" not in verdict(concluded(given))
+    some = plan_of(tmp_path / "some", lrs={"adf": 2e-3})
+    assert verdict(concluded(some)).endswith("No learning rate was tuned for dec-lora, ffa.")
+
+
+def test_steins_interval_has_the_spread_of_the_first_seeds():
+    # s = .02 of the first three; t(.975, 2) = 4.302653; five seeds.
+    one = estimate([0.0, 0.04, 0.02, 0.1, -0.06], pilot=3)
+    assert one.mean == pytest.approx(0.02)
+    assert one.high - one.mean == pytest.approx(4.302653 * 0.02 / 5**0.5)
+    assert one.p == pytest.approx(2 * stats.t.sf(0.02 / (0.02 / 5**0.5), 2))
+
+
+def test_seeds_needed_give_an_interval_of_the_length_that_was_asked_for():
+    scores = {"adf": [0.8, 0.8, 0.8], "ffa": [0.8, 0.76, 0.78], "local": [0.5, 0.5, 0.5]}
+    n = seeds_needed(scores, "adf", 0.02, at_most=100)
+    assert n == 19  # (4.302653 * .02 / .02)^2 = 18.5
+    assert seeds_needed(scores, "adf", 0.02, at_most=10) == 10
+    assert seeds_needed(scores, "adf", 1.0, at_most=10) == 3
+    assert seeds_needed(scores, "adf", 0.02, at_most=2) == 3  # what has run has run
+
+
+def test_a_comparison_adds_seeds_until_its_intervals_are_short(monkeypatch, tmp_path):
+    runs = fake(monkeypatch, lambda c: 0.8 - (OFFSETS.get(c.seed, 0.0) if c.method == "ffa" else 0))
+    plan = plan_of(
+        tmp_path / "out", methods=("adf", "ffa"), matched_control=False, until=0.04, at_most=5,
+        lrs={"adf": 1e-3, "ffa": 1e-3},
+    )  # fmt: skip
+    conclusion = concluded(plan)
+    assert {c.seed for c in runs.started} == {0, 1, 2, 3, 4}
+    (one,) = conclusion.differences
+    values = [OFFSETS.get(seed, 0.0) for seed in range(5)]
+    assert one.estimate.low == pytest.approx(estimate(values, pilot=3).low)
+    assert "seeds 0, 1, 2, 3, 4, paired" in " ".join(notes(conclusion))
+
+
 def test_a_control_that_is_dec_lora_itself_runs_once(monkeypatch, tmp_path):
     fake(monkeypatch, by_method(CLEAR))
     plan = plan_of(tmp_path / "out", lrs={"adf": 2e-3})
@@ -179,8 +218,8 @@ def test_a_search_takes_the_best_rate_on_the_validation_split(monkeypatch, tmp_p
     plan = plan_of(tmp_path / "out", lr_grid=(5e-4, 1e-3, 2e-3, 5e-3), lrs={"ffa": 1e-2})
     concluded(plan)
     tuned = [config for config in runs.started if config.eval_split == "validation"]
-    assert len(tuned) == 8
-    assert {config.seed for config in tuned} == {tuning_seed(plan.seeds)}
+    assert len(tuned) == 16
+    assert {config.seed for config in tuned} == set(tuning_seeds(plan.seeds))
     assert not {config.seed for config in tuned} & set(plan.seeds)
     assert [(e.label, e.lr) for e in entries(plan)] == [
         ("adf", 2e-3), ("dec-lora", 2e-3), ("ffa", 1e-2), (MATCHED, 1e-3),
@@ -188,10 +227,19 @@ def test_a_search_takes_the_best_rate_on_the_validation_split(monkeypatch, tmp_p
     assert sum(plan.planned.values()) == len(runs.started)
 
 
+def test_a_search_goes_beyond_its_grid_while_the_best_rate_is_its_edge(monkeypatch, tmp_path):
+    runs = fake(monkeypatch, lambda config: 0.8 - abs(config.lr - 7e-3))
+    conclusion = concluded(plan_of(tmp_path / "out", lr_grid=(1e-3, 2e-3), lrs={"ffa": 1e-2}))
+    tuned = {c.lr for c in runs.started if c.eval_split == "validation"}
+    assert tuned == {1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2}
+    assert conclusion.outcomes[0].entry.lr == 8e-3
+    assert "†" not in markdown(conclusion)
+
+
 def test_a_rate_at_the_edge_of_the_grid_is_marked(monkeypatch, tmp_path):
     fake(monkeypatch, lambda config: 0.5 + config.lr)
     conclusion = concluded(plan_of(tmp_path / "out", lr_grid=(1e-3, 2e-3)))
-    assert "0.002†" in markdown(conclusion)
+    assert "0.016†" in markdown(conclusion)  # three rates beyond the grid are enough
     assert "beyond it may be better" in markdown(conclusion)
 
 
@@ -209,6 +257,16 @@ def test_a_rate_that_diverges_loses_the_search(monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "Run", diverging(1e-3))
     plan = plan_of(tmp_path / "out", lr_grid=(1e-3, 5e-3))
     assert [e.lr for e in (concluded(plan).outcomes[0].entry,)] == [1e-3]
+
+
+def test_a_rate_that_diverged_is_not_tried_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "Run", diverging(1e-3))
+    plan = plan_of(tmp_path / "out", methods=("ffa",), lr_grid=(1e-3, 5e-3))
+    first = concluded(plan)
+    runs = fake(monkeypatch, lambda _: 0.8)
+    again = concluded(dataclasses.replace(plan, resume=True))
+    assert again.outcomes[0].entry == first.outcomes[0].entry
+    assert {c.lr for c in runs.started if c.eval_split == "validation"} <= {1e-3, 2e-4}
 
 
 def test_a_search_in_which_all_diverge_is_an_error(monkeypatch, tmp_path):

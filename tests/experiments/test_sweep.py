@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,8 @@ from plait.cli.main import main
 from plait.config import Config, Machine
 from plait.experiments import executors as workers
 from plait.experiments.executors import CellEnded, executor_for, here, in_processes, num_jobs
-from plait.experiments.plan import Cell, tuning_seed
+from plait.experiments.paper_table import blocks
+from plait.experiments.plan import Cell, tuning_seeds
 from plait.experiments.results import collect, failures, load, state
 from plait.experiments.sweep import Sweep, effective, load_sweep
 from plait.runs.run import Run
@@ -119,17 +121,34 @@ def test_rates_are_searched_on_rows_and_seeds_that_are_not_reported(monkeypatch,
     written(tmp_path)
     assert swept(tmp_path) == 0
     tuned = [config for config in runs.started if config.eval_split == "validation"]
-    assert {config.seed for config in tuned} == {tuning_seed((0, 1))}
+    assert {config.seed for config in tuned} == set(tuning_seeds((0, 1)))
     assert {config.p for config in tuned} == {0.5}  # search_at
-    assert sorted((c.method, c.switch_every, c.lr) for c in tuned) == [
-        ("adf", 1, 1e-3), ("adf", 1, 2e-3), ("adf", 3, 1e-3), ("adf", 3, 2e-3),
-        ("ffa", 5, 1e-3), ("ffa", 5, 2e-3),
-    ]  # fmt: skip
+    # 1e-3 and 2e-3, each with two seeds, and one rate beyond whichever of them was the best.
+    assert Counter((c.method, c.switch_every, c.lr) for c in tuned) == dict.fromkeys([
+        ("adf", 1, 5e-4), ("adf", 1, 1e-3), ("adf", 1, 2e-3),
+        ("adf", 3, 1e-3), ("adf", 3, 2e-3), ("adf", 3, 4e-3),
+        ("ffa", 5, 5e-4), ("ffa", 5, 1e-3), ("ffa", 5, 2e-3),
+    ], 2)  # fmt: skip
     reported = {(c.method, c.switch_every, c.lr) for c in runs.started if c.eval_split == "test"}
     assert reported == {
         ("adf", 3, 2e-3), ("adf", 1, 1e-3), ("ffa", 5, 1e-3),
         ("dec-lora", 5, 1e-3), ("dec-lora", 5, 5e-4),  # the controls at half of ADF's rate
     }  # fmt: skip
+
+
+def test_seeds_are_added_until_intervals_are_short_and_the_table_has_them(monkeypatch, tmp_path):
+    gaps = {0: 0.0, 1: 0.04, 2: 0.02, 3: 0.02, 4: 0.02}
+    fake(monkeypatch, lambda c: 0.8 - (gaps[c.seed] if c.method == "dec-lora" else 0.0))
+    text = (
+        'methods = ["adf", "dec-lora"]\nseeds = [0, 1, 2]\nuntil = 0.03\nat_most = 5\n'
+        "matched_control = false\n[lrs]\nadf = 1e-3\ndec-lora = 1e-3\n"
+    )
+    sweep = grid(tmp_path, text)
+    assert swept(tmp_path) == 0
+    frame = load(sweep.out)
+    assert set(frame["seed"]) == {0, 1, 2, 3, 4}  # 3 (4.303 * .02 / sqrt(3) / .03)^2 = 8.2 > 5
+    (one,) = blocks(frame)[0].columns[0].differences.values()
+    assert one.estimate.high - one.estimate.mean == pytest.approx(4.302653 * 0.02 / 5**0.5)
 
 
 def test_a_control_that_is_dec_lora_itself_is_a_line_without_a_run(monkeypatch, tmp_path):
@@ -287,12 +306,12 @@ def test_the_results_have_a_row_for_each_line_setting_and_seed(monkeypatch, tmp_
     summary = json.loads((folder / "summary.json").read_text())
     assert row["accuracy_client_mean"] == summary["accuracy_client_mean"]
     assert row["version"].startswith("0.")
-    assert (frame["kind"] == "tuning").sum() == 6
+    assert (frame["kind"] == "tuning").sum() == 3 * 3 * 2  # searches, rates, seeds
     pd.testing.assert_frame_equal(
         frame, collect(load_sweep(tmp_path / "grid.toml", tmp_path / "out")), check_dtype=False
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
-    assert [line.split("/")[0] for line in lines] == [str(n + 1) for n in range(22)]
+    assert [line.split("/")[0] for line in lines] == [str(n + 1) for n in range(34)]
     assert lines[-1].endswith("left 0:00:00")
 
 

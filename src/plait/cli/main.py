@@ -97,10 +97,16 @@ class Compare(Start):
     """The methods, comma-separated; the first is compared with each of the others."""
     seeds: str = "0,1,2"
     """The seeds, comma-separated: one run of each method for each."""
+    until: float | None = None
+    """Add seeds until the interval of the first method's difference to each other one reaches no
+    further than this to either side, such as 0.01; five --seeds are a good start."""
+    at_most: int = 20
+    """But no more seeds than these."""
     lrs: str = PresetRow.lrs
     """Learning rates by method, such as `adf=2e-3,ffa=1e-2`; --lr for the others."""
     lr_grid: str = ""
-    """Search these rates for each method without one in --lrs, on the validation split."""
+    """Search these rates for each method without one in --lrs, on the validation split with two
+    seeds that aren't reported; and rates beyond, while the best is the lowest or the highest."""
     no_matched_control: Flag = False
     """Leave out the controls of methods, such as Dec-LoRA at half of ADF's learning rate."""
     out: Path | None = None
@@ -347,6 +353,8 @@ def _plan(given: Compare, start: Config, out: Path) -> Plan:
         machine=given.machine,
         methods=tuple(split(given.methods)),
         seeds=tuple(_numbers("--seeds", given.seeds, int)),
+        until=given.until,
+        at_most=given.at_most,
         lrs=_rates(given.lrs),
         lr_grid=tuple(_numbers("--lr-grid", given.lr_grid, float)),
         matched_control=not given.no_matched_control,

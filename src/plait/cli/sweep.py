@@ -81,10 +81,9 @@ def sweep(args: list[str]) -> int:
     try:
         with context as executor:
             for stage in grid.stages:
-                for cell in results.carried_out(stage.search, executor):
-                    progress.show(cell)
-                for cell in results.carried_out(stage.reported, executor):
-                    progress.show(cell)
+                for turn in stage.turns():
+                    for cell in results.carried_out(turn, executor):
+                        progress.show(cell)
     finally:
         frame = results.collect(grid)
         results.save(frame, given.out)
@@ -105,7 +104,7 @@ class Progress:
 
     def show(self, cell: Cell) -> None:
         """Print a line about a run that has ended."""
-        from plait.experiments.results import state, waiting
+        from plait.experiments.cell_state import state, waiting
         from plait.runs.run_folder import load_summary
 
         cells = self.sweep.expected

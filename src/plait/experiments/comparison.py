@@ -12,19 +12,20 @@ folders and works out the figures; comparison_report.py writes them down.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plait.events import Event
+from plait.experiments.cell_state import keep_failure, state
 from plait.experiments.executors import CellEnded, CellSaid, Executor, executor_for, num_jobs
 from plait.experiments.plan import PLAN, Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
-from plait.experiments.significance import Difference, Estimate, differences, estimate
+from plait.experiments.rate_search import best_rate, is_at_edge, searched_cells
+from plait.experiments.significance import Difference, Estimate, differences, estimate, seeds_needed
 from plait.methods import build_method
 from plait.runs.loggers import require
 from plait.runs.run_folder import load_events, load_summary
@@ -45,6 +46,7 @@ class Outcome:
     folders: list[Path]
     summaries: list[dict[str, Any]]
     at_grid_edge: bool = False
+    pilot: int | None = None
 
     @cached_property
     def events(self) -> list[list[Event]]:
@@ -58,7 +60,7 @@ class Outcome:
     @property
     def score(self) -> Estimate:
         """Mean over seeds of the clients' mean score, with its interval."""
-        return estimate(self.values("accuracy_client_mean"))
+        return estimate(self.values("accuracy_client_mean"), self.pilot)
 
 
 @dataclass(frozen=True)
@@ -119,25 +121,68 @@ def compare(plan: Plan, jobs: int = 1, loggers: Sequence[str] = ()) -> Iterator[
 
 
 def _said(plan: Plan, executor: Executor) -> Iterator[tuple[Cell, Event]]:
-    search = [cell for method in plan.searched for cell in tuning_cells(plan, method)]
-    # A rate that is too high diverges: an answer, not a failure.
-    yield from _events(executor(search), may_diverge=True)
-    # All methods of a seed, then the next: they share its data and its model.
-    lines = itertools.product(plan.seeds, entries(plan))
-    yield from _events(executor([reported_cell(plan, entry, seed) for seed, entry in lines]))
+    tried: set[Path] = set()
+    while search := [cell for cell in search_cells(plan) if cell.folder not in tried]:
+        tried |= {cell.folder for cell in search}
+        # A rate that is too high diverges: an answer, not a failure.
+        unless_diverged = [cell for cell in search if state(cell)[0] != "diverged"]
+        yield from _events(executor(unless_diverged), may_diverge=True)
+    lines = entries(plan)
+    yield from _events(executor(_reported(plan, lines, plan.seeds)))
+    yield from _events(executor(_reported(plan, lines, seeds_of(plan, lines)[len(plan.seeds) :])))
+
+
+def _reported(plan: Plan, lines: Sequence[Entry], seeds: Sequence[int]) -> list[Cell]:
+    """All methods of a seed, then the next: they share its data and its model."""
+    return [reported_cell(plan, entry, seed) for seed in seeds for entry in lines]
 
 
 def _events(said: Iterable[CellSaid], may_diverge: bool = False) -> Iterator[tuple[Cell, Event]]:
     for cell, one in said:
         if not isinstance(one, CellEnded):
             yield cell, one
-        elif one.failure and not (may_diverge and one.failure.diverged):
+        elif one.failure and may_diverge and one.failure.diverged:
+            keep_failure(cell, one.failure)
+        elif one.failure:
             raise ValueError(f"{cell.label}, seed {cell.config.seed}: {one.failure.reason}")
+
+
+def search_cells(plan: Plan) -> list[Cell]:
+    """The runs of all searches, as far as they are known."""
+    return [cell for method in plan.searched for cell in search_of(plan, method)]
+
+
+def search_of(plan: Plan, method: str) -> list[Cell]:
+    """The runs of the search for a method's rate, as far as they are known."""
+    return searched_cells(plan.lr_grid, partial(tuning_cells, plan, method))
+
+
+def seeds_of(
+    plan: Plan, lines: Sequence[Entry], place: Callable[[Cell], Cell] = lambda cell: cell
+) -> tuple[int, ...]:
+    """The seeds of each line: the plan's, and what `until` adds once the runs of these are done.
+
+    Args:
+        plan: The comparison.
+        lines: Its lines.
+        place: A line's run with a seed -> where it lies.
+    """
+    if plan.until is None:
+        return plan.seeds
+    cells = {e.label: [place(reported_cell(plan, e, seed)) for seed in plan.seeds] for e in lines}
+    if any(state(cell)[0] != "finished" for some in cells.values() for cell in some):
+        return plan.seeds
+    scores = {
+        label: [float(load_summary(cell.folder)["accuracy_client_mean"]) for cell in some]
+        for label, some in cells.items()
+    }
+    reference = lines[0].label
+    return plan.first_seeds(seeds_needed(scores, reference, plan.until, plan.at_most))
 
 
 def entries(plan: Plan) -> list[Entry]:
     """The lines of the table with their learning rates; searched ones are read from their runs."""
-    rates = {m: best_rate(m, tuning_cells(plan, m)) for m in plan.searched}
+    rates = {method: best_rate(method, search_of(plan, method)) for method in plan.searched}
     # A control that comes out as a line that is there already runs once.
     once: dict[tuple[str, float], Entry] = {}
     for one in entries_at(plan, rates):
@@ -155,52 +200,32 @@ def entries_at(plan: Plan, searched: Mapping[str, float]) -> list[Entry]:
     ]
 
 
-def best_rate(method: str, cells: Iterable[Cell]) -> float:
-    """The rate with the best score on the validation split, of those that did not diverge.
-
-    Args:
-        method: For the message.
-        cells: The runs of its search.
-
-    Raises:
-        ValueError: All diverged.
-    """
-    finished = [cell for cell in cells if (cell.folder / "summary.json").exists()]
-    if not finished:
-        raise ValueError(
-            f"{method} diverged at every rate of the grid (--lr-grid); give lower ones."
-        )
-    summaries = {cell.config.lr: load_summary(cell.folder) for cell in finished}
-    return max(summaries, key=lambda lr: _quality(summaries[lr]))
-
-
-def _quality(summary: Mapping[str, Any]) -> tuple[float, float]:
-    return summary["accuracy_client_mean"], -summary["loss_client_mean"]
-
-
 # -- the result
 
 
 def conclude(plan: Plan) -> Conclusion:
     """Work out the result from the folders of the finished runs."""
-    outcomes = [_outcome(plan, entry) for entry in entries(plan)]
+    lines = entries(plan)
+    seeds = seeds_of(plan, lines)
+    outcomes = [_outcome(plan, entry, seeds) for entry in lines]
     scores = {one.entry.label: one.values("accuracy_client_mean") for one in outcomes}
     return Conclusion(
         plan=plan,
         metric=outcomes[0].summaries[0]["metric"],
         outcomes=outcomes,
-        differences=differences(scores, plan.methods[0]),
+        differences=differences(scores, plan.methods[0], plan.pilot),
     )
 
 
-def _outcome(plan: Plan, entry: Entry) -> Outcome:
-    folders = [reported_cell(plan, entry, seed).folder for seed in plan.seeds]
-    edges = (min(plan.lr_grid, default=0.0), max(plan.lr_grid, default=0.0))
+def _outcome(plan: Plan, entry: Entry, seeds: Sequence[int]) -> Outcome:
+    folders = [reported_cell(plan, entry, seed).folder for seed in seeds]
+    searched = entry.label in plan.searched
     return Outcome(
         entry=entry,
         folders=folders,
         summaries=[load_summary(folder) for folder in folders],
-        at_grid_edge=entry.label in plan.searched and entry.lr in edges,
+        pilot=plan.pilot,
+        at_grid_edge=searched and is_at_edge(search_of(plan, entry.label), entry.lr),
     )
 
 
@@ -213,13 +238,14 @@ def verdict(conclusion: Conclusion) -> str:
     verb = "leads" if rival.estimate.mean > 0 else "ties with"
     verb = "trails" if rival.estimate.mean < 0 else verb
     line = f"{name} {verb} {rival.rival}, its best rival, by {abs(rival.estimate.mean):.3f}"
-    line = f"{line}: {significance(rival, len(conclusion.plan.seeds))}."
+    line = f"{line}: {significance(rival, len(reference.folders))}."
     for one in conclusion.differences:
         of, _ = conclusion.plan.controls.get(one.rival, ("", None))
         if of == name and one is not rival:
             words = "significant" if one.significant else "not significant"
             line += f" Over the matched control: {one.estimate.mean:+.3f}, {words}."
-    return line
+    untuned = ", ".join(conclusion.plan.untuned)
+    return line + (f" No learning rate was tuned for {untuned}." if untuned else "")
 
 
 def significance(one: Difference, num_seeds: int) -> str:

@@ -23,6 +23,7 @@ from plait.config import THIS_MACHINE, Config, Machine
 from plait.engines.job import shared_settings
 from plait.engines.stacked_runs import StackedRuns
 from plait.events import Event, Started
+from plait.experiments.cell_state import Failure
 from plait.experiments.plan import Cell
 from plait.machine.devices import resolve_device
 from plait.machine.process_settings import configure_process
@@ -31,19 +32,6 @@ from plait.runs.run import OpenEngine, Run, simulation
 
 STACKED = 16
 """Runs in one stack on a graphics card, if not said otherwise."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a run has no result.
-
-    Attributes:
-        reason: In words.
-        diverged: Training diverged: it would again, so the run is not tried again.
-    """
-
-    reason: str
-    diverged: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,14 @@ class Column:
         scores: Line -> its scores; a line that was not run, or has no figures, has none.
         reference: The line that is compared with the others.
         at_edge: The lines whose rate is the lowest or the highest of its search.
+        pilot: How many seeds decided how many there are; None where their number was given.
     """
 
     name: str
     scores: dict[str, Scores]
     reference: str
     at_edge: frozenset[str] = frozenset()
+    pilot: int | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -67,20 +69,20 @@ class Column:
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Mean and interval of each line over its own seeds."""
-        return {k: estimate(list(v.values())) for k, v in self.scores.items() if v}
+        return {k: estimate([*v.values()], self.pilot) for k, v in self.scores.items() if v}
 
     @property
     def differences(self) -> dict[str, Difference]:
         """The reference against each other line, by the other."""
         if not self.seeds or self.reference not in self.paired:
             return {}
-        return {one.rival: one for one in differences(self.paired, self.reference)}
+        return {one.rival: one for one in differences(self.paired, self.reference, self.pilot)}
 
     @property
     def best(self) -> str | None:
         """The line that is significantly better than every other."""
         complete = self.seeds and len(self.paired) == len(self.scores)
-        return stands_out(self.paired) if complete else None
+        return stands_out(self.paired, self.pilot) if complete else None
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,11 @@ def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> 
     if len(tasks) > 1:
         scores[MEAN] = {line: _mean([scores[task][line] for task in tasks]) for line in lines}
     edges = rows[rows["at_edge"]].groupby("task")["line"].agg(frozenset)
+    pilots = rows["pilot"].dropna() if "pilot" in rows else []  # an older plait's have none
+    pilot = int(max(pilots)) if len(pilots) else None
     columns = [
-        Column(name, of, reference, edges.get(name, frozenset())) for name, of in scores.items()
+        Column(name, of, reference, edges.get(name, frozenset()), pilot)
+        for name, of in scores.items()
     ]
     return TableBlock(title, lines, columns)
 

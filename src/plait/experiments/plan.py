@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ from plait.plugins import load_plugins
 from plait.presets import PresetRow
 
 PLAN = "plan.json"
-KEPT = ("methods", "seeds", "lrs", "lr_grid", "matched_control")
-FIRST_TUNING_SEED = 1000
+KEPT = ("methods", "seeds", "until", "at_most", "lrs", "lr_grid", "matched_control")
+FIRST_TUNING_SEED, TUNING_SEEDS = 1000, 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Plan:
         config: The settings that all runs share; its method, seed and lr give way.
         methods: The first one is compared with each of the others.
         seeds: One run of each method for each.
+        until: If given, seeds are added until the interval of the first method's difference to each
+            other line reaches no further to either side.
+        at_most: But no more than these.
         out: The folder of all runs.
         lrs: Learning rates by method; `config.lr` for methods that are not here.
         lr_grid: If there are any, the rates to search for methods without one in `lrs`.
@@ -67,6 +71,8 @@ class Plan:
     config: Config
     methods: tuple[str, ...] = tuple(PresetRow.methods.split(","))
     seeds: tuple[int, ...] = (0, 1, 2)
+    until: float | None = None
+    at_most: int = 20
     out: Path
     lrs: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lr_grid: tuple[float, ...] = ()
@@ -84,6 +90,11 @@ class Plan:
                 raise ValueError(f"{what} are {list(values)}; give each once, and at least one.")
         if len(set(self.lr_grid)) < len(self.lr_grid):
             raise ValueError(f"lr_grid is {list(self.lr_grid)}; give each rate once.")
+        if self.until is not None and not (self.until > 0 and len(self.seeds) > 1):
+            raise ValueError(
+                f"until is {self.until:g} with {len(self.seeds)} seeds; give a width above 0, and "
+                "at least two seeds to see the spread, better five."
+            )
         for method in self.lrs:
             if method not in self.methods:
                 raise ValueError(f"There is a learning rate for {method}, which isn't compared.")
@@ -92,6 +103,17 @@ class Plan:
         """What to compare as plain JSON values; where it is, and whether to resume, is left out."""
         kept = {name: getattr(self, name) for name in KEPT}
         return {"config": self.config.to_json(), **json.loads(json.dumps(kept))}
+
+    @property
+    def pilot(self) -> int | None:
+        """How many seeds decide how many there are; None where their number is given."""
+        return None if self.until is None else len(self.seeds)
+
+    def first_seeds(self, count: int) -> tuple[int, ...]:
+        """The plan's seeds and, if they are fewer, others after them."""
+        first = max(self.seeds) + 1
+        more = (seed for seed in itertools.count(first) if seed not in tuning_seeds(self.seeds))
+        return (*self.seeds, *itertools.islice(more, count - len(self.seeds)))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -115,10 +137,20 @@ class Plan:
         return tuple(m for m in self.methods if self.lr_grid and m not in self.lrs)
 
     @property
+    def untuned(self) -> tuple[str, ...]:
+        """The methods whose learning rate nobody gave or searches."""
+        return tuple(m for m in self.methods if not self.lr_grid and m not in self.lrs)
+
+    @property
     def planned(self) -> dict[str, int]:
-        """Label -> its number of runs, those of the search first."""
-        tuning = {cell.label: 1 for m in self.searched for cell in tuning_cells(self, m)}
-        return tuning | dict.fromkeys(self.labels, len(self.seeds))
+        """Label -> its number of runs, those of the search first, without rates beyond the grid."""
+        tuning = Counter(
+            cell.label
+            for method in self.searched
+            for lr in self.lr_grid
+            for cell in tuning_cells(self, method, lr)
+        )
+        return dict(tuning) | dict.fromkeys(self.labels, len(self.seeds))
 
 
 def load_plan(out: Path) -> Plan:
@@ -174,20 +206,20 @@ def slug(label: str) -> str:
 # -- the search for a learning rate
 
 
-def tuning_seed(seeds: Sequence[int]) -> int:
-    """A seed that is not reported, so that the search has not seen what is reported."""
-    return next(seed for seed in itertools.count(FIRST_TUNING_SEED) if seed not in seeds)
+def tuning_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds that are not reported, so that the search has not seen what is reported."""
+    free = (seed for seed in itertools.count(FIRST_TUNING_SEED) if seed not in seeds)
+    return list(itertools.islice(free, TUNING_SEEDS))
 
 
-def tuning_cells(plan: Plan, method: str) -> list[Cell]:
-    """The runs that find a method's learning rate."""
-    seed = tuning_seed(plan.seeds)
-    base = dataclasses.replace(plan.config, method=method, seed=seed, eval_split="validation")
+def tuning_cells(plan: Plan, method: str, lr: float) -> list[Cell]:
+    """The runs that try a learning rate for a method, one for each tuning seed."""
+    base = dataclasses.replace(plan.config, method=method, eval_split="validation")
     return [
         Cell(
             f"{method}, lr {lr:g}",
-            at_rate(base, lr),
-            plan.out / "tuning" / f"{slug(method)}-lr{lr:g}",
+            at_rate(dataclasses.replace(base, seed=seed), lr),
+            plan.out / "tuning" / f"{slug(method)}-lr{lr:g}-seed{seed}",
         )
-        for lr in plan.lr_grid
+        for seed in tuning_seeds(plan.seeds)
     ]

@@ -7,13 +7,14 @@ settings of a row are those of its comparison. Runs of the search are rows of th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.engines.fingerprints import fingerprints
-from plait.experiments.executors import CellEnded, Executor, Failure
+from plait.experiments.cell_state import FAILURE, keep_failure, state, waiting
+from plait.experiments.executors import CellEnded, Executor
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
@@ -25,21 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RESULTS = "results.parquet"
-FAILURE = "failure.json"
 IN_SUMMARY = tuple(name for name, one in FIGURES.items() if one.take)
-
-
-# -- the state of a run
-
-
-def state(cell: Cell) -> tuple[str, str]:
-    """`finished`, `diverged`, `failed` or `missing`, and the reason of a failure."""
-    if (cell.folder / "summary.json").is_file():
-        return "finished", ""
-    if (cell.folder / FAILURE).is_file():
-        failure = Failure(**json.loads((cell.folder / FAILURE).read_text()))
-        return "diverged" if failure.diverged else "failed", failure.reason
-    return "missing", ""
 
 
 def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
@@ -61,19 +48,12 @@ def carried_out(cells: list[Cell], executor: Executor) -> Iterator[Cell]:
     for cell, said in executor(todo):
         if not isinstance(said, CellEnded):
             continue
-        failure = said.failure
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        if failure:
-            write_atomically(cell.folder / FAILURE, json.dumps(vars(failure)) + "\n")
+        if said.failure:
+            keep_failure(cell, said.failure)
         elif not (cell.folder / MADE_BY).is_file():  # begun by an older plait
             text = json.dumps({"version": code_version()}) + "\n"
             write_atomically(cell.folder / MADE_BY, text)
         yield cell
-
-
-def waiting(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells that are to be carried out: those with neither figures nor a diverged training."""
-    return [cell for cell in cells if state(cell)[0] in ("missing", "failed")]
 
 
 def failures(sweep: Sweep) -> list[str]:
@@ -96,6 +76,7 @@ def collect(sweep: Sweep) -> pd.DataFrame:
     """The rows of all runs that the sweep's folder has, and of those that it should have.
 
     Columns: `kind` (`tuning` or `reported`), `label` (the line), `digest` (of the run's config),
+    `pilot` (`Plan.pilot`),
     `version` (of the code that finished the run), `state`, `reason`, `folder`; then the settings
     of the comparison with the run's method, lr, seed and eval_split, and the figures of the run.
     """
@@ -105,7 +86,7 @@ def collect(sweep: Sweep) -> pd.DataFrame:
     for plan in sweep.plans:
         tuning = [cell for m in plan.searched for cell in sweep.tuning_cells(plan, m)]
         rows += [_row(cell, cell.config.to_json(), "tuning", sweep) for cell in tuning]
-        settings = plan.config.to_json()
+        settings = plan.config.to_json() | {"pilot": plan.pilot}
         reported = sweep.reported_cells(plan)
         rows += [_row(cell, settings, "reported", sweep) for cell in reported]
     frame = pd.DataFrame(rows)

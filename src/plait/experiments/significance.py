@@ -6,13 +6,19 @@ difference on a seed has much less spread than either score. With n seeds and di
     mean(d) +- t_{n-1} s / sqrt(n),    p = P(|T_{n-1}| >= |mean(d)| sqrt(n) / s)
 
 and the p-values of all comparisons made in one table are adjusted by Holm (1979).
+
+Where seeds are added until intervals are short enough, n follows from the spread s of the first m
+of them alone, and s and m - 1 degrees stay what they were (Stein 1945, A two-sample test for a
+linear hypothesis whose power is independent of the variance). As mean and spread of normal
+differences are independent, the error rates hold exactly, however many were added. Looking again
+after each seed would not have that.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +47,13 @@ class Estimate:
         return f"{self.mean:{sign}.3f}{reach}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], pilot: int | None = None) -> Estimate:
     """The mean of `values` (n,), its t interval, and the t-test against zero.
+
+    Args:
+        values: Of a seed each.
+        pilot: From the spread of how many of them, the first, their number followed; their number
+            was given if None.
 
     Example:
         >>> estimate([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
@@ -51,10 +62,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     from scipy.stats import t as student  # half a second to import
 
     mean = float(np.mean(values))
-    if len(values) < 2:
+    first = values[:pilot]
+    if len(first) < 2:
         return Estimate(mean, None, None, None)
-    degrees = len(values) - 1
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    degrees = len(first) - 1
+    error = float(np.std(first, ddof=1)) / math.sqrt(len(values))
     reach = float(student.ppf((1 + LEVEL) / 2, degrees)) * error
     # Rounding leaves a spread of 1e-17 between equal differences; that is no spread.
     spread = error > 1e-12 * max(1.0, abs(mean))
@@ -98,16 +110,19 @@ class Difference:
         return self.estimate.shown("+") + STAR * self.significant
 
 
-def differences(scores: dict[str, list[float]], reference: str) -> list[Difference]:
+def differences(
+    scores: Mapping[str, Sequence[float]], reference: str, pilot: int | None = None
+) -> list[Difference]:
     """The reference against every other method.
 
     Args:
         scores: Label -> (n,) scores, the same seeds in the same order for all.
         reference: The label that is compared with the others.
+        pilot: As for `estimate`.
     """
     mine = np.array(scores[reference])
     found = {
-        label: estimate((mine - np.array(theirs)).tolist())
+        label: estimate((mine - np.array(theirs)).tolist(), pilot)
         for label, theirs in scores.items()
         if label != reference
     }
@@ -116,19 +131,44 @@ def differences(scores: dict[str, list[float]], reference: str) -> list[Differen
     return [Difference(label, one, adjusted.get(label)) for label, one in found.items()]
 
 
-def stands_out(scores: dict[str, list[float]]) -> str | None:
+def seeds_needed(
+    scores: Mapping[str, Sequence[float]], reference: str, reach: float, at_most: int
+) -> int:
+    """How many seeds it takes until each difference's interval reaches no further (Stein 1945).
+
+    Args:
+        scores: Label -> (m,) scores of the first seeds.
+        reference: The label that is compared with the others.
+        reach: Half of the interval's length.
+        at_most: Not more than these.
+
+    Example:
+        >>> seeds_needed({"a": [0.9, 0.8, 0.9], "b": [0.7, 0.7, 0.8]}, "a", 0.1, at_most=20)
+        7
+    """
+    m = len(scores[reference])
+    found = (one.estimate for one in differences(scores, reference))
+    reaches = (one.high - one.mean for one in found if one.high is not None)
+    needed = max((math.ceil(m * (one / reach) ** 2 - 1e-9) for one in reaches), default=m)
+    return max(m, min(needed, at_most))
+
+
+def stands_out(scores: Mapping[str, Sequence[float]], pilot: int | None = None) -> str | None:
     """The label with the best mean, if it is significantly better than each of the others.
 
     Which one is best is known only after looking, so the p-values of all pairs are adjusted.
 
     Args:
         scores: Label -> (n,) scores, the same seeds in the same order for all.
+        pilot: As for `estimate`.
     """
     if len(scores) < 2:
         return None
     best = max(scores, key=lambda label: float(np.mean(scores[label])))
     pairs = list(itertools.combinations(scores, 2))
-    tests = [estimate((np.array(scores[a]) - np.array(scores[b])).tolist()).p for a, b in pairs]
+    tests = [
+        estimate((np.array(scores[a]) - np.array(scores[b])).tolist(), pilot).p for a, b in pairs
+    ]
     tested = [(pair, p) for pair, p in zip(pairs, tests, strict=True) if p is not None]
     adjusted = holm([p for _, p in tested])
     beaten = [pair for (pair, _), p in zip(tested, adjusted, strict=True) if p <= 1 - LEVEL]

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from plait.config import Config, Machine, TopologySettings, names_of
 from plait.engines.job import MATERIAL
-from plait.experiments.comparison import best_rate, entries_at
+from plait.experiments.comparison import entries_at, seeds_of
 from plait.experiments.grid_file import read_grid
 from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
+from plait.experiments.rate_search import best_rate, qualities, searched_cells
 from plait.machine.files import write_atomically
 from plait.machine.text_files import read_text
 from plait.methods import build_method, settled
@@ -57,9 +58,12 @@ class Sweep:
     machine: Machine
 
     def tuning_cells(self, plan: Plan, method: str) -> list[Cell]:
-        """The runs that find a method's learning rate for a comparison."""
+        """The runs that find a method's learning rate for a comparison, as far as is known."""
         at = dataclasses.replace(plan, config=dataclasses.replace(plan.config, **self.search_at))
-        return [self._placed(cell, "tuning") for cell in tuning_cells(at, method)]
+        return searched_cells(
+            plan.lr_grid,
+            lambda lr: [self._placed(cell, "tuning") for cell in tuning_cells(at, method, lr)],
+        )
 
     def rates(self, plan: Plan) -> dict[str, float]:
         """What the searches of a comparison have found; methods that found nothing are left out."""
@@ -67,7 +71,7 @@ class Sweep:
         return {
             method: best_rate(method, cells)
             for method, cells in searches.items()
-            if any((cell.folder / "summary.json").is_file() for cell in cells)
+            if qualities(cells)
         }
 
     def lost(self, plan: Plan) -> list[str]:
@@ -81,8 +85,10 @@ class Sweep:
         return self._lines(dataclasses.replace(plan, methods=methods)) if methods else []
 
     def _lines(self, plan: Plan) -> list[Cell]:
-        lines = itertools.product(plan.seeds, entries_at(plan, self.rates(plan)))
-        return [self._placed(reported_cell(plan, entry, seed), "runs") for seed, entry in lines]
+        lines = entries_at(plan, self.rates(plan))
+        place = partial(self._placed, kind="runs")
+        pairs = itertools.product(seeds_of(plan, lines, place), lines)
+        return [place(reported_cell(plan, entry, seed)) for seed, entry in pairs]
 
     def _placed(self, cell: Cell, kind: str) -> Cell:
         config = effective(cell.config, self.config)
@@ -108,6 +114,14 @@ class Sweep:
             for m in plan.searched
             for cell in self.tuning_cells(plan, m)
         )
+
+    def turns(self) -> Iterator[list[Cell]]:
+        """All runs, the searches' first, in turns: what is next follows from what has ended."""
+        for runs in (lambda: self.search, lambda: self.reported):
+            tried: set[Path] = set()
+            while cells := [cell for cell in runs() if cell.folder not in tried]:
+                yield cells
+                tried |= {cell.folder for cell in cells}
 
     @property
     def reported(self) -> list[Cell]:

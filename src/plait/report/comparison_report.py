@@ -63,14 +63,14 @@ def notes(conclusion: Conclusion) -> list[str]:
     plan, outcomes = conclusion.plan, conclusion.outcomes
     begun = started({"": outcomes[0].events})
     assert begun is not None
-    seeds = ", ".join(map(str, plan.seeds))
+    seeds = ", ".join(f"{seed:g}" for seed in outcomes[0].values("seed"))
     found = [
         verdict(conclusion),
         f"{begun.task}, {plan.config.clients} clients, {plan.config.topology}, "
         f"{plan.config.rounds} rounds; seeds {seeds}, paired"
         + (f"; majority class {begun.majority:.3f}." if begun.majority else "."),
     ]
-    if len(plan.seeds) > 1:
+    if len(outcomes[0].folders) > 1:
         found.append("±: 95% t interval over seeds; of differences, over pairs with the same seed.")
     if any(one.significant for one in conclusion.differences):
         found.append(f"{STAR.strip()}: significant at .05 after Holm's correction.")
@@ -114,7 +114,7 @@ def to_json(conclusion: Conclusion) -> dict[str, Any]:
     return {
         "config": plan.config.to_json(),
         "metric": conclusion.metric,
-        "seeds": list(plan.seeds),
+        "seeds": [int(seed) for seed in conclusion.outcomes[0].values("seed")],
         "reference": plan.methods[0],
         "best_rival": rival.rival if rival else None,
         "verdict": verdict(conclusion),
@@ -139,7 +139,7 @@ def to_json(conclusion: Conclusion) -> dict[str, Any]:
                 "p": one.estimate.p,
                 "p_holm": one.p_holm,
                 "significant": one.significant,
-                "in_words": significance(one, len(plan.seeds)),
+                "in_words": significance(one, len(conclusion.outcomes[0].folders)),
             }
             for one in conclusion.differences
         ],

@@ -126,7 +126,7 @@ def _keys(study: Study) -> dict[str, Track]:
 
 def _facts(study: Study, begun: Started | None) -> list[tuple[str, str]]:
     values = {name: value for name, value, _ in settings(*study.configs)}
-    seeds = study.plan.seeds if study.plan else study.seeds
+    seeds = sorted({*study.seeds, *(study.plan.seeds if study.plan else ())})
     found = [
         ("task", begun.task if begun else values["task"]),
         *((name, values[name]) for name in ("clients", "topology", "rounds")),

@@ -19,8 +19,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from plait.config import Config
-from plait.experiments.comparison import Conclusion, Outcome, conclude
-from plait.experiments.plan import PLAN, Entry, Plan, load_plan, run_folder, tuning_cells
+from plait.experiments.comparison import (
+    Conclusion,
+    Outcome,
+    conclude,
+    entries,
+    search_cells,
+    seeds_of,
+)  # fmt: skip
+from plait.experiments.plan import PLAN, Entry, Plan, load_plan, run_folder
 from plait.experiments.significance import Difference, differences
 from plait.peers.federation import in_common
 from plait.report.recorded_run import JoinedPeers, Track
@@ -78,8 +85,12 @@ class Study:
     @property
     def finished(self) -> bool:
         """Whether every run is done, those that were planned and have not begun included."""
+        if not all(track.finished for _, track in self.tracks):
+            return False
         planned = len(self.plan.seeds) * len(self.groups) if self.plan else 0
-        return len(self.tracks) >= planned and all(track.finished for _, track in self.tracks)
+        if self.plan and self.plan.until and len(self.tracks) >= planned:
+            planned = len(seeds_of(self.plan, entries(self.plan))) * len(self.groups)
+        return len(self.tracks) >= planned
 
     def conclusion(self) -> Conclusion | None:
         """The result of a comparison that is done."""
@@ -220,11 +231,13 @@ def _each_read(
 
 
 def _comparison(plan: Plan, known: dict[Path, Track], unread: list[str]) -> Study:
-    places = {label: [run_folder(plan, label, s) for s in plan.seeds] for label in plan.labels}
+    most = plan.first_seeds(plan.at_most) if plan.until else plan.seeds
+    places = {label: [run_folder(plan, label, s) for s in most] for label in plan.labels}
     if not any(map(_is_run, (path for paths in places.values() for path in paths))):
         # Still at the search for learning rates.
-        cells = [cell for method in plan.searched for cell in tuning_cells(plan, method)]
-        places = {cell.label: [cell.folder] for cell in cells}
+        places = {}
+        for cell in search_cells(plan):
+            places.setdefault(cell.label, []).append(cell.folder)
     groups = {
         label: _readable(filter(_is_run, paths), known, unread) for label, paths in places.items()
     }
@@ -381,6 +394,8 @@ def compare_command(plan: Plan) -> str:
     """The `plait compare` of a plan."""
     words = ["plait", "compare", *flags(plan.config, leave_out=("method", "seed"))]
     words += ["--methods", ",".join(plan.methods), "--seeds", ",".join(map(str, plan.seeds))]
+    if plan.until:
+        words += ["--until", f"{plan.until:g}", "--at-most", str(plan.at_most)]
     if plan.lrs:
         words += ["--lrs", ",".join(f"{method}={lr!r}" for method, lr in plan.lrs.items())]
     if plan.lr_grid:

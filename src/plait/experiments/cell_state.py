@@ -1,0 +1,46 @@
+"""How a run of a comparison or a sweep stands, by what is in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from plait.experiments.plan import Cell
+from plait.machine.files import write_atomically
+
+FAILURE = "failure.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result.
+
+    Attributes:
+        reason: In words.
+        diverged: Training diverged: it would again, so the run is not tried again.
+    """
+
+    reason: str
+    diverged: bool = False
+
+
+def state(cell: Cell) -> tuple[str, str]:
+    """`finished`, `diverged`, `failed` or `missing`, and the reason of a failure."""
+    if (cell.folder / "summary.json").is_file():
+        return "finished", ""
+    if (cell.folder / FAILURE).is_file():
+        failure = Failure(**json.loads((cell.folder / FAILURE).read_text()))
+        return "diverged" if failure.diverged else "failed", failure.reason
+    return "missing", ""
+
+
+def keep_failure(cell: Cell, failure: Failure) -> None:
+    """Write into a run's folder why it has no result."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(cell.folder / FAILURE, json.dumps(vars(failure)) + "\n")
+
+
+def waiting(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that are to be carried out: those with neither figures nor a diverged training."""
+    return [cell for cell in cells if state(cell)[0] in ("missing", "failed")]
