@@ -116,6 +116,8 @@ class Evaluated:
             clients together. After the last round of a classification, with `--stop-after` after
             each that is evaluated; else empty.
         averaged_confusion: The same of the model with the mean factors; empty between peers.
+        hits: (rows,) how many of the clients' own models were right on each row. When and where
+            `confusion` is there, and for language models that choose between options.
         own_scores: (N,) each client's own model on held-out rows of its own. With `--test-split
             client`, and where all rows are evaluated; else empty.
         own_rows: (N,) how many these are.
@@ -130,6 +132,7 @@ class Evaluated:
     seconds: float
     confusion: list[list[int]] = dataclasses.field(default_factory=list)
     averaged_confusion: list[list[int]] = dataclasses.field(default_factory=list)
+    hits: list[int] = dataclasses.field(default_factory=list)
     own_scores: list[float] = dataclasses.field(default_factory=list)
     own_rows: list[int] = dataclasses.field(default_factory=list)
 
@@ -200,6 +203,8 @@ def all_active(said: Sequence[RoundDone]) -> str:
 def together(parts: Sequence[Evaluated]) -> Evaluated:
     """One evaluation of those of some clients each; the first of them has the averaged model's."""
     tables = [one.confusion for one in parts]
+    hits = [one.hits for one in parts]
+    same = len(set(map(len, hits))) == 1  # peers may have held-out rows of their own
     names = ("scores", "losses", "own_scores", "own_rows")
     joined: dict[str, Any] = {
         name: [x for one in parts for x in getattr(one, name)] for name in names
@@ -208,6 +213,7 @@ def together(parts: Sequence[Evaluated]) -> Evaluated:
         parts[0],
         **joined,
         seconds=max(one.seconds for one in parts),
+        hits=[sum(row) for row in zip(*hits, strict=True)] if same else [],
         confusion=[
             [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)
         ],

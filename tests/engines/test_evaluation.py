@@ -56,6 +56,7 @@ def test_the_last_evaluation_counts_what_was_called_what(metric):
     labels = np.tile(job.held_out.labels, 3)
     assert found.confusion == confusion_matrix(labels, called.ravel()).tolist()
     assert np.sum(found.averaged_confusion) == len(job.held_out)
+    assert found.hits == (called == labels[: len(job.held_out)]).sum(axis=0).tolist()
     wanted = precision_recall_fscore_support(labels, called.ravel(), zero_division=0.0)
     np.testing.assert_allclose(class_scores(found.confusion), np.stack(wanted[:3], axis=1))
     assert macro_f1(found.confusion) == pytest.approx(wanted[2].mean())

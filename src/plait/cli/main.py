@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 
 from plait.cli import audit as cli_audit
+from plait.cli import benchmark as cli_benchmark
 from plait.cli import cert as cli_cert
 from plait.cli import data as cli_data
 from plait.cli import doctor as cli_doctor
@@ -233,6 +234,11 @@ COMMANDS: dict[str, CommandRow] = {
     ),
     "table": CommandRow(
         cli_sweep.table, "print a sweep's table, with what is significant", cli_sweep.TableCommand
+    ),
+    "benchmark": CommandRow(
+        cli_benchmark.benchmark,
+        "run the benchmark: what of the papers' claims holds",
+        cli_benchmark.Benchmark,
     ),
     "runs": CommandRow(cli_runs.runs, "list run folders: settings, rounds, score", cli_runs.Runs),
     "predict": CommandRow(

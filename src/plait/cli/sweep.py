@@ -64,9 +64,7 @@ def sweep(args: list[str]) -> int:
     axes = {k: row for k, row in values.get("axes", {}).items() if isinstance(row, list) and row}
     first = {name: row[0] for name, row in axes.items()}
     check_first(changed(config, first, f"{given.file}: axes"), machine)
-    from plait.experiments import results
-    from plait.experiments.executors import executor_for, num_jobs
-    from plait.experiments.sweep import claim, load_sweep
+    from plait.experiments.sweep import load_sweep
 
     grid = load_sweep(given.file, given.out, given.small, given.plugin)
     left_out = math.prod(map(len, grid.axes.values())) - len(grid.plans)
@@ -75,8 +73,23 @@ def sweep(args: list[str]) -> int:
             f"{left_out} combination{'s' * (left_out > 1)} of the axes would run what another one "
             "does, as a setting makes no difference there: left out."
         )
-    context = executor_for(num_jobs(grid.machine.device, given.jobs), machine=grid.machine)
-    claim(grid, given.file)
+    return int(carry_out(grid, given.file, given.jobs))
+
+
+def carry_out(grid: Sweep, file: Path, jobs: int) -> bool:
+    """Run a sweep, or go on with it; whether runs failed, which are then listed.
+
+    Args:
+        grid: The sweep.
+        file: What it was read from.
+        jobs: Runs at a time.
+    """
+    from plait.experiments import results
+    from plait.experiments.executors import executor_for, num_jobs
+    from plait.experiments.sweep import claim
+
+    context = executor_for(num_jobs(grid.machine.device, jobs), machine=grid.machine)
+    claim(grid, file)
     progress = Progress(grid)
     try:
         with context as executor:
@@ -86,12 +99,12 @@ def sweep(args: list[str]) -> int:
                         progress.show(cell)
     finally:
         frame = results.collect(grid)
-        results.save(frame, given.out)
+        results.save(frame, grid.out)
     failed = results.failures(grid)
     for line in failed:
         print(f"failed: {as_settings(line)}", file=sys.stderr)
-    print(f"{given.out}: {len(frame)} rows in {results.RESULTS}; `plait table {given.out}`")
-    return 1 if failed else 0
+    print(f"{grid.out}: {len(frame)} rows in {results.RESULTS}; `plait table {grid.out}`")
+    return bool(failed)
 
 
 class Progress:

@@ -68,6 +68,8 @@ def judge(
         confusion(job.task, answers, some, tokens.labels) if last and len(some) else []
         for some in (whose[:own], whose[own:])
     ]
+    called = answers if job.choices else classes(job.task, answers)
+    hits = [] if called is None or not last else (called == right)[whose[:own]].sum(axis=0).tolist()
     whole = job.own_rows and len(rows) == len(job.held_out)
     chosen_rows = [job.own_rows[client] for client in clients] if whole else []
     return Evaluated(
@@ -80,6 +82,7 @@ def judge(
         seconds=time.perf_counter() - begin,
         confusion=tables[0],
         averaged_confusion=tables[1],
+        hits=hits,
         own_scores=[
             job.score(answers[k][chosen], tokens.labels[chosen])
             for k, chosen in zip(whose, chosen_rows, strict=False)
@@ -99,14 +102,21 @@ def confusion(
         models: Which of the n to count; one may come more than once.
         labels: (Q,) the classes.
     """
-    if not task.objective.has_classes:
+    called = classes(task, answers)
+    if called is None:
         return []
     C = task.num_outputs
-    outputs = torch.from_numpy(answers)
-    called = answers if answers.ndim == 2 else task.objective.answer(outputs).numpy()
     counts = np.bincount((labels * C + called[models]).ravel(), minlength=C * C)
     table: list[list[int]] = counts.reshape(C, C).tolist()
     return table
+
+
+def classes(task: Task, answers: np.ndarray) -> np.ndarray | None:
+    """(n, Q) the classes of answers (n, Q) or outputs (n, Q, C); None of a task without classes."""
+    if not task.objective.has_classes or answers.ndim == 2:
+        return answers if task.objective.has_classes else None
+    found: np.ndarray = task.objective.answer(torch.from_numpy(answers)).numpy()
+    return found
 
 
 def evaluation(

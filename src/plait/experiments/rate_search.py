@@ -1,7 +1,7 @@
-"""The search for a method's learning rate: each rate of a grid, and beyond it while the best is its edge.
+"""The search for a method's learning rate: a grid, and beyond it while the best is at its edge.
 
-Rates run on the validation split with seeds that aren't reported. What is searched next follows from
-the folders of what has ended, so that a search that was cut off goes on where it was.
+Rates run on the validation split with seeds that aren't reported. What is searched next follows
+from the folders of what has ended, so that a search that was cut off goes on where it was.
 """
 
 from __future__ import annotations

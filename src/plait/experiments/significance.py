@@ -153,6 +153,31 @@ def seeds_needed(
     return max(m, min(needed, at_most))
 
 
+def rows_interval(apart: Sequence[np.ndarray], draws: int = 2000) -> tuple[float, float]:
+    """A bootstrap interval of a mean difference over seeds *and* test rows, both drawn anew.
+
+    The t interval is of other seeds on the same test rows; this one is of other rows, too
+    (Owen 2007, The pigeonhole bootstrap, arXiv 0712.1111).
+
+    Args:
+        apart: For each task (n, rows), the difference on each test row with each of n seeds; the
+            mean over tasks is what counts.
+        draws: How many times to draw.
+
+    Returns:
+        Its percentiles (1 - LEVEL) / 2 and (1 + LEVEL) / 2.
+    """
+    random, seeds = np.random.default_rng(0), len(apart[0])
+    of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
+    means = np.zeros(draws)
+    for task in apart:
+        rows = task.shape[1]
+        of_rows = random.multinomial(rows, np.full(rows, 1 / rows), draws) / rows
+        means += ((of_seeds @ task) * of_rows).sum(axis=1) / len(apart)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def stands_out(scores: Mapping[str, Sequence[float]], pilot: int | None = None) -> str | None:
     """The label with the best mean, if it is significantly better than each of the others.
 

@@ -1,0 +1,284 @@
+"""What papers claim of these methods, and the rule by which a benchmark says whether it holds.
+
+A claim names two sides, each a line of the benchmark's table with some settings, and says that the
+first one is better. It is tested on the mean over the tasks of its part, over paired seeds; the
+p-values of all claims of a benchmark are adjusted together (Holm). The rule, in this order:
+
+    holds            adjusted p at most .05, and the difference is as claimed
+    is contradicted  adjusted p at most .05, and it is the other way round
+    makes no odds    the interval lies within +-MARGIN: whatever there is, is smaller
+    is undecided     anything else: more seeds would be needed; the interval says how many
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from plait.experiments.significance import LEVEL, Estimate, estimate, holm, rows_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORE = "accuracy_client_mean"
+MARGIN = 0.01
+"""A difference of scores that is too small to matter."""
+
+Hits = Callable[[Path], np.ndarray]
+"""A run's folder -> (rows,) the share of its clients that were right on each test row; empty where
+that isn't known."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a claim.
+
+    Attributes:
+        label: The line of the table.
+        where: Setting -> its value, where the part has several.
+        figure: The column that is compared.
+    """
+
+    label: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+    figure: str = SCORE
+
+    def of(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Its finished runs, of the rows of a part."""
+        chosen = (frame["label"] == self.label) & (frame["state"] == "finished")
+        for name, value in self.where.items():
+            chosen &= frame[name] == value
+        return frame[chosen & (frame["kind"] == "reported")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A row of `CLAIMS`.
+
+    Attributes:
+        says: What is claimed, with the published figures; they are second-hand.
+        source: Who does.
+        part: The part of the benchmark that tests it.
+        ours: The side that is claimed to be better.
+        theirs: The other one.
+        lower: Whether the lower figure is the better one.
+    """
+
+    says: str
+    source: str
+    part: str
+    ours: Side
+    theirs: Side
+    lower: bool = False
+
+
+ADF, TAD, ROLORA = "arXiv 2511.18291", "arXiv 2602.00451", "arXiv 2502.01755"
+
+CLAIMS: dict[str, Claim] = {
+    "adf-over-dec-lora": Claim(
+        says="ADF-LoRA is more accurate than Dec-LoRA where clients hardly meet "
+        "(p = .1, mean of four tasks .8505 against .8458)",
+        source=ADF,
+        part="main",
+        ours=Side("adf"),
+        theirs=Side("dec-lora"),
+    ),
+    "adf-over-matched": Claim(
+        says="It is also more accurate than Dec-LoRA at half of its rate, so the gain is not that "
+        "of smaller steps (nobody claims that; without it the first claim says little)",
+        source="this project's control",
+        part="main",
+        ours=Side("adf"),
+        theirs=Side("dec-lora (matched)"),
+    ),
+    "adf-over-ffa": Claim(
+        says="ADF-LoRA is more accurate than FFA-LoRA (.8505 against .8268)",
+        source=ADF,
+        part="main",
+        ours=Side("adf"),
+        theirs=Side("ffa"),
+    ),
+    "adf-over-rolora": Claim(
+        says="ADF-LoRA is more accurate than RoLoRA without a server (.8505 against .8284)",
+        source=ADF,
+        part="main",
+        ours=Side("adf"),
+        theirs=Side("rolora"),
+    ),
+    "adf-faster": Claim(
+        says="ADF-LoRA converges faster than Dec-LoRA: its mean accuracy over the evaluations "
+        "between first and last is higher",
+        source=ADF,
+        part="main",
+        ours=Side("adf", figure="area"),
+        theirs=Side("dec-lora", figure="area"),
+    ),
+    "adf-smoother": Claim(
+        says="ADF-LoRA converges more smoothly than Dec-LoRA: its accuracy changes less unevenly "
+        "from evaluation to evaluation",
+        source=ADF,
+        part="main",
+        ours=Side("adf", figure="roughness"),
+        theirs=Side("dec-lora", figure="roughness"),
+        lower=True,
+    ),
+    "rolora-per-byte": Claim(
+        says="With the same bytes sent, RoLoRA, which sends one factor, is more accurate than "
+        "ADF-LoRA, which sends both (not claimed; the question that bytes ask)",
+        source="this project's question",
+        part="main",
+        ours=Side("rolora"),
+        theirs=Side("adf", figure="at_half"),
+    ),
+    "switching-5-over-1": Claim(
+        says="Phases of T = 5 rounds are better than T = 1 (.8505 against .8435)",
+        source=ADF,
+        part="switching",
+        ours=Side("adf", {"switch_every": 5}),
+        theirs=Side("adf", {"switch_every": 1}),
+    ),
+    "switching-5-over-10": Claim(
+        says="Phases of T = 5 rounds are better than T = 10 (.8505 against .8393)",
+        source=ADF,
+        part="switching",
+        ours=Side("adf", {"switch_every": 5}),
+        theirs=Side("adf", {"switch_every": 10}),
+    ),
+    "tad-sparse": Claim(
+        says="Where clients meet very rarely, TAD-LoRA, whose T follows from the graph, is more "
+        "accurate than Dec-LoRA (p = .02, .8032 against .7798)",
+        source=TAD,
+        part="density",
+        ours=Side("tad", {"p": 0.02}),
+        theirs=Side("dec-lora", {"p": 0.02}),
+    ),
+    "tad-over-adf": Claim(
+        says="There T from the graph is better than T = 5",
+        source=TAD,
+        part="density",
+        ours=Side("tad", {"p": 0.02}),
+        theirs=Side("adf", {"p": 0.02}),
+    ),
+    "tad-dense": Claim(
+        says="Where clients meet often, Dec-LoRA is at least as good (p = .5, .8754 against .8731)",
+        source=TAD,
+        part="density",
+        ours=Side("dec-lora", {"p": 0.5}),
+        theirs=Side("tad", {"p": 0.5}),
+    ),
+    "rolora-many-clients": Claim(
+        says="With many clients plain averaging of both factors collapses and RoLoRA doesn't "
+        "(50 clients, exact averaging, .7072 against .8581)",
+        source=ROLORA,
+        part="clients",
+        ours=Side("rolora", {"clients": 30}),
+        theirs=Side("dec-lora", {"clients": 30}),
+    ),
+}
+"""By name. `figure` may be a figure of the summary or one of `curves.CURVES`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a benchmark found of a claim.
+
+    Attributes:
+        name: The claim's key.
+        claim: The claim.
+        apart: The difference, above zero where it is as claimed, over seeds.
+        values: Of each paired seed, the difference.
+        p_holm: Adjusted for all claims of the benchmark.
+        rows: The bootstrap interval over seeds and test rows, where those are known.
+        means: The means of both sides.
+    """
+
+    name: str
+    claim: Claim
+    apart: Estimate
+    values: tuple[float, ...]
+    p_holm: float | None
+    rows: tuple[float, float] | None
+    means: tuple[float, float]
+
+    @property
+    def effect(self) -> float | None:
+        """The mean difference in standard deviations over seeds (Cohen's d for pairs)."""
+        spread = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+        return self.apart.mean / spread if spread > 0 else None
+
+    @property
+    def verdict(self) -> str:
+        """What the rule says."""
+        one = self.apart
+        if self.p_holm is not None and self.p_holm <= 1 - LEVEL:
+            return "holds" if one.mean > 0 else "is contradicted"
+        if one.low is not None and one.high is not None and -MARGIN < one.low <= one.high < MARGIN:
+            return "makes no odds"
+        return "is undecided"
+
+
+def judged(frame: pd.DataFrame, hits: Hits) -> list[Finding]:
+    """What a benchmark's rows say of the claims that they can test.
+
+    Args:
+        frame: The rows, with a column `part`.
+        hits: Finds what is known of test rows.
+    """
+    found = {name: _compared(name, one, frame, hits) for name, one in CLAIMS.items()}
+    there = [one for one in found.values() if one is not None]
+    tested = {one.name: one.apart.p for one in there if one.apart.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return [_with_p(one, adjusted.get(one.name)) for one in there]
+
+
+def _with_p(one: Finding, p_holm: float | None) -> Finding:
+    return Finding(one.name, one.claim, one.apart, one.values, p_holm, one.rows, one.means)
+
+
+def _compared(name: str, claim: Claim, frame: pd.DataFrame, hits: Hits) -> Finding | None:
+    part = frame[frame["part"] == claim.part]
+    if part.empty:
+        return None
+    sides = [side.of(part) for side in (claim.ours, claim.theirs)]
+    columns = (claim.ours.figure, claim.theirs.figure)
+    if any(
+        side.empty or side[name].isna().all() for side, name in zip(sides, columns, strict=True)
+    ):
+        return None
+    tables = [s.pivot(index="seed", columns="task", values=c)
+              for s, c in zip(sides, columns, strict=True)]  # fmt: skip
+    seeds = [seed for seed in tables[0].index if all(_complete(table, seed) for table in tables)]
+    if not seeds:
+        return None
+    ours, theirs = (table.loc[seeds].mean(axis=1).to_numpy() for table in tables)
+    values = tuple(((theirs - ours) if claim.lower else (ours - theirs)).tolist())
+    pilots = part["pilot"].dropna()
+    pilot = int(pilots.max()) if len(pilots) else None
+    rows = _over_rows(sides, seeds, hits) if set(columns) == {SCORE} else None
+    means = float(ours.mean()), float(theirs.mean())
+    return Finding(name, claim, estimate(values, pilot), values, None, rows, means)
+
+
+def _complete(table: pd.DataFrame, seed: int) -> bool:
+    return seed in table.index and bool(table.loc[seed].notna().all())
+
+
+def _over_rows(
+    sides: Sequence[pd.DataFrame], seeds: Sequence[int], hits: Hits
+) -> tuple[float, float] | None:
+    """The interval over rows and seeds, if all runs say which rows they got right."""
+    apart = []
+    for task in dict.fromkeys(sides[0]["task"]):
+        of_sides = []
+        for side in sides:
+            folders = side[side["task"] == task].set_index("seed")["path"]
+            right = [hits(Path(folders[seed])) for seed in seeds]
+            if len({len(one) for one in right}) != 1 or not len(right[0]):
+                return None
+            of_sides.append(np.stack(right))
+        apart.append(of_sides[0] - of_sides[1])
+    return rows_interval(apart)

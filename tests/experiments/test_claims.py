@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fake_runs import FakeRuns, events
+from plait.cli.main import main
+from plait.config import Config
+from plait.experiments import benchmark
+from plait.experiments import executors as workers
+from plait.experiments.claims import CLAIMS, judged
+from plait.experiments.curves import curve_figures
+from plait.experiments.results import load
+from plait.experiments.significance import rows_interval
+from plait.methods import METHODS
+
+SEEDS = range(6)
+NOTHING = np.array([])
+
+
+def frame(**gaps: list[float]) -> pd.DataFrame:
+    """Rows of the part `main`: ADF-LoRA at .8, each rival below it by its gaps, a seed each."""
+    lines = {"adf": [0.0] * 6, **{k.replace("_", "-"): v for k, v in gaps.items()}}
+    rows = [
+        {
+            "part": "main", "kind": "reported", "state": "finished", "label": label, "task": task,
+            "seed": seed, "accuracy_client_mean": 0.8 - apart[seed], "pilot": None, "at_half": 0.7,
+            "area": np.nan, "roughness": 0.1, "path": f"{label}-{task}-{seed}",
+        }
+        for label, apart in lines.items() for task in ("trec", "movies") for seed in SEEDS
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def verdicts(rows: pd.DataFrame) -> dict[str, str]:
+    return {one.name: one.verdict for one in judged(rows, lambda _: NOTHING)}
+
+
+def test_each_verdict_follows_from_the_rule():
+    found = verdicts(frame(
+        dec_lora=[0.05, 0.06, 0.05, 0.04, 0.05, 0.05],
+        ffa=[-0.05, -0.06, -0.05, -0.04, -0.05, -0.05],
+        rolora=[0.001, -0.002, 0.001, 0.002, -0.001, 0.0],
+        **{"dec-lora (matched)": [0.1, -0.1, 0.05, -0.07, 0.02, 0.04]},
+    ))  # fmt: skip
+    assert found["adf-over-dec-lora"] == "holds"
+    assert found["adf-over-ffa"] == "is contradicted"
+    assert found["adf-over-rolora"] == "makes no odds"
+    assert found["adf-over-matched"] == "is undecided"
+    assert "adf-faster" not in found  # no run was evaluated in between
+    assert "tad-sparse" not in found  # that part isn't there
+
+
+def test_a_claim_is_corrected_for_all_others():
+    alone = frame(dec_lora=[0.05, 0.01, 0.03, 0.04, 0.0, 0.02])
+    (one,) = (o for o in judged(alone, lambda _: NOTHING) if o.name == "adf-over-dec-lora")
+    expected = stats.ttest_1samp([0.05, 0.01, 0.03, 0.04, 0.0, 0.02], 0).pvalue
+    assert one.apart.p == pytest.approx(expected)
+    assert one.p_holm == one.apart.p
+    rivals = {"ffa": [0.0, 0.01] * 3, "rolora": [0.01, 0.0] * 3}
+    more = frame(dec_lora=[0.05, 0.01, 0.03, 0.04, 0.0, 0.02], **rivals)
+    (one,) = (o for o in judged(more, lambda _: NOTHING) if o.name == "adf-over-dec-lora")
+    assert one.p_holm > 2 * one.apart.p
+    assert one.effect == pytest.approx(0.025 / np.std([0.05, 0.01, 0.03, 0.04, 0.0, 0.02], ddof=1))
+
+
+def test_only_seeds_that_both_sides_have_on_all_tasks_count():
+    rows = frame(dec_lora=[0.05] * 6)
+    gone = (rows["label"] == "dec-lora") & (rows["task"] == "trec") & (rows["seed"] == 3)
+    found = judged(rows[~gone], lambda _: NOTHING)
+    assert {len(one.values) for one in found if one.name == "adf-over-dec-lora"} == {5}
+
+
+def test_the_interval_over_rows_is_wider_where_rows_are_few():
+    random = np.random.default_rng(0)
+    few, many = (
+        [random.choice([-1.0, 0.0, 1.0], size=(5, rows), p=[0.2, 0.5, 0.3])] for rows in (30, 3000)
+    )
+    wide, narrow = rows_interval(few), rows_interval(many)
+    assert wide[1] - wide[0] > 4 * (narrow[1] - narrow[0])
+    assert narrow[0] < many[0].mean() < narrow[1]
+    assert rows_interval([np.full((3, 4), 0.25), np.full((3, 9), 0.75)]) == pytest.approx(
+        (0.5, 0.5)
+    )
+
+
+def test_curves_are_what_they_say():
+    said = list(events(Config(clients=4, rounds=4), 0.9))  # .5, then .6 .7 .8 .9
+    found = curve_figures(said)
+    assert found["before"] == pytest.approx(0.5)
+    assert found["area"] == pytest.approx(0.7)
+    assert found["at_half"] == pytest.approx(0.7)
+    assert found["roughness"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_every_claim_names_a_method_and_a_part_of_some_size():
+    parts = {file.stem for file in benchmark.SUITES.glob("*/*.toml")}
+    for claim in CLAIMS.values():
+        assert claim.part in parts
+        for side in (claim.ours, claim.theirs):
+            assert side.label.removesuffix(" (matched)") in METHODS
+
+
+@pytest.mark.parametrize("size", benchmark.SIZES)
+def test_each_size_can_test_its_claims(size, tmp_path):
+    parts = benchmark.parts_of(size, tmp_path)
+    for claim in CLAIMS.values():
+        if claim.part not in parts:
+            continue
+        plans = parts[claim.part].plans
+        for side in (claim.ours, claim.theirs):
+            there = [p for p in plans if side.label in p.labels]
+            for name, value in side.where.items():
+                there = [p for p in there if getattr(p.config, name) == value]
+            assert there, f"{size}: {side}"
+
+
+def benchmarked(out: Path, *more: str) -> int:
+    return main(["benchmark", *more, "--size", "S", "--only", "switching", "--out", str(out),
+                 "--jobs", "1"])  # fmt: skip
+
+
+def test_a_benchmark_runs_and_ends_with_its_page(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    gap = {5: 0.0, 1: 0.03, 10: 0.0}
+    runs = FakeRuns(lambda c: 0.8 - gap[c.switch_every] + 0.001 * (c.seed % 3) * c.switch_every)
+    monkeypatch.setattr(workers, "Run", runs)
+    assert benchmarked(out) == 0
+    page = (out / "benchmark.md").read_text()
+    assert "| switching-5-over-1 |" in page
+    assert "### switching-5-over-1: holds" in page
+    assert set(load(out)["part"]) == {"switching"}
+    assert "switching-5-over-1 holds" in capsys.readouterr().out
+    before = len(runs.started)
+    assert benchmarked(out) == 0  # goes on: nothing is left to do
+    assert len(runs.started) == before
+    (out / "benchmark.md").unlink()
+    assert benchmarked(out, "page") == 0
+    assert (out / "benchmark.md").read_text() == page
+
+
+def test_a_folder_that_was_changed_is_found_out(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    assert benchmarked(out) == 0
+    assert benchmarked(out, "verify") == 0
+    run = next((out / "switching" / "runs").iterdir())
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"accuracy_client_mean": 0.99}))
+    assert benchmarked(out, "verify") == 1
+    assert "another accuracy_client_mean than its events" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused(capsys, tmp_path):
+    args = ["benchmark", "--size", "S", "--only", "mian", "--out", str(tmp_path / "out")]
+    assert main(args) == 1
+    assert "has no part 'mian'; there are: central" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
