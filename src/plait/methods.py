@@ -16,7 +16,7 @@ import numpy as np
 
 from plait.adaptive_phases import active_of_note, mix_with_notes
 from plait.base_mixing import averaged_with_residual, stacked_into_base
-from plait.config import Config, Weights
+from plait.config import Config, TopologySettings, Weights, names_of
 from plait.factors import AB, BASE, NONE, NOTE, VALUE, A, B, Factor
 from plait.later import Tensor
 from plait.lookup import lookup
@@ -26,7 +26,7 @@ from plait.mixing_matrix import Matrix
 from plait.optimizers import ADAMW, Optimizer
 from plait.rng import stream
 from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
-from plait.topology import MixingSchedule, build_schedule, exact_after, rho_of
+from plait.topology import MixingSchedule, build_schedule, exact_after, rho_of, topology_row
 
 Value = TypeVar("Value")
 Schedule = Callable[[int], Value]
@@ -161,18 +161,26 @@ class Method:
         return self.share(round_), *(self.trains(round_, client) for client in range(clients))
 
 
-@lru_cache(maxsize=8)
 def interval_of(config: Config) -> int:
     """TAD-LoRA's T, c / sqrt(1 - rho) in whole rounds; all rounds where some never hear of others.
 
     The paper leaves c open. With c = 1 (`switch_scale`) exact averaging gives T = 1, as in RoLoRA.
+    A graph that is drawn anew in each round has one rho, whatever the seed.
 
     Example:
         >>> interval_of(Config(topology="ring", clients=10))
         3
     """
-    gap = 1 - round(rho_of(config), 9)  # the last digits may differ from machine to machine
+    names = names_of(TopologySettings) | {"clients", "rounds", "seed"}
+    used = {name: getattr(config, name) for name in names}
+    gap = _gap(Config(**used | ({} if topology_row(config).static else {"seed": 0})))
     return max(1, round(config.switch_scale / math.sqrt(gap))) if gap > 0 else config.rounds
+
+
+@lru_cache(maxsize=256)
+def _gap(config: Config) -> float:
+    """1 - rho; the last digits may differ from machine to machine."""
+    return 1 - round(rho_of(config), 9)
 
 
 @lru_cache(maxsize=8)

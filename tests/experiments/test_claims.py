@@ -30,7 +30,8 @@ def frame(**gaps: list[float]) -> pd.DataFrame:
         {
             "part": "main", "kind": "reported", "state": "finished", "label": label, "task": task,
             "seed": seed, "accuracy_client_mean": 0.8 - apart[seed], "pilot": None, "at_half": 0.7,
-            "area": np.nan, "roughness": 0.1, "path": f"{label}-{task}-{seed}",
+            "area": np.nan, "roughness": 0.1, "path": "",
+            "digest": f"{label}-{task}-{seed}",
         }
         for label, apart in lines.items() for task in ("trec", "movies") for seed in SEEDS
     ]  # fmt: skip

@@ -189,16 +189,6 @@ def test_a_file_that_cannot_be_run_is_refused_before_anything(tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_twin_takes_the_place_of_what_it_names(tmp_path):
-    text = GRID + "[small]\nseeds = [7]\n[small.settings]\nrounds = 2\n[small.axes]\np = [0.5]\n"
-    sweep = load_sweep(written(tmp_path, text), tmp_path / "out", small=True)
-    (plan,) = sweep.plans
-    assert plan.seeds == (7,)
-    assert (plan.config.rounds, plan.config.clients, plan.config.p) == (2, 4, 0.5)
-    with pytest.raises(ValueError, match="no table `small`"):
-        load_sweep(written(tmp_path), tmp_path / "out", small=True)
-
-
 # -- going on
 
 

@@ -39,6 +39,8 @@ class Benchmark:
     the place of what the parts say."""
     at_most: int | None = None
     """But no more seeds than these."""
+    glue_dir: str | None = None
+    """The unpacked GLUE archive; the Hugging Face hub if not given. For sizes M and L."""
     jobs: int = 0
     """Runs at a time, each in a process of its own, on a graphics card all in one stack; 1 for one
     by one in this process, 0 for as many as there are cores, or sixteen on a card."""
@@ -51,7 +53,7 @@ def benchmark(args: list[str]) -> int:
     from plait.experiments.benchmark import parts_of
 
     out = given.out or Path("runs") / f"benchmark-{given.size}"
-    found = parts_of(given.size, out, parts(given.only), given.until, given.at_most)
+    found = parts_of(given.size, out, parts(given.only), given.until, given.at_most, given.glue_dir)
     return ACTIONS[given.action](given, out, found)
 
 

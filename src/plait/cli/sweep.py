@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from plait.experiments.plan import Cell
     from plait.experiments.sweep import Sweep
 
-Flag = tyro.conf.FlagCreatePairsOff[bool]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCommand:
@@ -32,8 +30,6 @@ class SweepCommand:
     """The TOML file with methods, axes and settings."""
     out: Path
     """The folder of the sweep."""
-    small: Flag = False
-    """Run the small twin that the file has in its table `small`."""
     plugin: str | None = None
     """A Python file of yours that adds methods and other rows; `plugin` in the file's settings."""
     jobs: int = 0
@@ -60,13 +56,13 @@ def sweep(args: list[str]) -> int:
     print(f"preparing {given.out}: {given.file} ...", flush=True)
     from plait.experiments.grid_file import read_grid
 
-    values, config, machine = read_grid(given.file, given.small, given.plugin)
+    values, config, machine = read_grid(given.file, given.plugin)
     axes = {k: row for k, row in values.get("axes", {}).items() if isinstance(row, list) and row}
     first = {name: row[0] for name, row in axes.items()}
     check_first(changed(config, first, f"{given.file}: axes"), machine)
     from plait.experiments.sweep import load_sweep
 
-    grid = load_sweep(given.file, given.out, given.small, given.plugin)
+    grid = load_sweep(given.file, given.out, given.plugin)
     left_out = math.prod(map(len, grid.axes.values())) - len(grid.plans)
     if left_out:
         print(

@@ -11,16 +11,19 @@ the GLUE archive, L the published protocol, a card and the hub.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plait.config import Config
 from plait.events import Evaluated
 from plait.experiments import results
+from plait.experiments.cell_state import state
 from plait.experiments.claims import Finding, judged
 from plait.experiments.curves import CURVES, curve_figures
+from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep, load_sweep
 from plait.figures import summarize
 from plait.runs.run_folder import load_config, load_events, load_summary
@@ -38,6 +41,7 @@ def parts_of(
     only: Sequence[str] = (),
     until: float | None = None,
     at_most: int | None = None,
+    glue_dir: str | None = None,
 ) -> dict[str, Sweep]:
     """The parts of a benchmark, by name.
 
@@ -47,6 +51,7 @@ def parts_of(
         only: Some parts alone; all if empty.
         until: In the place of what the files say: `Plan.until`.
         at_most: Likewise.
+        glue_dir: The setting of this name.
 
     Raises:
         ValueError: There is no such part.
@@ -58,16 +63,20 @@ def parts_of(
     given = {"until": until, "at_most": at_most}
     changes = {name: value for name, value in given.items() if value is not None}
     return {
-        name: with_seeds(load_sweep(file, out / name), changes)
+        name: _changed(load_sweep(file, out / name), changes, glue_dir)
         for name, file in files.items()
         if not only or name in only
     }
 
 
-def with_seeds(sweep: Sweep, changes: dict[str, float]) -> Sweep:
-    """The sweep with other rules for how many seeds there are."""
-    plans = [dataclasses.replace(plan, **changes) for plan in sweep.plans]  # type: ignore[arg-type]
-    return dataclasses.replace(sweep, plans=plans)
+def _changed(sweep: Sweep, changes: Mapping[str, Any], glue_dir: str | None) -> Sweep:
+    """The sweep with other rules for how many seeds there are, and the place of GLUE."""
+
+    def at(config: Config) -> Config:
+        return dataclasses.replace(config, glue_dir=glue_dir)
+
+    plans = [dataclasses.replace(one, config=at(one.config), **changes) for one in sweep.plans]
+    return dataclasses.replace(sweep, config=at(sweep.config), plans=plans)
 
 
 def collect(parts: dict[str, Sweep]) -> pd.DataFrame:
@@ -81,8 +90,8 @@ def collect(parts: dict[str, Sweep]) -> pd.DataFrame:
         outs[part] / folder for part, folder in zip(frame["part"], frame["folder"], strict=True)
     ]
     known: dict[Path, dict[str, float]] = {}
-    for path, state in zip(paths, frame["state"], strict=True):
-        if state == "finished" and path not in known:
+    for path, ended in zip(paths, frame["state"], strict=True):
+        if ended == "finished" and path not in known:
             known[path] = curve_figures(load_events(path))
     empty = dict.fromkeys(CURVES, np.nan)
     curves = pd.DataFrame([known.get(path, empty) for path in paths])
@@ -109,7 +118,7 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     found = []
     for sweep in parts.values():
         for cell in (*sweep.search, *sweep.reported):
-            name, reason = results.state(cell)
+            name, reason = state(cell)
             if name in ("missing", "failed"):
                 found.append(f"{cell.folder}: the run is {name}. {reason}".strip())
             elif name == "finished":
@@ -121,7 +130,7 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     return [] if same else [f"{out / results.RESULTS}: isn't what the runs say"]
 
 
-def _faults_of_run(cell: results.Cell) -> list[str]:
+def _faults_of_run(cell: Cell) -> list[str]:
     config, events = load_config(cell.folder), load_events(cell.folder)
     summary, now = load_summary(cell.folder), summarize(config, events)
     wrong = [name for name, value in now.items() if not _same(summary.get(name), value)]

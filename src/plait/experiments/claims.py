@@ -52,7 +52,8 @@ class Side:
         chosen = (frame["label"] == self.label) & (frame["state"] == "finished")
         for name, value in self.where.items():
             chosen &= frame[name] == value
-        return frame[chosen & (frame["kind"] == "reported")]
+        found = frame[chosen & (frame["kind"] == "reported")]
+        return found.drop_duplicates(["task", "seed", "digest"])  # a run may serve several rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ CLAIMS: dict[str, Claim] = {
         source=TAD,
         part="density",
         ours=Side("tad", {"p": 0.02}),
-        theirs=Side("adf", {"p": 0.02}),
+        theirs=Side("adf", {"p": 0.02, "switch_every": 5}),
     ),
     "tad-dense": Claim(
         says="Where clients meet often, Dec-LoRA is at least as good (p = .5, .8754 against .8731)",
@@ -169,6 +170,34 @@ CLAIMS: dict[str, Claim] = {
         part="density",
         ours=Side("dec-lora", {"p": 0.5}),
         theirs=Side("tad", {"p": 0.5}),
+    ),
+    "adf-on-a-ring": Claim(
+        says="ADF-LoRA is more accurate than Dec-LoRA on a graph that stays as it is, too",
+        source="this project's question",
+        part="ring",
+        ours=Side("adf"),
+        theirs=Side("dec-lora"),
+    ),
+    "adf-by-nature": Claim(
+        says="ADF-LoRA is more accurate than Dec-LoRA where clients differ by nature",
+        source="this project's question",
+        part="keys",
+        ours=Side("adf"),
+        theirs=Side("dec-lora"),
+    ),
+    "adf-on-language": Claim(
+        says="ADF-LoRA is more accurate than Dec-LoRA with a language model",
+        source="this project's question",
+        part="language",
+        ours=Side("adf"),
+        theirs=Side("dec-lora"),
+    ),
+    "exchange-on-language": Claim(
+        says="With a language model something is gained over training alone",
+        source="this project's question",
+        part="language",
+        ours=Side("adf"),
+        theirs=Side("local"),
     ),
     "rolora-many-clients": Claim(
         says="With many clients plain averaging of both factors collapses and RoLoRA doesn't "

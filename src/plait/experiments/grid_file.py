@@ -12,14 +12,11 @@ NOT_SHARED = ("method", "seed", "lr", "eval_split")
 """Settings that are of a run, not of a comparison."""
 
 
-def read_grid(
-    file: Path, small: bool = False, plugin: str | None = None
-) -> tuple[dict[str, Any], Config, Machine]:
+def read_grid(file: Path, plugin: str | None = None) -> tuple[dict[str, Any], Config, Machine]:
     """The tables of a sweep's file, and the settings that all its runs share.
 
     Args:
         file: TOML.
-        small: Take what the file's table `small` has in the place of the rest.
         plugin: The setting of this name, in the place of the file's.
 
     Raises:
@@ -28,20 +25,10 @@ def read_grid(
     """
     values = read_settings(file)
     try:
-        twin = values.pop("small", None)
-        if small:
-            values = _replaced(values, twin)
         settings = values.get("settings", {}) | ({"plugin": plugin} if plugin else {})
         return values, *_settings(values, settings)
     except (ValueError, TypeError) as error:
         raise ValueError(as_settings(f"{file}: {error}")) from error
-
-
-def _replaced(values: dict[str, Any], twin: dict[str, Any] | None) -> dict[str, Any]:
-    if twin is None:
-        raise ValueError("There is no table `small`.")
-    settings = values.get("settings", {}) | twin.get("settings", {})
-    return values | twin | {"settings": settings}
 
 
 def _settings(values: dict[str, Any], settings: dict[str, Any]) -> tuple[Config, Machine]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,8 +170,10 @@ def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> 
     if len(tasks) > 1:
         scores[MEAN] = {line: _mean([scores[task][line] for task in tasks]) for line in lines}
     edges = rows[rows["at_edge"]].groupby("task")["line"].agg(frozenset)
-    pilots = rows["pilot"].dropna() if "pilot" in rows else []  # an older plait's have none
-    pilot = int(max(pilots)) if len(pilots) else None
+    pilots: Iterable[int] = (
+        rows["pilot"].dropna() if "pilot" in rows else []
+    )  # an older plait's have none
+    pilot = max(map(int, pilots), default=None)
     columns = [
         Column(name, of, reference, edges.get(name, frozenset()), pilot)
         for name, of in scores.items()

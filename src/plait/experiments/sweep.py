@@ -33,7 +33,7 @@ from plait.presets import as_settings, changed
 from plait.topology import TOPOLOGIES, build_schedule
 
 FILE = "sweep.toml"
-KEYS = ("preset", *KEPT, "settings", "axes", "search_at", "small")
+KEYS = ("preset", *KEPT, "settings", "axes", "search_at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,21 +187,19 @@ ONLY: dict[str, Callable[[Config], object]] = {
 # -- the file
 
 
-def load_sweep(file: Path, out: Path, small: bool = False, plugin: str | None = None) -> Sweep:
+def load_sweep(file: Path, out: Path, plugin: str | None = None) -> Sweep:
     """The sweep of a TOML file.
 
     Args:
         file: What to run.
         out: The folder of everything.
-        small: Take what the file's table `small` has in the place of the rest: `settings` setting
-            by setting, all else key by key.
         plugin: The setting of this name, in the place of the file's.
 
     Raises:
         ValueError: The file asks for what can't be; the message has the file and the fix.
         OSError: It can't be read.
     """
-    values, config, machine = read_grid(file, small, plugin)
+    values, config, machine = read_grid(file, plugin)
     try:
         sweep = _from_values(values, config, machine, out)
         for plan in sweep.plans:
