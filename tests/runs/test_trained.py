@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -111,6 +112,24 @@ def test_an_exported_folder_is_all_that_is_needed(trained, tmp_path):
     assert base.config.problem_type == ("single_label_classification" if names else "regression")
     if names:
         assert list(base.config.id2label.values()) == list(names)
+
+
+@pytest.mark.parametrize("client", [1, None])
+def test_an_exported_folder_has_a_model_card_that_hubs_read(trained, client, tmp_path):
+    run, folder, _ = trained
+    export(folder, client, tmp_path / "one")
+    card = ModelCard.load(tmp_path / "one" / "README.md")
+    assert card.data.base_model == run.config.backbone
+    assert card.data.library_name == "peft"
+    assert {"lora", run.config.method} <= set(card.data.tags)
+    if client is None:
+        (result,) = card.data.eval_results
+        assert result.metric_value == round(run.summary["accuracy_averaged_model"], 4)
+    else:
+        assert card.data.eval_results is None
+    worst = f"| worst client | {run.summary['accuracy_client_min']:.3f} |"
+    assert worst in card.text
+    assert "without differential privacy" in card.text
 
 
 def test_an_adapter_within_a_run_is_found_by_its_path(trained):

@@ -117,7 +117,8 @@ class Sweep:
 
     def turns(self) -> Iterator[list[Cell]]:
         """All runs, the searches' first, in turns: what is next follows from what has ended."""
-        for runs in (lambda: self.search, lambda: self.reported):
+        kinds: list[Callable[[], list[Cell]]] = [lambda: self.search, lambda: self.reported]
+        for runs in kinds:
             tried: set[Path] = set()
             while cells := [cell for cell in runs() if cell.folder not in tried]:
                 yield cells

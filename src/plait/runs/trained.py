@@ -29,6 +29,7 @@ from plait.data.sources import text_columns
 from plait.events import Started, from_line
 from plait.machine.files import write_atomically
 from plait.model.loading import Loaded, draws_head, load_for, resolved, source_of
+from plait.runs.model_card import model_card
 
 CARD = "plait.json"
 AT_ONCE = 32
@@ -265,7 +266,8 @@ def export(run: Path, client: int | None, out: Path) -> None:
     Args:
         run: The run folder.
         client: Whose adapter; the averaged one for None.
-        out: The PEFT folder to write: the adapter, plait.json, and the tokenizer's files.
+        out: The PEFT folder to write: the adapter, plait.json, README.md (its model card), and the
+            tokenizer's files.
 
     Raises:
         ValueError: The run has no such adapter, or `out` exists.
@@ -276,6 +278,9 @@ def export(run: Path, client: int | None, out: Path) -> None:
     shutil.copytree(found.folder, out)
     tokenizer.save_pretrained(str(out))
     found.card.write(out / CARD)
+    if (run / "summary.json").is_file():  # else it was exported before, and has its card
+        _, started = _config_and_start(run)
+        write_atomically(out / "README.md", model_card(run, started, client, out.name))
     file = out / "adapter_config.json"
     source = source_of(found.card.backbone)
     settings = json.loads(file.read_text()) | {"base_model_name_or_path": source}

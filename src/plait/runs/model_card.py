@@ -1,0 +1,111 @@
+"""The README.md of an adapter that is given away: the model card that hubs and people read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from plait.events import Started
+from plait.methods import METHODS
+from plait.model.loading import source_of
+from plait.runs.run_folder import MADE_BY, load_config, load_summary
+
+TEXT = """
+# {name}
+
+A LoRA adapter for [{base}](https://huggingface.co/{base}), trained by {clients} clients that keep
+their texts to themselves and exchange factors with their neighbours only. {whose}
+
+| | |
+|---|---|
+{facts}
+
+## How it does
+
+| | {metric} |
+|---|---|
+| mean of the clients' own adapters | {accuracy_client_mean:.3f} |
+| worst client | {accuracy_client_min:.3f} |
+| the averaged adapter | {accuracy_averaged_model:.3f} |
+
+On the {split} rows of `{task}`, with one seed ({seed}): another seed deals other rows to the
+clients, and may differ by more than methods do.
+
+## How to use it
+
+```python
+import plait
+
+model, tokenizer = plait.load("{folder}")
+```
+
+PEFT loads it, too: `PeftModel.from_pretrained(base, "{folder}")`.
+
+## What to keep in mind
+
+{privacy} Whatever the base model and the clients' texts are biased towards, this adapter is, too.
+"""
+
+
+def model_card(run: Path, started: Started, client: int | None, folder: str) -> str:
+    """The card of a finished run's adapter, as Markdown under YAML that hubs read.
+
+    Args:
+        run: The run folder.
+        started: Its first event.
+        client: Whose adapter; the averaged one for None.
+        folder: The name of the adapter's folder.
+
+    Raises:
+        ValueError: The folder holds no finished run.
+    """
+    config, summary = load_config(run), load_summary(run)
+    whose = "the averaged adapter" if client is None else f"client {client}'s own"
+    base = source_of(config.backbone)
+    data = ModelCardData(
+        model_name=folder,
+        base_model=base,
+        library_name="peft",
+        tags=["lora", "federated-learning", "decentralized", "plait", config.method],
+        eval_results=[_averaged(started, summary)] if client is None else None,
+    )
+    epsilon = summary.get("dp_epsilon")
+    privacy = (
+        "It was trained without differential privacy: an adapter may tell something of the texts "
+        "that it was trained on."
+        if epsilon is None
+        else f"Differential privacy: epsilon {epsilon:.3g} at delta {summary['dp_delta']:g}."
+    )
+    text = TEXT.format(
+        **{**summary, "name": folder, "base": base, "whose": f"This is {whose}."},
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, run).items()),
+        split=config.eval_split, folder=folder, privacy=privacy,
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _averaged(started: Started, summary: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type=started.objective,
+        dataset_type=started.task,
+        dataset_name=started.task,
+        metric_type=started.metric,
+        metric_value=round(summary["accuracy_averaged_model"], 4),
+    )
+
+
+def _facts(config: Any, run: Path) -> dict[str, object]:
+    made_by = run / MADE_BY
+    version = json.loads(made_by.read_text())["version"] if made_by.is_file() else "unknown"
+    return {
+        "method": f"`{config.method}` ({METHODS[config.method](config).source or 'a control'})",
+        "topology": f"`{config.topology}`",
+        "rows at clients": f"`{config.label_skew or 'as suits the task'}`",
+        "rounds": f"{config.rounds} of {config.local_steps} steps of {config.batch_size} rows",
+        "rank, alpha": f"{config.rank}, {config.lora_alpha:g}",
+        "learning rate": f"{config.lr:g}",
+        "made by": f"plait {version}",
+    }
