@@ -37,19 +37,6 @@ def test_a_file_makes_runs(file, tmp_path):
     assert f"{number:,}" in head, "the number of its runs"
 
 
-def test_the_paper_in_small_is_what_it_says(tmp_path):
-    sweep = load_sweep(ROOT / "small_paper.toml", tmp_path)
-    assert sweep.axes == {
-        "task": ("trec", "movies"), "p": (0.1, 0.5, 0.02), "switch_every": (5, 1, 10)
-    }  # fmt: skip
-    assert {len(plan.seeds) for plan in sweep.plans} == {3}
-    assert {plan.labels for plan in sweep.plans} == {
-        ("adf", "dec-lora", "ffa", "rolora", "dec-lora (matched)")
-    }
-    for plan in sweep.plans:
-        assert plan.config.rounds >= 4 * plan.config.switch_every, "two phases of each factor"
-
-
 @pytest.mark.parametrize("size", benchmark.SIZES)
 def test_the_docs_say_how_many_runs_a_size_of_the_benchmark_has(size, tmp_path):
     number = sum(len(runs(part)) for part in benchmark.parts_of(size, tmp_path).values())

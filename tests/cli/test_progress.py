@@ -49,6 +49,16 @@ def test_a_terminal_shows_a_table_with_a_row_for_each_method():
     assert "0:00:00 left" in last
 
 
+def test_runs_that_nobody_planned_are_counted():
+    view = View(CONFIG.rounds, {"adf": 1})
+    for label in ("adf", "adf", "adf, lr 0.1"):  # a seed more, and a rate beyond the grid
+        for event in events(CONFIG, 0.8):
+            view.see(label, event)
+    assert view.runs == {"adf": 2, "adf, lr 0.1": 1}
+    assert view.plain("adf").startswith("adf run 2/2  round 3/3")
+    assert view.left == "0:00:00"
+
+
 def test_the_time_left_follows_the_pace_so_far():
     view = View(CONFIG.rounds, {"adf": 2}, clock=lambda: 0.0)
     assert view.left == "-:--:--"

@@ -137,6 +137,12 @@ class View:
     clock: Callable[[], float] = time.monotonic
     _seen_s: float = 0.0
 
+    @property
+    def runs(self) -> dict[str, int]:
+        """Label -> how many runs it will have, as far as is known: a comparison may add some."""
+        begun = {label: line.runs for label, line in self.lines.items()}
+        return {k: max(self.planned.get(k, 1), begun.get(k, 0)) for k in {**self.planned, **begun}}
+
     def see(self, label: str, event: Event) -> None:
         """Take note of one event."""
         self.lines.setdefault(label, Line(self.rounds)).see(event)
@@ -152,7 +158,7 @@ class View:
     @property
     def all_rounds(self) -> int:
         """Rounds of all runs together."""
-        return self.rounds * sum(self.planned.values())
+        return self.rounds * sum(self.runs.values())
 
     @property
     def all_evaluations(self) -> int:
@@ -163,7 +169,7 @@ class View:
         """A number of each run, over all runs; a label that has not begun has as much as others."""
         begun = {label: of(line) for label, line in self.lines.items()}
         usual = max(begun.values(), default=0)
-        return sum(runs * begun.get(label, usual) for label, runs in self.planned.items())
+        return sum(runs * begun.get(label, usual) for label, runs in self.runs.items())
 
     @property
     def left(self) -> str:
@@ -183,7 +189,7 @@ class View:
         """The latest evaluation of a label in one line."""
         line = self.lines[label]
         mean, worst, averaged = line.scores
-        run = f" run {line.runs}/{self.planned[label]}" if self.planned[label] > 1 else ""
+        run = f" run {line.runs}/{self.runs[label]}" if self.runs[label] > 1 else ""
         return (
             f"{label}{run}  round {line.round}/{self.rounds}  {line.metric}"
             f" {mean} (worst {worst})  averaged model {averaged}  left {self.left}"
@@ -213,7 +219,7 @@ class View:
 
     def _cells(self, label: str) -> tuple[str, ...]:
         line = self.lines[label]
-        run, round_ = f"{line.runs}/{self.planned[label]}", f"{line.round}/{self.rounds}"
+        run, round_ = f"{line.runs}/{self.runs[label]}", f"{line.round}/{self.rounds}"
         return (label, run, round_, line.doing, *line.scores)
 
 

@@ -178,6 +178,14 @@ CLAIMS: dict[str, Claim] = {
         ours=Side("adf"),
         theirs=Side("dec-lora"),
     ),
+    "adf-on-exact-averages": Claim(
+        says="ADF-LoRA is more accurate than Dec-LoRA on a graph that averages exactly every three "
+        "rounds, with phases of six",
+        source="this project's question",
+        part="finite",
+        ours=Side("adf"),
+        theirs=Side("dec-lora"),
+    ),
     "adf-by-nature": Claim(
         says="ADF-LoRA is more accurate than Dec-LoRA where clients differ by nature",
         source="this project's question",
