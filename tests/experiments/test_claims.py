@@ -57,6 +57,18 @@ def test_each_verdict_follows_from_the_rule():
     assert "tad-sparse" not in found  # that part isn't there
 
 
+def test_a_finding_has_each_task_by_itself():
+    rows = frame(ffa=[0.0, 0.02, 0.01, 0.0, 0.02, 0.01])
+    of_trec = (rows["label"] == "ffa") & (rows["task"] == "trec")
+    rows.loc[of_trec, "accuracy_client_mean"] -= 0.1
+    (one,) = (o for o in judged(rows, lambda _: NOTHING) if o.name == "adf-over-ffa")
+    assert one.apart.mean == pytest.approx(0.06)
+    assert one.tasks["trec"][:2] == pytest.approx((0.8, 0.69))
+    assert one.tasks["trec"][2].mean == pytest.approx(0.11)
+    assert one.tasks["movies"][2].mean == pytest.approx(0.01)
+    assert one.means == pytest.approx((0.8, 0.74))
+
+
 def test_a_claim_is_corrected_for_all_others():
     alone = frame(dec_lora=[0.05, 0.01, 0.03, 0.04, 0.0, 0.02])
     (one,) = (o for o in judged(alone, lambda _: NOTHING) if o.name == "adf-over-dec-lora")

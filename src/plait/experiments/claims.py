@@ -12,6 +12,7 @@ p-values of all claims of a benchmark are adjusted together (Holm). The rule, in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plait.experiments.paper_table import MEAN
 from plait.experiments.significance import LEVEL, Estimate, estimate, holm, rows_interval
 
 if TYPE_CHECKING:
@@ -231,6 +233,7 @@ class Finding:
         p_holm: Adjusted for all claims of the benchmark.
         rows: The bootstrap interval over seeds and test rows, where those are known.
         means: The means of both sides.
+        tasks: Task -> the means of both sides, and the difference there; not corrected.
     """
 
     name: str
@@ -240,6 +243,7 @@ class Finding:
     p_holm: float | None
     rows: tuple[float, float] | None
     means: tuple[float, float]
+    tasks: Mapping[str, tuple[float, float, Estimate]]
 
     @property
     def effect(self) -> float | None:
@@ -269,11 +273,7 @@ def judged(frame: pd.DataFrame, hits: Hits) -> list[Finding]:
     there = [one for one in found.values() if one is not None]
     tested = {one.name: one.apart.p for one in there if one.apart.p is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return [_with_p(one, adjusted.get(one.name)) for one in there]
-
-
-def _with_p(one: Finding, p_holm: float | None) -> Finding:
-    return Finding(one.name, one.claim, one.apart, one.values, p_holm, one.rows, one.means)
+    return [dataclasses.replace(one, p_holm=adjusted.get(one.name)) for one in there]
 
 
 def _compared(name: str, claim: Claim, frame: pd.DataFrame, hits: Hits) -> Finding | None:
@@ -291,13 +291,22 @@ def _compared(name: str, claim: Claim, frame: pd.DataFrame, hits: Hits) -> Findi
     seeds = [seed for seed in tables[0].index if all(_complete(table, seed) for table in tables)]
     if not seeds:
         return None
-    ours, theirs = (table.loc[seeds].mean(axis=1).to_numpy() for table in tables)
-    values = tuple(((theirs - ours) if claim.lower else (ours - theirs)).tolist())
     pilots = part["pilot"].dropna()
     pilot = int(pilots.max()) if len(pilots) else None
+    both = [table.loc[seeds].assign(**{MEAN: table.loc[seeds].mean(axis=1)}) for table in tables]
+    found = {str(task): _apart(claim, both[0][task], both[1][task], pilot) for task in both[0]}
+    ours, theirs, apart, values = found.pop(MEAN)
     rows = _over_rows(sides, seeds, hits) if set(columns) == {SCORE} else None
-    means = float(ours.mean()), float(theirs.mean())
-    return Finding(name, claim, estimate(values, pilot), values, None, rows, means)
+    tasks = {task: one[:3] for task, one in found.items()}
+    return Finding(name, claim, apart, values, None, rows, (ours, theirs), tasks)
+
+
+def _apart(
+    claim: Claim, ours: pd.Series[float], theirs: pd.Series[float], pilot: int | None
+) -> tuple[float, float, Estimate, tuple[float, ...]]:
+    """The means of both sides, their difference, above zero where it is as claimed, and by seed."""
+    values = tuple(((theirs - ours) if claim.lower else (ours - theirs)).tolist())
+    return float(ours.mean()), float(theirs.mean()), estimate(values, pilot), values
 
 
 def _complete(table: pd.DataFrame, seed: int) -> bool:

@@ -89,7 +89,13 @@ def _section(one: Finding) -> list[str]:
         f"### {one.name}: {one.verdict}",
         f"{one.claim.says}. Source: {one.claim.source}. Part `{one.claim.part}`: {sides[0]} "
         f"against {sides[1]}; {better}.",
-    ]
+        markdown_table(
+            ["task", "first", "second", "difference"],
+            [[task, f"{ours:.3f}", f"{theirs:.3f}", apart.shown("+")]
+             for task, (ours, theirs, apart) in one.tasks.items()],
+            numbers=True,
+        ),
+    ]  # fmt: skip
 
 
 def _tables(frame: pd.DataFrame) -> list[list[str]]:
