@@ -82,7 +82,7 @@ def _into_base(keep: Keep, mixes_base: bool, any_rank: bool = False) -> Mix:
         return mixed
 
     together = AB | BASE if mixes_base else AB
-    return Mix(combine, together=together, any_rank=any_rank, steps=False)
+    return Mix(combine, together, any_rank, steps=False, indivisible=mixes_base)
 
 
 def _client(site: SiteFactors, i: int) -> SiteFactors:

@@ -51,12 +51,15 @@ class Mix:
             they get in them is cut off again.
         steps: Whether the result is one's own state and steps from it in each slot: then what
             rounding for the wire took off one's own may be added again.
+        indivisible: Whether a state counts as a whole only, as where each client's factors have a
+            basis of their own: then a peer that lost its own takes no entries of several.
     """
 
     combine: Callable[[Layout, Slots, Slots, np.ndarray], State]
     together: Factor = NONE
     any_rank: bool = False
     steps: bool = True
+    indivisible: bool = False
 
 
 def each_factor(rule: Rule, any_rank: bool = False) -> Mix:
@@ -78,7 +81,7 @@ def screened(screen: Screen) -> Mix:
     return Mix(combine, together=AB)
 
 
-def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
+def each_site(rule: SiteRule, any_rank: bool = False, indivisible: bool = True) -> Mix:
     """Mix the values of A and B layer by layer, both at once; other slots are averaged."""
 
     def combine(layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
@@ -90,7 +93,7 @@ def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
             mixed[slot] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return mixed
 
-    return Mix(combine, together=AB, any_rank=any_rank, steps=False)
+    return Mix(combine, together=AB, any_rank=any_rank, steps=False, indivisible=indivisible)
 
 
 MANY = 32

@@ -359,7 +359,9 @@ class Process:
             self.desk.inbox.skip_to(self.first_round)
             self._remember(self.first_round - 1)
         turn = self.desk.inbox.turn
-        entrance = Entrance(self.exchange, self.joins, lambda done: state_of(self.job, turn, done))
+        expects = lambda done: state_of(self.job, turn, done)  # noqa: E731
+        indivisible = self.job.method.mix(self.first_round).indivisible
+        entrance = Entrance(self.exchange, self.joins, expects, indivisible)
         has_state = self.first_round > 0
         if not has_state and (self.joins > 0 or entrance.is_late()):
             self._join(entrance)
