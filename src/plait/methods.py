@@ -383,7 +383,7 @@ METHODS: dict[str, Callable[[Config], Method]] = {
         at=lambda round_, client: AB if walk(config)[round_] == client else NONE,
         meets=handed_on,
         share=always(AB),
-        mix=always(replace(each_factor(taken), steps=False)),
+        mix=always(replace(each_factor(taken), restore=None)),
         conserves="nothing",
         weights="metropolis",
         exact="one client's steps after another's; a message a round, or none",

@@ -39,6 +39,15 @@ SiteRule = Callable[[SiteFactors, SiteFactors, np.ndarray], SiteFactors]
 """As `Rule`, of a layer's A and B together."""
 
 
+Restore = Callable[[Layout, State, Slots, Slots], State]
+"""(layout, mixed, mine, mine as it was sent) -> mixed with what rounding took off."""
+
+
+def restored(_layout: Layout, mixed: State, mine: Slots, sent: Slots) -> State:
+    """It is added again, where the result is one's own state and steps from it in each slot."""
+    return {slot: value + (mine[slot] - sent[slot]) for slot, value in mixed.items()}
+
+
 @dataclass(frozen=True)
 class Mix:
     """What a client makes of its own slots and those that it heard.
@@ -49,8 +58,7 @@ class Mix:
         together: Factors that must travel in the same rounds, or `combine` can't work.
         any_rank: Whether zeros may stand for the directions that clients of smaller rank lack; what
             they get in them is cut off again.
-        steps: Whether the result is one's own state and steps from it in each slot: then what
-            rounding for the wire took off one's own may be added again.
+        restore: What becomes of what rounding for the wire took off one's own, if it isn't lost.
         indivisible: Whether a state counts as a whole only, as where each client's factors have a
             basis of their own: then a peer that lost its own takes no entries of several.
     """
@@ -58,7 +66,7 @@ class Mix:
     combine: Callable[[Layout, Slots, Slots, np.ndarray], State]
     together: Factor = NONE
     any_rank: bool = False
-    steps: bool = True
+    restore: Restore | None = restored
     indivisible: bool = False
 
 
@@ -93,7 +101,7 @@ def each_site(rule: SiteRule, any_rank: bool = False, indivisible: bool = True) 
             mixed[slot] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return mixed
 
-    return Mix(combine, together=AB, any_rank=any_rank, steps=False, indivisible=indivisible)
+    return Mix(combine, together=AB, any_rank=any_rank, restore=None, indivisible=indivisible)
 
 
 MANY = 32

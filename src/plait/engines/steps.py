@@ -172,8 +172,8 @@ def mix(
     )
     own = {slot: mine[slot] for slot in job.base} | own
     mixed = how.combine(layout, own, theirs, W)
-    if job.config.wire != "float32" and how.steps:  # what rounding took off stays
-        mixed = {slot: value + (mine[slot] - own[slot]) for slot, value in mixed.items()}
+    if job.config.wire != "float32" and how.restore:  # what rounding took off stays
+        mixed = how.restore(layout, mixed, mine, own)
     job.cut(mixed, clients)
     return mixed
 
