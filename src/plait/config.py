@@ -38,7 +38,7 @@ Engine = Literal["simulate", "ray"]
 ObjectiveName = Literal["auto", "classification", "regression"]
 
 LANGUAGE_TASKS = ("chat", "snippets", "trec-chat")
-"""Those whose texts are longer by default."""
+"""Those for language models, whose texts are longer by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
