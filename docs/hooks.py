@@ -22,7 +22,7 @@ from plait.cli.arguments import Start
 from plait.config import Config, Machine
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import METRICS, TASKS
-from plait.factors import BASE, factors_name
+from plait.factors import BASE, NOTE, Factor, factors_name
 from plait.figures import FIGURES
 from plait.markdown import markdown_table
 from plait.methods import METHODS
@@ -135,11 +135,15 @@ def methods() -> str:
     for name, build in METHODS.items():
         method = build(Config(method=name, switch_every=2))
         trains, travels = (
-            " ".join(factors_name(schedule(t)).replace("|", "") for t in range(5))
+            " ".join(_name(schedule(t)) for t in range(5))
             for schedule in (method.train, method.share)
         )
         rows.append([f"`{name}`", method.summary, f"`{trains} ...`", f"`{travels} ...`"])
     return table(["method", "", "trains, T = 2", "travels"], rows)
+
+
+def _name(factors: Factor) -> str:
+    return factors_name(factors).replace("|", "+").replace("A+B", "AB", 1)
 
 
 SIZES = {"RoBERTa-large": (48, 1024), "7B": (64, 4096)}
@@ -152,7 +156,7 @@ def which_method() -> str:
     for name, build in METHODS.items():
         method = build(Config(method=name, switch_every=2))
         ranks = [method.base_rank if factor in BASE else 8
-                 for t in range(8) for factor in method.share(t)]  # fmt: skip
+                 for t in range(8) for factor in method.share(t) & ~NOTE]  # fmt: skip
         rows_sent = len(method.kinds) * sum(ranks) / 8
         sizes = [4 * rows_sent * layers * width / 1e6 for layers, width in SIZES.values()]
         rows.append([f"`{name}`", *(f"{size:.1f}" for size in sizes), method.exact, method.source])

@@ -11,6 +11,8 @@ from hypothesis.extra.numpy import arrays
 from conftest import tiny_job
 from plait.config import Config
 from plait.engines.steps import mix
+from plait.factors import VALUE, A, B
+from plait.lora import joined, values
 from plait.mixing import neighbour_weights
 from plait.topology import build_schedule
 from plait.wire_types import INT8, OF_DTYPE, WIRE_TYPES
@@ -76,6 +78,23 @@ def test_the_mean_stays_and_each_is_nearly_what_it_would_be(wire, most):
         torch.testing.assert_close(value.mean(0), before[slot].mean(0), rtol=0, atol=1e-6)
         apart = (value - exact[slot]).abs().max()
         assert 0 < apart < most * before[slot].abs().max()
+
+
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+@pytest.mark.parametrize("change", ["mixed", "local"])
+def test_what_rounding_takes_off_a_product_goes_into_the_base(method, change):
+    config = Config(**CONFIG.to_json() | {"method": method, "base_change": change, "wire": "int8"})
+    job, generator, models = tiny_job(config), torch.Generator().manual_seed(0), []
+    layout, state = job.backbone.layout, job.initial_stack().state
+    W = neighbour_weights(build_schedule(config)(0))
+    state |= {(VALUE, f): torch.randn(state[VALUE, f].shape, generator=generator) for f in (A, B)}
+    for _ in range(3):
+        products = joined(layout, values(state))
+        sites = layout.by_site(dict(zip(((VALUE, A), (VALUE, B)), products, strict=True)))
+        models.append(torch.cat([(b @ a).mean(0).flatten() for a, b in sites]))
+        state |= mix(job, state, state, W, 0, range(4))
+    for model in models[1:]:
+        torch.testing.assert_close(model, models[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["average", "clipped-product:0.5"])

@@ -10,7 +10,7 @@ Both have a server, which adds a full d_out x d_in matrix to W0 at all clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from plait.factors import AB, BASE, BASE_A, BASE_B, VALUE, A, B
 from plait.later import Tensor, torch
 from plait.lora import Layout, State
 from plait.machine.devices import exact
-from plait.mixing import Mix, SiteFactors, average
+from plait.mixing import Mix, SiteFactors, average, restored
 from plait.screening import Slots
 from plait.site_mixing import factorized, stacked
 
@@ -74,15 +74,35 @@ def _into_base(keep: Keep, mixes_base: bool, any_rank: bool = False) -> Mix:
                     stacked(old[site], bases[site], i, row) if bases else _client(old[site], i),
                     (A_i, -B_i),
                 ]
-                wide, tall = (torch.cat(x, dim) for dim, x in enumerate(zip(*parts, strict=True)))
-                for into, value in zip(
-                    place, factorized(wide, tall, layout.base_rank), strict=True
-                ):
-                    into[i].copy_(value)
+                _put(place, i, parts)
         return mixed
 
     together = AB | BASE if mixes_base else AB
-    return Mix(combine, together=together, any_rank=any_rank, steps=False)
+    return Mix(combine, together, any_rank, _restored, indivisible=mixes_base)
+
+
+def _restored(layout: Layout, mixed: State, mine: Slots, sent: Slots) -> State:
+    """What rounding took off one's own products goes into the base: each round would lose more."""
+    others = {slot: value for slot, value in mixed.items() if slot[1] not in AB | BASE}
+    found = mixed | restored(layout, others, mine, sent)
+    found |= {(VALUE, base): mixed[VALUE, base].clone() for base in (BASE_A, BASE_B)}
+    products = [
+        (sign, layout.by_site(state, *of))
+        for of in ((A, B), (BASE_A, BASE_B))
+        for sign, state in ((1, mine), (-1, sent))
+    ]
+    for site, place in enumerate(layout.by_site(found, BASE_A, BASE_B)):
+        for i in range(len(place[0])):
+            lost = [(a, sign * b) for sign, of in products for a, b in [_client(of[site], i)]]
+            _put(place, i, [_client(place, i), *lost])
+    return found
+
+
+def _put(place: SiteFactors, i: int, parts: Sequence[SiteFactors]) -> None:
+    """Make the base of one of m clients the sum of some products, cut to its rank."""
+    wide, tall = (torch.cat(x, dim) for dim, x in enumerate(zip(*parts, strict=True)))
+    for into, value in zip(place, factorized(wide, tall, place[0].shape[1]), strict=True):
+        into[i].copy_(value)
 
 
 def _client(site: SiteFactors, i: int) -> SiteFactors:

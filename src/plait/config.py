@@ -38,7 +38,7 @@ Engine = Literal["simulate", "ray"]
 ObjectiveName = Literal["auto", "classification", "regression"]
 
 LANGUAGE_TASKS = ("chat", "snippets", "trec-chat")
-"""Those whose texts are longer by default."""
+"""Those for language models, whose texts are longer by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class MethodSettings:
     bytes, and on the complete graph the same."""
     wire: Wire = "float32"
     """Type of the values in messages. `bfloat16` halves the bytes; `int8` quarters them, with a
-    scale for each layer's A and B. What rounding takes off a client's values stays with it."""
+    scale for each layer's A and B. What rounding takes off a client's values stays with it where
+    factors are averaged."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0

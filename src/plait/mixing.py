@@ -39,6 +39,15 @@ SiteRule = Callable[[SiteFactors, SiteFactors, np.ndarray], SiteFactors]
 """As `Rule`, of a layer's A and B together."""
 
 
+Restore = Callable[[Layout, State, Slots, Slots], State]
+"""(layout, mixed, mine, mine as it was sent) -> mixed with what rounding took off."""
+
+
+def restored(_layout: Layout, mixed: State, mine: Slots, sent: Slots) -> State:
+    """It is added again, where the result is one's own state and steps from it in each slot."""
+    return {slot: value + (mine[slot] - sent[slot]) for slot, value in mixed.items()}
+
+
 @dataclass(frozen=True)
 class Mix:
     """What a client makes of its own slots and those that it heard.
@@ -49,14 +58,16 @@ class Mix:
         together: Factors that must travel in the same rounds, or `combine` can't work.
         any_rank: Whether zeros may stand for the directions that clients of smaller rank lack; what
             they get in them is cut off again.
-        steps: Whether the result is one's own state and steps from it in each slot: then what
-            rounding for the wire took off one's own may be added again.
+        restore: What becomes of what rounding for the wire took off one's own, if it isn't lost.
+        indivisible: Whether a state counts as a whole only, as where each client's factors have a
+            basis of their own: then a peer that lost its own takes no entries of several.
     """
 
     combine: Callable[[Layout, Slots, Slots, np.ndarray], State]
     together: Factor = NONE
     any_rank: bool = False
-    steps: bool = True
+    restore: Restore | None = restored
+    indivisible: bool = False
 
 
 def each_factor(rule: Rule, any_rank: bool = False) -> Mix:
@@ -78,7 +89,7 @@ def screened(screen: Screen) -> Mix:
     return Mix(combine, together=AB)
 
 
-def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
+def each_site(rule: SiteRule, any_rank: bool = False, indivisible: bool = True) -> Mix:
     """Mix the values of A and B layer by layer, both at once; other slots are averaged."""
 
     def combine(layout: Layout, mine: Slots, heard: Slots, W: np.ndarray) -> State:
@@ -90,7 +101,7 @@ def each_site(rule: SiteRule, any_rank: bool = False) -> Mix:
             mixed[slot] = torch.cat([part.flatten(1) for part in parts], dim=1)
         return mixed
 
-    return Mix(combine, together=AB, any_rank=any_rank, steps=False)
+    return Mix(combine, together=AB, any_rank=any_rank, restore=None, indivisible=indivisible)
 
 
 MANY = 32

@@ -258,7 +258,7 @@ def test_tracking_is_its_definition(method, trains):
     y = {f: np.zeros_like(value) for f, value in x.items()}
     u = {f: np.zeros_like(value) for f, value in x.items()}
 
-    def phase(_job, stack, round_, _clients):
+    def phase(_job, stack, round_, _clients, _turns):
         for factor in (A, B):
             if factor.name in trains.split()[round_]:
                 step = 0.1 * rng.normal(size=x[factor].shape)

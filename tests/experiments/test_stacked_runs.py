@@ -9,10 +9,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from conftest import tiny_job
 from plait.config import Config, Machine
+from plait.data import sources
 from plait.engines import stacked_runs
 from plait.engines.job import Materials, Rules, assemble
 from plait.events import RoundDone
@@ -131,6 +133,33 @@ def test_what_fails_leaves_the_stack_and_others_differ_in_rounds(tmp_path):
     assert "training diverged" in ends["1"].reason
     for k in (0, 2, 3, 4):
         assert_same(alone[k], stacked[k])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_stack_that_memory_does_not_hold_goes_on_as_halves(tmp_path, monkeypatch, caplog, error):
+    """One run is through before; of the others none says anything twice."""
+    configs = [dataclasses.replace(CONFIG, rounds=1)]
+    configs += [dataclasses.replace(CONFIG, seed=seed) for seed in range(3)]
+    alone, stacked = (cells_of(tmp_path / name, configs) for name in ("alone", "stacked"))
+    expected = list(here(alone))
+    counted, tries = stacked_runs.local_phases, []
+
+    def tight(backbone, tokens, works, optimizer):
+        found = counted(backbone, tokens, works, optimizer)
+        tries.append(len(works))
+        if len(works) == 3:  # after they have trained
+            raise error("no memory")
+        return found
+
+    monkeypatch.setattr(stacked_runs, "local_phases", tight)
+    monkeypatch.setattr(sources, "_SAID", set())
+    said = list(in_one_stack(stacked, 4))
+    assert tries == [4, 3, 2, 2, 2, 1, 1, 1]
+    assert "4 runs at once don't fit into memory; now 2 at a time" in caplog.text
+    assert len(said) == len(expected)
+    assert all(one.failure is None for _, one in said if isinstance(one, CellEnded))
+    for one, other in zip(alone, stacked, strict=True):
+        assert_same(one, other)
 
 
 def test_a_stack_that_was_left_goes_on(tmp_path):

@@ -106,7 +106,8 @@ def plait_steps(peer, model, round_):
     process, client = peer.process, peer._client
     stack = process.job.initial_stack([0])
     stack.state |= {(VALUE, factor): client.row(factor) for factor in stack.factors}
-    loss = local_steps(process.job, stack, round_.number, [process.me])[0]
+    turns = process.job.turns(round_.number, process.me)
+    loss = local_steps(process.job, stack, round_.number, [process.me], turns)[0]
     client.take(stack.factors)
     return loss
 
@@ -385,7 +386,7 @@ def test_what_diverged_or_should_have_rested_is_not_handed_over(spoil, loss, sai
     before = {slot: value.clone() for slot, value in stack.state.items()}
     spoil(client.parameters(Factor.A)[0], client.parameters(Factor.B)[0])
     with pytest.raises(ValueError, match=said):
-        _hand_over(client, loss, job, stack, 0, [0])
+        _hand_over(client, loss, job, stack, 0, [0], job.turns(0, 0))
     assert all(torch.equal(stack.state[slot], value) for slot, value in before.items())
 
 

@@ -47,7 +47,7 @@ def go(process, rounds) -> None:
     said = {e.round: e for e in events(PRIVATE, 0.8) if isinstance(e, RoundDone)}
     with process.desk.condition:
         process.desk.inbox.skip_to(process.first_round)
-    process._remember(process.first_round - 1)
+    process._remember()
     if not process.done:
         process._see(process.job.started)
         process._see(evaluated(PRIVATE, -1, 0.5))
@@ -87,6 +87,39 @@ def test_after_a_power_cut_a_peer_goes_on_from_its_checkpoint(tmp_path, monkeypa
         assert not list(book.lines("lost"))
     assert set(begun) == {0, 1, 2, 3}
     disk.close()
+
+
+def test_what_was_sent_is_there_again_after_rounds_without_a_message(tmp_path, process):
+    """As where a model was handed on: nobody else may have it."""
+    first = process(tmp_path / "out")
+    go(first, range(1))
+    sent = first.desk.inbox.last_sent()
+    rests = next(e for e in events(PRIVATE, 0.8) if isinstance(e, RoundDone) and e.round == 1)
+    first.desk.inbox.close()
+    first._see(rests)
+    first._until_end.close()
+    again = process(tmp_path / "out")
+    assert again.first_round == 2
+    again._remember()
+    assert again.desk.inbox.mine(0).body == sent.body
+    again._until_end.close()
+
+
+@pytest.mark.parametrize(("rests", "said"), [(False, ["finish", "linger"]), (True, ["linger"])])
+def test_who_handed_the_model_on_is_not_done_before_all_are(
+    tmp_path, monkeypatch, process, rests, said
+):
+    one, order = process(tmp_path / "out"), []
+    monkeypatch.setattr(peers, "some_rest", lambda _: rests)
+    monkeypatch.setattr(one, "_finish", lambda: order.append("finish"))
+    monkeypatch.setattr(one.exchange, "linger", lambda *_: order.append("linger"))
+    one.leave.set()
+    one._end()
+    assert order == said
+    one.leave.clear()
+    one._end()
+    assert order[len(said) :] == (["linger", "finish"] if rests else said)
+    one._until_end.close()
 
 
 def test_a_peer_without_its_noise_does_not_go_on(tmp_path, process):

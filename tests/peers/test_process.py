@@ -173,11 +173,14 @@ def test_a_directed_topology_takes_no_changes_and_no_symmetry(change):
         check_members(dataclasses.replace(federation, config=walk))
 
 
-@pytest.mark.parametrize(("method", "keep", "wait"), [("adf-offset", 8, 5), ("rw-lora", 40, 200)])
-def test_where_peers_rest_all_rounds_of_the_others_are_waited_for(method, keep, wait):
+@pytest.mark.parametrize(
+    ("method", "keep", "wait", "linger"), [("adf-offset", 8, 5, 7), ("rw-lora", 40, 200, 207)]
+)
+def test_where_peers_rest_all_rounds_of_the_others_are_waited_for(method, keep, wait, linger):
     rules = Rules.of(Config(method=method, topology="ring", clients=3, rounds=40))
-    limits = patient(Limits(round_timeout_s=5), rules)
-    assert (limits.keep_rounds, limits.round_timeout_s) == (keep, wait)
+    limits = patient(Limits(round_timeout_s=5, linger_s=7), rules)
+    found = limits.keep_rounds, limits.round_timeout_s, limits.linger_s
+    assert found == (keep, wait, linger)
 
 
 def test_the_frozen_weights_are_part_of_what_must_be_agreed_on(tmp_path, monkeypatch):

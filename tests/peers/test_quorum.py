@@ -12,11 +12,12 @@ import torch
 from fake_network import Hub, member, start_peer
 from plait.config import Config
 from plait.factors import VALUE, Factor
+from plait.methods import METHODS, build_method
 from plait.peers.codec import Answer, Message
 from plait.peers.exchange import Terms
 from plait.peers.joining import Entrance
 from plait.peers.process import state_of, voters_of
-from plait.peers.quorum import Quorum, middle
+from plait.peers.quorum import Quorum, middle, shared_by_most
 
 FAR = 10**6
 
@@ -94,9 +95,11 @@ QUICK = Terms(round_timeout_s=1, start_timeout_s=3, linger_s=0, retry_s=0.05)
 class Others:
     """A federation of `size` on a complete graph; p0 comes, the others are what they are set to."""
 
-    def __init__(self, size: int, joins: int = 0, trusted: int | None = None) -> None:
+    def __init__(
+        self, size: int, joins: int = 0, trusted: int | None = None, method: str = "adf"
+    ) -> None:
         self.config = Config(topology="complete", clients=size, rounds=40, rank=2, local_steps=1,
-                             batch_size=2, switch_every=2)  # fmt: skip
+                             batch_size=2, switch_every=2, method=method)  # fmt: skip
         self.hub = Hub()
         members = [member(f"p{k}", **({"joins": joins} if k == 0 else {})) for k in range(size)]
         self.peers = [start_peer(self.hub, k, self.config, members, terms=QUICK, keep_rounds=2)
@@ -106,7 +109,8 @@ class Others:
         self.me.desk.quorum = Quorum(voters=voters, trusted=trusted)
         turn = self.me.inbox.turn
         expects = lambda done: state_of(self.me.job, turn, done)  # noqa: E731
-        self.entrance = Entrance(self.me.exchange, joins, expects)
+        indivisible = self.me.job.method.mix(0).indivisible
+        self.entrance = Entrance(self.me.exchange, joins, expects, indivisible)
 
     def down(self, *peers: int) -> None:
         for peer in peers:
@@ -176,6 +180,24 @@ def test_a_made_up_state_of_the_right_round_moves_no_entry_past_the_honest():
     for slot, row in middle(own, states).items():
         assert (row >= own[slot]).all()
         assert (row <= own[slot] + 1).all()
+
+
+def test_a_state_that_most_have_is_that_of_one_of_them():
+    one, other = ({"B": torch.tensor([x])} for x in (1.0, 2.0))
+    assert shared_by_most({4: other, 1: one, 2: one}) == 1
+    assert shared_by_most({1: one, 2: other}) is None
+    assert shared_by_most({1: one, 2: one, 3: other, 4: other}) is None, "half is not most"
+    assert shared_by_most({3: other}) == 3
+
+
+def test_factors_of_a_basis_of_ones_own_are_taken_of_one_peer_alone():
+    apart = {name for name in METHODS if build_method(Config(method=name)).mix(0).indivisible}
+    assert apart == {"decaf", "flexlora", "fedrot", "fedex", "flora"}
+    others = Others(3, method="fedex")
+    others.peers[2].stack.state[VALUE, Factor.BASE_A] += 1
+    others.at(9, 1, 2)
+    with pytest.raises(ValueError, match=r"those of p1, p2 differ: start p0 again .*--trust p1"):
+        others.entrance.find()
 
 
 def test_a_state_of_another_phase_or_with_other_factors_is_not_taken():

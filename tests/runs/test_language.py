@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -183,6 +184,12 @@ def test_prompts_and_references_are_compared():
     assert (found["exact_match"], found["exact_match_base"]) == (0.5, 0)
     assert (found["numeric_match"], found["numeric_match_base"]) == (1, 0)
     assert "numeric_match" not in likeness([{"before": "", "after": "", "reference": "x"}])
+
+
+def test_seeds_share_one_language_model(run):
+    first, other = (prepare(dataclasses.replace(run.config, seed=seed)) for seed in (0, 1))
+    assert first.backbone is other.backbone
+    assert first.train is other.train
 
 
 @pytest.mark.parametrize("settings", [{"generate_rows": 1}, {"options": "a,b"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -10,7 +11,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -238,3 +242,33 @@ def test_what_cannot_be_logged_is_said_before_the_run(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="pip install no_such_package"):
         list(logged(said, ["missing"], CONFIG, tmp_path))
     assert not begun
+
+
+class Wandb(ModuleType):
+    """A stub of wandb: but for "create_new" there is one run in a process at a time."""
+
+    runs: ClassVar[list[SimpleNamespace]] = []
+
+    def init(self, *, name, reinit=None, **_settings):
+        if reinit == "create_new" or not self.runs:
+            said = []
+            self.runs.append(SimpleNamespace(
+                name=name, said=said, log=said.append, define_metric=lambda *_, **__: None,
+            ))  # fmt: skip
+        return nullcontext(self.runs[-1])
+
+
+def test_runs_of_one_process_each_have_their_own_run_of_wandb(tmp_path, monkeypatch):
+    stub = Wandb("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setattr(loggers, "require", lambda names: [LOGGERS[name] for name in names])
+    configs = [dataclasses.replace(CONFIG, seed=seed) for seed in range(2)]
+    runs = [
+        logged(events(config, 0.8 - k / 2), ["wandb"], config, tmp_path / f"{k}")
+        for k, config in enumerate(configs)
+    ]
+    for _ in zip(*runs, strict=True):
+        pass
+    assert [run.name for run in stub.runs] == ["0", "1"]
+    last = [run.said[-1]["summary/accuracy_client_mean"] for run in stub.runs]
+    assert last == pytest.approx([0.8, 0.3])

@@ -14,7 +14,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from plait.adaptive_phases import NOTES
-from plait.config import THIS_MACHINE, Config, FileSettings, Machine, ModelSettings, names_of
+from plait.config import (
+    LANGUAGE_TASKS,
+    THIS_MACHINE,
+    Config,
+    FileSettings,
+    Machine,
+    ModelSettings,
+    names_of,
+)
 from plait.data.choices import Choices
 from plait.data.objectives import LANGUAGE, Objective
 from plait.data.own_rows import own_rows
@@ -271,7 +279,8 @@ def shared_settings(config: Config) -> Config:
     """The settings that data and model depend on, all others at their defaults."""
     shared = {name: getattr(config, name) for name in MATERIAL}
     shared |= {"alpha": config.lora_alpha, "scale": "lora"}  # the same with any number of clients
-    return Config(**shared if draws_head(config) else shared | {"seed": 0})
+    drawn = draws_head(config) and config.task not in LANGUAGE_TASKS  # whose models have no head
+    return Config(**shared if drawn else shared | {"seed": 0})
 
 
 def assemble(rules: Rules, materials: Materials, shares: list[np.ndarray], begin: float) -> Job:

@@ -22,7 +22,7 @@ from plait.data.objectives import Objective
 from plait.data.tokens import Tokens
 from plait.engines.job import Job
 from plait.engines.local_training import Work, evaluate, local_phases
-from plait.engines.steps import check_finite, turns_of
+from plait.engines.steps import Turns, check_finite
 from plait.factors import Factor
 from plait.lora import Stack
 from plait.model.backbone import Backbone
@@ -113,14 +113,15 @@ class StackedRuns:
         with self._turn:
             self._turn.notify_all()
 
-    def phase(self, job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
+    def phase(
+        self, job: Job, stack: Stack, round_: int, clients: Sequence[int], turns: Turns
+    ) -> np.ndarray:
         """A `Phase` (steps.py): the local steps of one of the runs.
 
         Raises:
             ValueError: The run's training diverged.
             InterruptedError: It was stopped.
         """
-        turns = turns_of(job, stack, 0, round_, clients[0])
         work = Work(stack, turns, round_, job.shares, clients, job.config)
         losses: np.ndarray = self._result(_Phase(job, work)).mean(axis=1)
         check_finite(losses, clients, round_, job.config.lr)

@@ -22,14 +22,18 @@ from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
 from plait.wire_types import WIRE_TYPES
 
-Phase = Callable[[Job, Stack, int, Sequence[int]], np.ndarray]
-"""(job, stack, round, clients) -> (n,) losses: the local steps of a round of clients who train the
-same, changing the stack's active factors in place; a `ValueError` if training diverged."""
+Turns = Sequence[Factor]
+"""What takes each of the K local steps of a round."""
+Phase = Callable[[Job, Stack, int, Sequence[int], Turns], np.ndarray]
+"""(job, stack, round, clients, turns) -> (n,) losses: the local steps of a round of clients who
+train the same, changing the stack's active factors in place; a `ValueError` if training
+diverged."""
 
 
-def local_steps(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> np.ndarray:
+def local_steps(
+    job: Job, stack: Stack, round_: int, clients: Sequence[int], turns: Turns
+) -> np.ndarray:
     """The `Phase` of every engine: the job's rows, its optimizer, its number of steps."""
-    turns = turns_of(job, stack, 0, round_, clients[0])
     losses: np.ndarray = local_phase(
         job.backbone, stack, reduce(or_, turns), round_, job.train, job.shares, clients,
         job.config, job.method.optimizer, turns,
@@ -65,15 +69,15 @@ def train_round(
         ValueError: A client's loss is no longer finite.
     """
     losses = np.empty(len(clients))
-    for rows in _alike(job, stack, round_, clients):
+    for turns, rows in _alike(job, stack, round_, clients):
         part, some = stack.part(rows), [clients[row] for row in rows]
-        losses[rows] = _train_alike(job, part, round_, some, noise, phase)
+        losses[rows] = _train_alike(job, part, round_, some, turns, noise, phase)
         stack.put(rows, part)
     return losses
 
 
-def turns_of(job: Job, stack: Stack, row: int, round_: int, client: int) -> list[Factor]:
-    """What takes each of the K local steps of a round at a client, whose row of the stack it is."""
+def _turns_of(job: Job, stack: Stack, row: int, round_: int, client: int) -> list[Factor]:
+    """The `Turns` of a client, whose row of the stack it is."""
     turns, picks = job.turns(round_, client), job.method.picks
     if picks is None:
         return turns
@@ -83,31 +87,39 @@ def turns_of(job: Job, stack: Stack, row: int, round_: int, client: int) -> list
 
 def active_of(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> Factor:
     """What takes local steps in a round at any of some clients, whose state the stack is."""
-    turns = (turns_of(job, stack, row, round_, client) for row, client in enumerate(clients))
+    turns = (_turns_of(job, stack, row, round_, client) for row, client in enumerate(clients))
     return reduce(or_, itertools.chain.from_iterable(turns))
 
 
-def _alike(job: Job, stack: Stack, round_: int, clients: Sequence[int]) -> list[list[int]]:
-    """The rows of clients who train the same in a round, after as many steps."""
-    found: dict[object, list[int]] = defaultdict(list)
+def _alike(
+    job: Job, stack: Stack, round_: int, clients: Sequence[int]
+) -> list[tuple[Turns, list[int]]]:
+    """The rows of clients who train the same in a round, after as many steps; and that."""
+    found: dict[tuple[Turns, object], list[int]] = defaultdict(list)
     for row, client in enumerate(clients):
-        turns = turns_of(job, stack, row, round_, client)
+        turns = tuple(_turns_of(job, stack, row, round_, client))
         active = reduce(or_, turns)
-        taken = [
+        taken = tuple(
             0 if begins_anew(factor, round_, job, client) else int(steps[row])
             for factor, steps in stack.steps.items()
             if factor in active
-        ]
-        found[*turns, *taken].append(row)
-    return [*found.values()]
+        )
+        found[turns, taken].append(row)
+    return [(turns, rows) for (turns, _), rows in found.items()]
 
 
 def _train_alike(
-    job: Job, stack: Stack, round_: int, clients: Sequence[int], noise: Noise, phase: Phase
+    job: Job,
+    stack: Stack,
+    round_: int,
+    clients: Sequence[int],
+    turns: Turns,
+    noise: Noise,
+    phase: Phase,
 ) -> np.ndarray:
     """As `train_round`, of clients who train the same after as many steps."""
     method, private = job.method, job.config.dp_clip is not None
-    active = active_of(job, stack, round_, clients[:1])
+    active = reduce(or_, turns)
     if not active:
         return np.full(len(clients), np.nan)
     reset_optimizer(stack, active, round_, job, clients[0])
@@ -116,7 +128,7 @@ def _train_alike(
         for kind, factor in job.travels
         if factor in active and kind not in method.kept and (private or method.correct)
     }
-    losses = phase(job, stack, round_, clients)
+    losses = phase(job, stack, round_, clients, turns)
     if private and before:
         privatise(before, stack.state, round_, clients, job.config, noise)
     if method.correct:
@@ -160,8 +172,8 @@ def mix(
     )
     own = {slot: mine[slot] for slot in job.base} | own
     mixed = how.combine(layout, own, theirs, W)
-    if job.config.wire != "float32" and how.steps:  # what rounding took off stays
-        mixed = {slot: value + (mine[slot] - own[slot]) for slot, value in mixed.items()}
+    if job.config.wire != "float32" and how.restore:  # what rounding took off stays
+        mixed = how.restore(layout, mixed, mine, own)
     job.cut(mixed, clients)
     return mixed
 

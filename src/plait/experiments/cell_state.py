@@ -19,10 +19,12 @@ class Failure:
     Attributes:
         reason: In words.
         diverged: Training diverged: it would again, so the run is not tried again.
+        out_of_memory: There was too little memory, perhaps for several runs at once.
     """
 
     reason: str
     diverged: bool = False
+    out_of_memory: bool = False
 
 
 def state(cell: Cell) -> tuple[str, str]:

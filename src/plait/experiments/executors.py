@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,10 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 
+import torch
+
 from plait.config import THIS_MACHINE, Config, Machine
+from plait.data.sources import say
 from plait.engines.job import shared_settings
 from plait.engines.stacked_runs import StackedRuns
 from plait.events import Event, Started
@@ -60,9 +63,40 @@ def in_one_stack(
     loggers: Sequence[str] = (),
     machine: Machine = THIS_MACHINE,
 ) -> Iterator[CellSaid]:
-    """Carry cells out in this process, so many at once, their local phases computed as one."""
-    for some in _stacks(cells, runs):
-        yield from _stacked(some, loggers, machine)
+    """Carry cells out in this process, so many at once, their local phases computed as one.
+
+    Where memory doesn't hold so many, half as many; what a run has said it doesn't say again.
+    """
+    for waiting in _alike(cells):
+        at_once, told = runs, Counter[Cell]()
+        while waiting:
+            some, waiting = waiting[:at_once], waiting[at_once:]
+            again = yield from _fitting(_stacked(some, loggers, machine), told, len(some))
+            if again:
+                at_once = (len(some) + 1) // 2
+                say(f"{len(some)} runs at once don't fit into memory; now {at_once} at a time.")
+                waiting = again + waiting
+
+
+def _fitting(
+    said: Iterator[CellSaid], told: Counter[Cell], runs: int
+) -> Generator[CellSaid, None, list[Cell]]:
+    """What cells of a stack of so many runs say for the first time.
+
+    Returns:
+        Those that are to be tried in a smaller stack.
+    """
+    again: list[Cell] = []
+    saying: Counter[Cell] = Counter()
+    for cell, one in said:
+        if isinstance(one, CellEnded) and one.failure and one.failure.out_of_memory and runs > 1:
+            again.append(cell)
+            continue
+        saying[cell] += 1
+        if saying[cell] > told[cell]:
+            told[cell] += 1
+            yield cell, one
+    return again
 
 
 def _stacked(cells: Sequence[Cell], loggers: Sequence[str], machine: Machine) -> Iterator[CellSaid]:
@@ -96,14 +130,12 @@ def _stacked(cells: Sequence[Cell], loggers: Sequence[str], machine: Machine) ->
             thread.join()
 
 
-def _stacks(cells: Sequence[Cell], runs: int) -> Iterator[list[Cell]]:
-    """Cells that share data and model, so many at once, in their order."""
+def _alike(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that share data and model, in their order."""
     alike: dict[Config, list[Cell]] = {}
     for cell in cells:
         alike.setdefault(shared_settings(cell.config), []).append(cell)
-    for some in alike.values():
-        for first in range(0, len(some), runs):
-            yield some[first : first + runs]
+    return [*alike.values()]
 
 
 @contextmanager
@@ -196,6 +228,8 @@ def _told(
     except (ValueError, OSError) as error:
         # What can't run is refused before the first event; after it only training can go wrong.
         yield CellEnded(Failure(str(error), diverged=began and isinstance(error, ValueError)))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        yield CellEnded(Failure(f"{type(error).__name__}: {error}", out_of_memory=True))
     except Exception as error:
         traceback.print_exc()
         yield CellEnded(Failure(f"{type(error).__name__}: {error}"))

@@ -237,6 +237,11 @@ class Inbox:
         """This peer's own message of the open round, or of another that is still kept."""
         return self._page(self.round if round_ is None else round_).mine
 
+    def last_sent(self) -> Message | None:
+        """This peer's newest message that is kept."""
+        sent = {round_: page.mine for round_, page in self._pages.items() if page.mine}
+        return sent[max(sent)] if sent else None
+
     def remember(self, round_: int, message: Message, heard: set[int]) -> None:
         """After a restart: what this peer sent in a closed round, and whom it mixed with."""
         page = self._page(round_)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from plait.peers.codec import Header
 from plait.peers.exchange import Exchange, Left
 from plait.peers.inbox import FactorRows
+from plait.peers.quorum import shared_by_most
 
 GREET_AGAIN_S = 1.0
 
@@ -25,12 +26,14 @@ class Entrance:
         exchange: What connects the peer with the others.
         joins: The first round that it takes part in.
         expects: Rounds done -> (active, factors) of a state after so many.
+        indivisible: Whether a state has to be one that a member has (`Mix.indivisible`).
         states: What came so far, by peer.
     """
 
     exchange: Exchange
     joins: int
     expects: Callable[[int], tuple[str, str]]
+    indivisible: bool = False
     states: dict[int, FactorRows] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,7 +74,7 @@ class Entrance:
             The round.
 
         Raises:
-            ValueError: There are too few.
+            ValueError: There are too few, or most aren't the same and have to be.
             Left: The peer was told to leave.
         """
         end = None
@@ -82,6 +85,8 @@ class Entrance:
                 end = end or time.monotonic() + self.exchange.terms.start_timeout_s
                 self._ask(target)
                 if self._enough():
+                    if self.indivisible:
+                        self._agree()
                     return target
                 if time.monotonic() > end or self._hopeless():
                     raise ValueError(self._too_few())
@@ -102,6 +107,18 @@ class Entrance:
         there = {peer for peer in self._givers if peer in self.desk.seen} - self.desk.absent
         least = 1 if self.desk.quorum.trusted is not None else 2
         return len(self.states) >= max(least, len(there) // 2 + 1)
+
+    def _agree(self) -> None:
+        """Keep the one state that most have, bit for bit."""
+        found = shared_by_most(self.states)
+        if found is None:
+            names = [self.desk.names[peer] for peer in sorted(self.states)]
+            raise ValueError(
+                f"With this method entries of several states make none, and those of "
+                f"{', '.join(names)} differ: start {self.desk.name} again with --trust NAME, such "
+                f"as --trust {names[0]}."
+            )
+        self.states = {found: self.states[found]}
 
     def _ask(self, target: int) -> None:
         """Ask those that have reached a round for their states."""

@@ -16,7 +16,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from torch import nn
 
 from plait.config import Config
 from plait.engines.job import Job
-from plait.engines.steps import begins_anew, check_finite
+from plait.engines.steps import Turns, begins_anew, check_finite
 from plait.factors import VALUE, Factor, factors_name
 from plait.lora import Stack
 from plait.machine.extras import PEER_PACKAGES, need
@@ -295,12 +296,13 @@ def _hand_over(
     stack: Stack,
     round_: int,
     peers: Sequence[int],
+    turns: Turns,
 ) -> np.ndarray:
     """The `Phase` of a loop that has trained a model already: its factors go into the stack."""
     losses = np.array([math.nan if loss is None else float(loss)])
     if loss is not None:
         check_finite(losses, peers, round_, job.config.lr)
-    trained = job.trained(round_, peers[0])
+    trained = reduce(or_, turns)
     rows = {factor: client.row(factor) for factor in stack.factors}
     for factor, row in rows.items():
         name = factors_name(factor)

@@ -5,7 +5,7 @@
 
 A round's messages exist only once, so a peer saves after each round: started again it does the
 round that was cut off anew, with the same rows in the same order, and asks for what it lost. What
-it sent in the round before is saved with it: a neighbour may not have had it yet.
+it sent last is saved with it: a neighbour may not have had it yet.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ from plait.runs.samples import write_samples
 LOG = logging.getLogger("plait.peer")
 
 KEY_BYTES = 32
-SENT, NOTED = "sent", "noted"
-"""In a checkpoint, the body of the last message and the hash of the audit book's last line before
-it, (bytes,) uint8."""
+SENT, SENT_IN, NOTED = "sent", "sent_in", "noted"
+"""In a checkpoint, the body of the last message, its round as 8 bytes, and the hash of the audit
+book's last line before it, (bytes,) uint8."""
 
 
 def run_peer(
@@ -266,8 +266,20 @@ class Process:
         except Left:
             LOG.info("told to leave; round %d can be taken up again", self.desk.inbox.round)
             return
-        self._finish()
+        self._end()
+
+    def _end(self) -> None:
+        """Write the result and stay for those who need messages; where clients rest, stay first.
+
+        Their last message may be the only copy of the model. A peer that is started again has it
+        until its result is there, and is not taken up any more from then on.
+        """
+        rests = some_rest(self.job)
+        if not rests:
+            self._finish()
         self.exchange.linger(self.exchange.neighbours, self.end)
+        if rests and not self.leave.is_set():
+            self._finish()
 
     def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
         """A message of this peer."""
@@ -357,9 +369,11 @@ class Process:
         )  # fmt: skip
         with self.desk.condition:
             self.desk.inbox.skip_to(self.first_round)
-            self._remember(self.first_round - 1)
+            self._remember()
         turn = self.desk.inbox.turn
-        entrance = Entrance(self.exchange, self.joins, lambda done: state_of(self.job, turn, done))
+        expects = lambda done: state_of(self.job, turn, done)  # noqa: E731
+        indivisible = self.job.method.mix(self.first_round).indivisible
+        entrance = Entrance(self.exchange, self.joins, expects, indivisible)
         has_state = self.first_round > 0
         if not has_state and (self.joins > 0 or entrance.is_late()):
             self._join(entrance)
@@ -407,11 +421,13 @@ class Process:
         if self.job.config.dp_clip is None:
             self.desk.facts |= {name: x for name, x in facts.items() if math.isfinite(x)}
 
-    def _remember(self, round_: int) -> None:
-        """Have this peer's message of its last round again: a neighbour may still wait for it."""
-        sent = load_beside(self.folder.checkpoint_file, SENT)
-        if sent is None:
+    def _remember(self) -> None:
+        """Have the last message of this peer again: a neighbour may still wait for it."""
+        file = self.folder.checkpoint_file
+        sent, sent_in = load_beside(file, SENT), load_beside(file, SENT_IN)
+        if sent is None or sent_in is None:
             return
+        round_ = int.from_bytes(sent_in.numpy().tobytes(), "little")
         dtype = dtype_of("round", self.job.config.wire)
         template = template_of(self.job.layout_of(self.me), self.job.shared(round_), dtype)
         rows = self.job.whole(unpack(bytearray(sent.numpy()), template), self.me)
@@ -421,9 +437,12 @@ class Process:
         self.desk.inbox.remember(round_, self.write(rows, round_, active, "round"), heard)
 
     def _save(self, rounds_done: int) -> None:
-        """Write the state, and what was sent in the round that led there."""
-        message = self.desk.inbox.mine(rounds_done - 1)
-        beside = {SENT: message.body} if message else {}
+        """Write the state, and what was sent last on the way there."""
+        with self.desk.condition:
+            message = self.desk.inbox.last_sent()
+        beside = {}
+        if message:
+            beside = {SENT: message.body, SENT_IN: message.header.round.to_bytes(8, "little")}
         try:
             beside[NOTED] = bytes.fromhex(self.book.sync())
             kept = {name: torch.tensor(np.frombuffer(x, np.uint8)) for name, x in beside.items()}
@@ -671,14 +690,24 @@ def state_of(job: Job, turn: Callable[[int], Turn], round_: int) -> tuple[str, s
     return turn(max(0, round_ - 1)).active, slots_name(job.travelled(round_))
 
 
+def some_rest(job: Job) -> bool:
+    """Whether there are rounds in which a client neither trains nor waits, as in a walk."""
+    turns = range(min(job.config.rounds, MOST_TURNS))
+    clients = range(job.config.clients)
+    return not all(job.method.at(round_, client) for round_ in turns for client in clients)
+
+
 def patient(limits: Limits, job: Job) -> Limits:
     """The limits; one that rests is ahead at once, and waits there while others do the rounds."""
-    rounds, at = job.config.rounds, job.method.at
-    turns = range(min(rounds, MOST_TURNS))
-    if all(at(t, client) for t in turns for client in range(job.config.clients)):
+    if not some_rest(job):
         return limits
-    timeout_s = rounds * limits.round_timeout_s
-    return dataclasses.replace(limits, keep_rounds=rounds, round_timeout_s=timeout_s)
+    rounds = job.config.rounds
+    return dataclasses.replace(
+        limits,
+        keep_rounds=rounds,
+        round_timeout_s=rounds * limits.round_timeout_s,
+        linger_s=rounds * limits.round_timeout_s + limits.linger_s,
+    )
 
 
 def check_sizes(job: Job, limits: Limits) -> None:

@@ -4,8 +4,8 @@ A member may claim any round and offer any state, so no member's word alone deci
 reached when a majority of the other members says so; who was not heard of counts as at round 0. The
 state to begin from is the middle, entry by entry, of several states: as long as most of them are
 honest, each entry lies between two honest ones (coordinate-wise median, Yin et al. 2018,
-arXiv:1803.01498). Two voices are no majority of anything, so with one other member the operator
-says whom to trust.
+arXiv:1803.01498). Where these make no state (`Mix.indivisible`) it is the one that most have. Two
+voices are no majority of anything, so with one other member the operator says whom to trust.
 """
 
 from __future__ import annotations
@@ -75,3 +75,16 @@ def middle(own: Mapping[Key, Tensor], states: Sequence[Mapping[Key, Tensor]]) ->
     return {
         key: torch.stack([state[key] for state in voices]).median(dim=0).values for key in states[0]
     }
+
+
+def shared_by_most(states: Mapping[int, Mapping[Key, Tensor]]) -> int | None:
+    """The first peer whose state more than half of these have, bit for bit, if there is one.
+
+    Args:
+        states: Peer -> key -> (P,).
+    """
+    for peer, state in states.items():
+        alike = (all(torch.equal(one[key], state[key]) for key in state) for one in states.values())
+        if 2 * sum(alike) > len(states):
+            return peer
+    return None

@@ -123,7 +123,9 @@ def _tensorboard(config: Config, _name: str, folder: Path) -> Iterator[LogWrite]
 def _wandb(config: Config, name: str, folder: Path) -> Iterator[LogWrite]:
     wandb = importlib.import_module("wandb")
     project = os.environ.get("WANDB_PROJECT", "plait")
-    with wandb.init(project=project, name=name, dir=folder, config=config.to_json()) as run:
+    settings = {"project": project, "name": name, "dir": folder, "config": config.to_json()}
+    # Others of this process may be going on: in one stack, or a user's own.
+    with wandb.init(**settings, reinit="create_new") as run:
         # Evaluations belong to the step of their round, whose numbers have been logged already.
         run.define_metric("*", step_metric="rounds_done")
         yield lambda step, named: run.log({**named, "rounds_done": step})
