@@ -9,12 +9,12 @@ import pytest
 from plait.config import Config
 from plait.data.partition import PARTITIONS
 from plait.data.tasks import TASKS
-from plait.experiments import benchmark
+from plait.experiments import benchmark, claims
 from plait.experiments.sweep import Sweep, load_sweep
 
 ROOT = Path(__file__).parent.parent / "experiments"
 FILES = sorted(ROOT.glob("*.toml"))
-SUITES = sorted(benchmark.SUITES.glob("*/*.toml"))
+SUITES = sorted(claims.SUITES.glob("*/*.toml"))
 EMBEDDED = ("trec", "movies", "sentiment")
 
 

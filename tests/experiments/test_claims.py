@@ -11,7 +11,7 @@ from scipy import stats
 from fake_runs import FakeRuns, events
 from plait.cli.main import main
 from plait.config import Config
-from plait.experiments import benchmark
+from plait.experiments import benchmark, claims
 from plait.experiments import executors as workers
 from plait.experiments.claims import CLAIMS, judged
 from plait.experiments.curves import curve_figures
@@ -112,7 +112,7 @@ def test_curves_are_what_they_say():
 
 
 def test_every_claim_names_a_method_and_a_part_of_some_size():
-    parts = {file.stem for file in benchmark.SUITES.glob("*/*.toml")}
+    parts = {file.stem for file in claims.SUITES.glob("*/*.toml")}
     for claim in CLAIMS.values():
         assert claim.part in parts
         for side in (claim.ours, claim.theirs):

@@ -59,7 +59,7 @@ def benchmark(args: list[str]) -> int:
 
 def _run(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
     from plait.cli.sweep import carry_out
-    from plait.experiments.benchmark import SUITES
+    from plait.experiments.claims import SUITES
 
     print(f"preparing {out}: size {given.size}, parts {', '.join(found)} ...", flush=True)
     failed = False

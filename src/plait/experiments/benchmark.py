@@ -21,7 +21,7 @@ from plait.config import Config
 from plait.events import Evaluated
 from plait.experiments import results
 from plait.experiments.cell_state import state
-from plait.experiments.claims import Finding, judged
+from plait.experiments.claims import SUITES, Finding, judged
 from plait.experiments.curves import CURVES, curve_figures
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep, load_sweep
@@ -31,7 +31,6 @@ from plait.runs.run_folder import load_config, load_events, load_summary
 if TYPE_CHECKING:
     import pandas as pd
 
-SUITES = Path(__file__).parent / "suites"
 SIZES = ("S", "M", "L")
 
 

@@ -13,6 +13,7 @@ p-values of all claims of a benchmark are adjusted together (Holm). The rule, in
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORE = "accuracy_client_mean"
+SUITES = Path(__file__).parent / "suites"
 MARGIN = 0.01
 """A difference of scores that is too small to matter."""
 
@@ -60,7 +62,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A row of `CLAIMS`.
+    """A table of suites/claims.toml.
 
     Attributes:
         says: What is claimed, with the published figures; they are second-hand.
@@ -79,146 +81,16 @@ class Claim:
     lower: bool = False
 
 
-ADF, TAD, ROLORA = "arXiv 2511.18291", "arXiv 2602.00451", "arXiv 2502.01755"
+def _read(values: dict[str, Any]) -> Claim:
+    sides = {name: Side(**values.pop(name)) for name in ("ours", "theirs")}
+    return Claim(**values, **sides)
 
-CLAIMS: dict[str, Claim] = {
-    "adf-over-dec-lora": Claim(
-        says="ADF-LoRA is more accurate than Dec-LoRA where clients hardly meet "
-        "(p = .1, mean of four tasks .8505 against .8458)",
-        source=ADF,
-        part="main",
-        ours=Side("adf"),
-        theirs=Side("dec-lora"),
-    ),
-    "adf-over-matched": Claim(
-        says="It is also more accurate than Dec-LoRA at half of its rate, so the gain is not that "
-        "of smaller steps (nobody claims that; without it the first claim says little)",
-        source="this project's control",
-        part="main",
-        ours=Side("adf"),
-        theirs=Side("dec-lora (matched)"),
-    ),
-    "adf-over-ffa": Claim(
-        says="ADF-LoRA is more accurate than FFA-LoRA (.8505 against .8268)",
-        source=ADF,
-        part="main",
-        ours=Side("adf"),
-        theirs=Side("ffa"),
-    ),
-    "adf-over-rolora": Claim(
-        says="ADF-LoRA is more accurate than RoLoRA without a server (.8505 against .8284)",
-        source=ADF,
-        part="main",
-        ours=Side("adf"),
-        theirs=Side("rolora"),
-    ),
-    "adf-faster": Claim(
-        says="ADF-LoRA converges faster than Dec-LoRA: its mean accuracy over the evaluations "
-        "between first and last is higher",
-        source=ADF,
-        part="main",
-        ours=Side("adf", figure="area"),
-        theirs=Side("dec-lora", figure="area"),
-    ),
-    "adf-smoother": Claim(
-        says="ADF-LoRA converges more smoothly than Dec-LoRA: its accuracy changes less unevenly "
-        "from evaluation to evaluation",
-        source=ADF,
-        part="main",
-        ours=Side("adf", figure="roughness"),
-        theirs=Side("dec-lora", figure="roughness"),
-        lower=True,
-    ),
-    "rolora-per-byte": Claim(
-        says="With the same bytes sent, RoLoRA, which sends one factor, is more accurate than "
-        "ADF-LoRA, which sends both (not claimed; the question that bytes ask)",
-        source="this project's question",
-        part="main",
-        ours=Side("rolora"),
-        theirs=Side("adf", figure="at_half"),
-    ),
-    "switching-5-over-1": Claim(
-        says="Phases of T = 5 rounds are better than T = 1 (.8505 against .8435)",
-        source=ADF,
-        part="switching",
-        ours=Side("adf", {"switch_every": 5}),
-        theirs=Side("adf", {"switch_every": 1}),
-    ),
-    "switching-5-over-10": Claim(
-        says="Phases of T = 5 rounds are better than T = 10 (.8505 against .8393)",
-        source=ADF,
-        part="switching",
-        ours=Side("adf", {"switch_every": 5}),
-        theirs=Side("adf", {"switch_every": 10}),
-    ),
-    "tad-sparse": Claim(
-        says="Where clients meet very rarely, TAD-LoRA, whose T follows from the graph, is more "
-        "accurate than Dec-LoRA (p = .02, .8032 against .7798)",
-        source=TAD,
-        part="density",
-        ours=Side("tad", {"p": 0.02}),
-        theirs=Side("dec-lora", {"p": 0.02}),
-    ),
-    "tad-over-adf": Claim(
-        says="There T from the graph is better than T = 5",
-        source=TAD,
-        part="density",
-        ours=Side("tad", {"p": 0.02}),
-        theirs=Side("adf", {"p": 0.02, "switch_every": 5}),
-    ),
-    "tad-dense": Claim(
-        says="Where clients meet often, Dec-LoRA is at least as good (p = .5, .8754 against .8731)",
-        source=TAD,
-        part="density",
-        ours=Side("dec-lora", {"p": 0.5}),
-        theirs=Side("tad", {"p": 0.5}),
-    ),
-    "adf-on-a-ring": Claim(
-        says="ADF-LoRA is more accurate than Dec-LoRA on a graph that stays as it is, too",
-        source="this project's question",
-        part="ring",
-        ours=Side("adf"),
-        theirs=Side("dec-lora"),
-    ),
-    "adf-on-exact-averages": Claim(
-        says="ADF-LoRA is more accurate than Dec-LoRA on a graph that averages exactly every three "
-        "rounds, with phases of six",
-        source="this project's question",
-        part="finite",
-        ours=Side("adf"),
-        theirs=Side("dec-lora"),
-    ),
-    "adf-by-nature": Claim(
-        says="ADF-LoRA is more accurate than Dec-LoRA where clients differ by nature",
-        source="this project's question",
-        part="keys",
-        ours=Side("adf"),
-        theirs=Side("dec-lora"),
-    ),
-    "adf-on-language": Claim(
-        says="ADF-LoRA is more accurate than Dec-LoRA with a language model",
-        source="this project's question",
-        part="language",
-        ours=Side("adf"),
-        theirs=Side("dec-lora"),
-    ),
-    "exchange-on-language": Claim(
-        says="With a language model something is gained over training alone",
-        source="this project's question",
-        part="language",
-        ours=Side("adf"),
-        theirs=Side("local"),
-    ),
-    "rolora-many-clients": Claim(
-        says="With many clients plain averaging of both factors collapses and RoLoRA doesn't "
-        "(50 clients, exact averaging, .7072 against .8581)",
-        source=ROLORA,
-        part="clients",
-        ours=Side("rolora", {"clients": 30}),
-        theirs=Side("dec-lora", {"clients": 30}),
-    ),
+
+CLAIMS = {
+    name: _read(values)
+    for name, values in tomllib.loads((SUITES / "claims.toml").read_text()).items()
 }
-"""By name. `figure` may be a figure of the summary or one of `curves.CURVES`."""
+"""By name."""
 
 
 @dataclass(frozen=True)
