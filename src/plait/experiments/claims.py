@@ -82,8 +82,8 @@ class Claim:
 
 
 def _read(values: dict[str, Any]) -> Claim:
-    sides = {name: Side(**values.pop(name)) for name in ("ours", "theirs")}
-    return Claim(**values, **sides)
+    ours, theirs = (Side(**values.pop(name)) for name in ("ours", "theirs"))
+    return Claim(**values, ours=ours, theirs=theirs)
 
 
 CLAIMS = {
