@@ -1,4 +1,4 @@
-"""Sending only what changed most: against CHOCO-SGD in numpy, in all engines, resumed, and lossy."""
+"""Sending only what changed most: CHOCO-SGD in numpy, all engines, resumed, with losses."""
 
 from __future__ import annotations
 

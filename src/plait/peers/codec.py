@@ -50,8 +50,8 @@ class Header:
         receiver: The receiver's name.
         dtype: Of the values.
         num_bytes: Of the body.
-        digest: XXH3 of the whole body, 128 bits, for a change too. It tells a body from another by accident; that nobody
-            changed it on the way is TLS's promise.
+        digest: XXH3 of the whole body, 128 bits; of a change that of the round's. It tells a body
+            from another by accident; that nobody changed it on the way is TLS's promise.
         version: Of the protocol.
     """
 
