@@ -19,11 +19,13 @@ from collections import Counter
 
 import torch
 from cryptography import x509
+from xxhash import xxh3_128
 
 from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
 from plait.peers.audit_lines import START, hash_of, read_chain
 from plait.peers.certificates import make_authority, make_certificate
+from plait.peers.changes import whole_of
 from plait.peers.codec import Answer, Identity, Question, decode, encode
 from plait.peers.envelope import (
     Assembly,
@@ -41,6 +43,7 @@ from plait.peers.federation import Member
 from plait.peers.message_body import pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
 from plait.peers.roster import Roster, Trust, after, read_roster, sign, signers, write_roster
+from plait.wire_types import wire_type
 
 LAYOUT = Layout((Site("layer.0", 6, 4), Site("layer.1", 6, 6)), rank=2, scale=2.0)
 IDENTITY = Identity(
@@ -57,6 +60,9 @@ FACTORS = {
     )
     for factor in Factor.AB
 }
+BEFORE = {slot: row + (torch.arange(len(row)) % 5 == 0) for slot, row in FACTORS.items()}
+"""What alice sent before: a fifth of it has changed."""
+SPARSE = dataclasses.replace(IDENTITY, wire="top-k:0.2")
 SLOW_S = 1.0
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]
 
@@ -105,6 +111,18 @@ MESSAGE = encode(
     round=3,
     active="B",
 )
+CHANGE = encode(
+    FACTORS,
+    layout=LAYOUT,
+    federation="fed",
+    config_digest="c0ffee",
+    sender="alice",
+    round=3,
+    active="B",
+    wire=SPARSE.wire,
+    before=BEFORE,
+).change
+assert CHANGE
 HEADER = write_header(MESSAGE.header, "bob")
 PIECES = [MESSAGE.body[start : start + 300] for start in range(0, len(MESSAGE.body), 300)]
 BODY = pack(FACTORS, TEMPLATE)
@@ -154,6 +172,24 @@ def resent_body(rng: random.Random) -> None:
     body = mutated(BODY, rng)
     header = dataclasses.replace(MESSAGE.header, num_bytes=len(body), receiver="bob")
     receive(write_header(header, "bob"), [body])
+
+
+def changed_change(rng: random.Random) -> None:
+    """What changed, changed: only what was sent comes of it."""
+    header = read_header(write_header(CHANGE.header, "bob"))
+    body = mutated(CHANGE.body, rng)
+    taken = decode(dataclasses.replace(header, num_bytes=len(body)), body, SPARSE, BEFORE)
+    assert all(torch.equal(taken[slot], row) for slot, row in FACTORS.items())
+
+
+def made_up_change(rng: random.Random) -> None:
+    """The same with the digest of what would come of it: nothing but the checks is left."""
+    body = bytearray(mutated(CHANGE.body, rng))[: len(CHANGE.body)]
+    body += bytes(len(CHANGE.body) - len(body))
+    whole = whole_of(body, BEFORE, TEMPLATE, wire_type(SPARSE.wire))
+    header = dataclasses.replace(CHANGE.header, digest=xxh3_128(whole).digest(), receiver="bob")
+    for row in decode(header, body, SPARSE, BEFORE).values():
+        assert bool(torch.isfinite(row).all())
 
 
 def a_book() -> bytes:
@@ -214,7 +250,7 @@ def changed_small(rng: random.Random) -> None:
 
 KINDS = (
     changed_pieces, changed_body, resent_body, random_bytes, changed_small, changed_book,
-    changed_list,
+    changed_list, changed_change, made_up_change,
 )  # fmt: skip
 
 

@@ -80,7 +80,9 @@ class FakeTransport:
     def _received(self, message: Message, to: str):
         identity = self.hub.identities[to]
         identity.check(message.header, frozenset([message.header.sender]))
-        return decode(message.header, bytearray(message.body), identity)
+        slots = identity.template(message.header).slots
+        before = self.hub.desks[to].known(message.header.sender, slots)
+        return decode(message.header, bytearray(message.body), identity, before)
 
 
 def addressed(message: Message, to: str) -> Message:
@@ -111,10 +113,11 @@ def start_peer(
     desk = Desk(Inbox(me, turn, config.rounds, keep_rounds, symmetric), names)
     layout, stack = job.backbone.layout, job.initial_stack([me])
 
-    def write(rows, round_, active, kind):
+    def write(rows, round_, active, kind, before=None):
         return encode(
             job.own(rows, me), layout=job.layout_of(me), federation="f", config_digest="d",
             sender=names[me], round=round_, active=active, kind=kind, wire=config.wire,
+            before=None if before is None else job.own(before, me),
         )  # fmt: skip
 
     hub.identities[names[me]] = Identity(

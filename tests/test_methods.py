@@ -113,6 +113,15 @@ def test_rounded_messages_make_nobody_equal_but_at_the_start(wire):
     assert found == " ".join(["B"] * 6 + ["AB"] * 12)
 
 
+@pytest.mark.parametrize(
+    "method", ["decaf", "flexlora", "hetlora", "raflora", "fedrot", "rw-lora", "fedex", "flora"]
+)
+def test_what_goes_on_from_what_is_sent_needs_all_of_it(method):
+    with pytest.raises(ValueError, match="sends only a part: take another --wire"):
+        build_method(Config(method=method, wire="top-k:0.1"))
+    build_method(Config(method=method, wire="int8"))
+
+
 @pytest.mark.parametrize(("topology", "degree"), [("hypercube", None), ("base", 2)])
 def test_what_is_equal_need_not_be_sent(topology, degree):
     settings = {

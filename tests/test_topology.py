@@ -19,6 +19,7 @@ from plait.mixing_matrix import WEIGHTS
 from plait.topology import (
     TOPOLOGIES,
     build_schedule,
+    exact_after,
     measure,
     measure_rho,
     neighbours,
@@ -213,6 +214,14 @@ def test_sequential_is_a_product_of_pairwise_averages_in_a_new_order_each_round(
         for t in range(100)
     }
     assert seen == set(range(6))
+
+
+def test_a_gossip_step_is_that_part_of_the_way():
+    plain, half = (Config(topology="hypercube", clients=8, gossip_step=g) for g in (1.0, 0.5))
+    W, expected = build_schedule(half)(1), build_schedule(plain)(1)
+    np.testing.assert_allclose(W, (np.eye(8) + expected) / 2)
+    assert (exact_after(plain), exact_after(half)) == (3, None)
+    assert rho_of(half) > rho_of(plain)
 
 
 def test_hypercube_averages_exactly_every_log2_n_rounds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from plait.factors import VALUE, A, B
 from plait.lora import joined, values
 from plait.mixing import neighbour_weights
 from plait.topology import build_schedule
-from plait.wire_types import INT8, OF_DTYPE, WIRE_TYPES
+from plait.wire_types import INT8, OF_DTYPE, WIRE_TYPES, farthest, wire_type
 
 CONFIG = Config(clients=4, topology="ring", rounds=2, local_steps=1, batch_size=2, rank=2)
 FEWER = {
@@ -112,3 +113,42 @@ def test_half_the_bytes_or_a_quarter_and_scales():
     layout = quarter.backbone.layout
     parts = sum(len(layout.sizes(factor)) for _, factor in quarter.shared(0))
     assert quarter.message_bytes(0, 1) == whole.message_bytes(0, 1) // 4 + 2 * parts
+
+
+# -- top-k
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=12), st.data())
+def test_the_farthest_are_those_of_a_stable_sort(values, data):
+    count = data.draw(st.integers(1, len(values)))
+    x = torch.tensor(values, dtype=torch.float32)
+    expected = np.argsort(-np.abs(x.numpy()), kind="stable")[:count]
+    assert farthest(x + 1, torch.ones(len(x)), count).nonzero()[:, 0].tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["top-k", "top-k:0", "top-k:1.5", "top-k:nan", "top-k:a", "topk"])
+def test_a_share_that_cant_be_is_refused_with_the_fix(name):
+    with pytest.raises(ValueError, match=r"top-k:0\.01"):
+        wire_type(name)
+
+
+def test_at_least_one_value_travels():
+    assert [wire_type("top-k:0.01").count(size) for size in (1, 10, 150, 1000)] == [1, 1, 2, 10]
+
+
+def test_whoever_heard_the_last_message_gets_what_changed_and_others_all():
+    config = Config(**CONFIG.to_json() | {
+        "wire": "top-k:0.1", "topology": "pairs", "p": 0.5, "rounds": 6, "method": "rolora",
+    })  # fmt: skip
+    job = tiny_job(config)
+    layout, weights = job.backbone.layout, [build_schedule(config)(t) for t in range(6)]
+    some = 0
+    for t, W in enumerate(weights):
+        [(_, factor)] = job.shared(t)  # B and A travel by turns
+        size, links = layout.size(factor), np.argwhere(neighbour_weights(W)).tolist()
+        known = [t < 2 or weights[t - 2][i, j] > 0 for i, j in links]
+        some += 0 < sum(known) < len(known)
+        expected = sum(8 * round(0.1 * size) if one else 4 * size for one in known)
+        assert job.sent_bytes(t, [(i, j, W[i, j]) for i, j in links]) == expected
+    assert some, "both kinds were there in some round"

@@ -29,7 +29,6 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 LoadIn = Literal["8bit", "4bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Scale = Literal["lora", "rslora", "sfed"]
-Wire = Literal["float32", "bfloat16", "int8"]
 BaseChange = Literal["mixed", "local"]
 Weights = Literal["metropolis", "laplacian", "sequential"]
 Split = Literal["validation", "test"]
@@ -66,10 +65,13 @@ class MethodSettings:
     base_change: BaseChange = "mixed"
     """Whether that travels and is `mixed`, too, or each client adds to its own, `local`: with fewer
     bytes, and on the complete graph the same."""
-    wire: Wire = "float32"
+    wire: str = "float32"
     """Type of the values in messages. `bfloat16` halves the bytes; `int8` quarters them, with a
     scale for each layer's A and B. What rounding takes off a client's values stays with it where
-    factors are averaged."""
+    factors are averaged.
+    `top-k:0.01` sends that share of them, those that changed most since they were sent last
+    (CHOCO-SGD), to neighbours that were such in the round before, too; others get all. Values have
+    8 bytes then. It is for graphs that stay, and a small share needs a small --gossip-step."""
     rounds: int = 20
     """Rounds: each is local training plus one exchange with the neighbours."""
     seed: int = 0
@@ -225,6 +227,9 @@ class TopologySettings:
     """How near clients meet, in sides of the square that they walk about (`mobility`)."""
     weights: Weights = "metropolis"
     """Mixing weights of a graph."""
+    gossip_step: float = 1.0
+    """How far a client goes towards its neighbours in a round, gamma: W is (1 - gamma) I + gamma W.
+    With `--wire top-k` and a small share, 1 is too far, and clients drift apart."""
     edges_file: str | None = None
     """`--topology file`: an edge list, or a contact trace with a round for each line."""
 
@@ -324,6 +329,10 @@ class Config(
                 raise ValueError(f"{name} is {value}; it must be above 0, or left out.")
         if not 0 < self.dp_delta < 1:
             raise ValueError(f"dp_delta is {self.dp_delta}; it lies between 0 and 1.")
+        if not 0 < self.gossip_step <= 1:
+            raise ValueError(
+                f"gossip_step is {self.gossip_step}; it must be above 0, and at most 1."
+            )
         if not 0 <= self.p <= 1:
             raise ValueError(f"p is {self.p}; a probability lies between 0 and 1.")
         if not 0 <= self.lora_dropout < 1:
@@ -426,7 +435,7 @@ class Machine:
 
 CAME_LATER = (
     "load_in", "ranks", "scale", "wire", "frozen_every", "switch_scale", "degree", "radius",
-    "base_rank", "base_change", "switch_below",
+    "base_rank", "base_change", "switch_below", "gossip_step",
 )  # fmt: skip
 """Settings that earlier versions hadn't; where they aren't set, digests are what they were."""
 

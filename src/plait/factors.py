@@ -37,6 +37,11 @@ VALUE = "x"
 """The kind of slot that holds a factor itself."""
 
 
+def public(kind: str) -> str:
+    """The kind of slot that holds what others know of one, where not all of it is sent."""
+    return f"public-{kind}"
+
+
 def factors_of(slots: Iterable[Slot]) -> Factor:
     """The factors that have a slot among these."""
     return reduce(or_, (factor for _, factor in slots), NONE)

@@ -17,16 +17,17 @@ import numpy as np
 from plait.adaptive_phases import active_of_note, mix_with_notes
 from plait.base_mixing import averaged_with_residual, stacked_into_base
 from plait.config import Config, TopologySettings, Weights, names_of
-from plait.factors import AB, BASE, NONE, NOTE, VALUE, A, B, Factor
+from plait.factors import AB, BASE, NONE, NOTE, VALUE, A, B, Factor, public
 from plait.later import Tensor
 from plait.lookup import lookup
 from plait.lora import initial_A
-from plait.mixing import AVERAGE, Mix, build_mix, each_factor, each_site, taken
+from plait.mixing import AVERAGE, Mix, build_mix, each_factor, each_site, restored, taken
 from plait.mixing_matrix import Matrix
 from plait.optimizers import ADAMW, Optimizer
 from plait.rng import stream
 from plait.site_mixing import mean_product, norm_average, rotated_average, slice_average
 from plait.topology import MixingSchedule, build_schedule, exact_after, rho_of, topology_row
+from plait.wire_types import wire_type
 
 Value = TypeVar("Value")
 Schedule = Callable[[int], Value]
@@ -434,6 +435,8 @@ def build_method(config: Config) -> Method:
         if method.mix is not AVERAGED:
             raise ValueError(f"{config.method} mixes in a way of its own; leave out --mix.")
         method = replace(method, mix=always(mix))
+    if wire_type(config.wire).share is not None:
+        method = replace(method, kept=(*method.kept, *map(public, method.kinds)))
     _check(method, config, how)
     if config.ranks and (method.correct or not method.mix(0).any_rank):
         raise ValueError(f"{how} needs clients of one rank: give --rank instead of --ranks.")
@@ -462,7 +465,13 @@ def _check(method: Method, config: Config, how: str) -> None:
     """
     if unknown := set(method.kinds) - {VALUE, *method.optimizer.kinds, *method.kept}:
         raise ValueError(f"{config.method} shares slots that it doesn't keep: {sorted(unknown)}.")
+    sparse = wire_type(config.wire).share is not None
     for round_ in range(config.rounds):
+        if sparse and method.mix(round_).restore is not restored:
+            raise ValueError(
+                f"{how} goes on from what is sent, and --wire {config.wire} sends only a part: "
+                "take another --wire, or a method that averages."
+            )
         together = method.mix(round_).together
         if together and (part := method.share(round_) & together) not in (NONE, together):
             fix = "" if config.frozen_every == 1 else ", or --frozen-every 1 if that is why"

@@ -240,7 +240,10 @@ def build_schedule(config: Config) -> MixingSchedule:
         >>> build_schedule(Config(topology="ring", clients=4))(0).round(2).tolist()[0]
         [0.33, 0.33, 0.0, 0.33]
     """
-    return topology_row(config).build(config)
+    schedule, step = topology_row(config).build(config), config.gossip_step
+    if step == 1:
+        return schedule
+    return lambda round_: (1 - step) * np.eye(config.clients) + step * schedule(round_)
 
 
 # -- measures
@@ -326,7 +329,7 @@ def rho_of(config: Config) -> float:
     """
     row = topology_row(config)
     return measure_rho(
-        row.build(config),
+        build_schedule(config),
         config.clients,
         row.static,
         rounds=row.period(config) if row.period else None,
@@ -345,7 +348,7 @@ def exact_after(config: Config, start: int = 0) -> int | None:
         [3, 1, None]
     """
     row, N = topology_row(config), config.clients
-    schedule, product = row.build(config), np.eye(N)
+    schedule, product = build_schedule(config), np.eye(N)
     period = row.period(config) if row.period else one_peer_period(N)
     for rounds in range(1, 2 if row.static else 2 * period + 1):
         product = schedule(start + rounds - 1) @ product
@@ -386,7 +389,7 @@ def measure(config: Config) -> Measures:
         (1.0, 3, True)
     """
     row = topology_row(config)
-    schedule, rho = row.build(config), rho_of(config)
+    schedule, rho = build_schedule(config), rho_of(config)
     heard = [np.count_nonzero(W - np.diag(W.diagonal()), axis=1)
              for W in map(schedule, range(1 if row.static else 100))]  # fmt: skip
     rounds, left = _consensus(schedule, config.clients)

@@ -53,6 +53,16 @@ def test_real_engines_agree_bit_for_bit(config, tmp_path, method, others):
         build_method(config)
     except ValueError:  # test_rows.py has who needs one rank
         config = dataclasses.replace(config, ranks=None)
+    all_agree(config, tmp_path)
+
+
+@pytest.mark.parametrize("others", [{"topology": "ring"}, {"topology": "pairs", "p": 0.7}])
+def test_so_they_do_where_only_changes_travel(config, tmp_path, others):
+    wire = {"wire": "top-k:0.05", "gossip_step": 0.5}
+    all_agree(dataclasses.replace(config, **wire, **others), tmp_path)
+
+
+def all_agree(config, tmp_path):
     list(Run(config, tmp_path / "run"))
     list(Run(config, tmp_path / "ray", machine=Machine(engine="ray", workers=2)))
     list(up(config, 2, tmp_path / "up"))

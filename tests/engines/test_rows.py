@@ -201,14 +201,12 @@ def test_so_they_do_on_messages_of_fewer_bits_and_ranks():
     all_agree(config_of("adf", topology="pairs", rank=4, ranks="2,1,4", wire="int8"))
 
 
-def all_agree(config, keep_rounds=8):
+def all_agree(config, **how):
     job = tiny_job(config)
     stack = job.initial_stack()
     whole = rounds_of(simulate(job, stack))
     hub, members = Hub(), [member(f"p{k}") for k in range(config.clients)]
-    peers = [
-        start_peer(hub, k, config, members, keep_rounds=keep_rounds) for k in range(config.clients)
-    ]
+    peers = [start_peer(hub, k, config, members, **how) for k in range(config.clients)]
     said = [rounds_of(events) for events in together(peers, config.rounds)]
     assert_same_state(stack, peers)
     for event, *parts in zip(whole, *said, strict=True):

@@ -54,9 +54,11 @@ def said(book, *kinds):
     return [line for kind in kinds for line in book.lines(kind)]
 
 
-@pytest.mark.parametrize("method", ["adf", "rolora"])
-def test_the_books_of_a_run_say_the_same(tmp_path, method):
-    books = federation(tmp_path, dataclasses.replace(CONFIG, method=method))
+@pytest.mark.parametrize(
+    ("method", "wire"), [("adf", "float32"), ("rolora", "float32"), ("adf", "top-k:0.1")]
+)
+def test_the_books_of_a_run_say_the_same(tmp_path, method, wire):
+    books = federation(tmp_path, dataclasses.replace(CONFIG, method=method, wire=wire))
     assert findings(books) == []
     for book in books:
         assert not book.chain.wrong

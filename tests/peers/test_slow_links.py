@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from plait.factors import VALUE, Factor
 from plait.lora import Layout, Site
 from plait.peers import codec, pace
 from plait.peers.certificates import init_federation
+from plait.peers.changes import change_bytes
 from plait.peers.codec import Ack, Message, Question, decode, encode
 from plait.peers.envelope import read_ack, write_header
 from plait.peers.federation import Limits, load_federation, load_peer
@@ -22,6 +24,7 @@ from plait.peers.grpc_server import OPTIONS
 from plait.peers.membership import Members
 from plait.peers.refusals import Reason, Refused
 from plait.peers.transport import DELIVER, HEADER, GrpcTransport
+from plait.wire_types import wire_type
 
 LAYOUT = Layout((Site("large", 1 << 12, 1 << 12),), rank=8, scale=1.0)
 PIECE_BYTES = 1 << 15
@@ -136,3 +139,14 @@ def test_an_answer_from_where_nobody_asked_is_refused(two, monkeypatch):
     monkeypatch.setattr(Message, "rest", lambda self, _: (PIECE_BYTES, iter([])))
     with pytest.raises(Refused, match="from byte 32768 on"):
         two.ask()
+
+
+def test_a_change_that_broke_off_is_no_beginning_of_the_whole_message(two, monkeypatch):
+    two.bob.identity = dataclasses.replace(two.bob.identity, wire="top-k:0.2")
+    size = change_bytes(two.message.template, wire_type("top-k:0.2"))
+    header = dataclasses.replace(two.message.header, kind="change", num_bytes=size)
+    whole, two.message = two.message, dataclasses.replace(two.message, header=header)
+    assert not two.deliver(two.pieces(0.0, 3)).accepted
+    two.message = whole
+    two.ask()
+    assert two.bob.counts.received_bytes["alice"] == len(whole.body)

@@ -32,7 +32,7 @@ from plait.engines.checkpoint import lay_out, load_rows, write_rows
 from plait.engines.eval_schedule import EvalSchedule
 from plait.engines.evaluation import judge
 from plait.engines.job import Job
-from plait.engines.steps import active_of, edges_of, mix, round_done, train_round
+from plait.engines.steps import active_of, edges_of, mix, publish, round_done, train_round
 from plait.events import Evaluated, RoundDone, Started
 from plait.factors import AB, BASE, VALUE, A, B, Factor, Slot
 from plait.lora import Stack, State, values
@@ -158,10 +158,11 @@ class Block:
         noise = seeded_noise(self.config.seed)
         active = active_of(self.job, self.stack, round_, self.clients)
         losses = train_round(self.job, self.stack, round_, self.clients, noise)
+        publish(self.job, self.stack.state, round_, self.clients)
         times = [begin, time.perf_counter()]
         state = self.stack.state
         self.round = Round(losses, active, dict(state), times)
-        handed = dict.fromkeys([*self._of_layers(), *self.job.shared(round_)])
+        handed = dict.fromkeys([*self._of_layers(), *map(self.job.sent, self.job.shared(round_))])
         weights = neighbour_weights(self.job.schedule(round_))
         rows = [
             {slot: _array(state[slot][heard]) for slot in handed}

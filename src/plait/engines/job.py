@@ -33,7 +33,7 @@ from plait.data.token_cache import stored_tokens
 from plait.data.tokens import Tokens
 from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
-from plait.factors import VALUE, Factor, Slot
+from plait.factors import VALUE, Factor, Slot, public
 from plait.lora import Layout, Stack, State, cut, initial_stack, resized
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
@@ -41,7 +41,7 @@ from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
 from plait.plugins import load_plugins
 from plait.privacy import check_accounting
 from plait.topology import rho_of
-from plait.wire_types import WIRE_TYPES
+from plait.wire_types import WireType, wire_type
 
 Edge = tuple[int, int, float]
 """(i, j, w_ij): client i heard j and gave it the weight."""
@@ -95,7 +95,23 @@ class Job:
             (*self.method.optimizer.kinds, *self.method.kept),
         )
         self.cut(stack.state, clients)
+        stack.state |= self.made_public(stack.state)
         return stack
+
+    @cached_property
+    def wire(self) -> WireType:
+        """The type of the values in messages."""
+        return wire_type(self.config.wire)
+
+    def sent(self, slot: Slot) -> Slot:
+        """The slot that others get of one that travels: itself, or its public copy."""
+        kind, factor = slot
+        return slot if self.wire.share is None else (public(kind), factor)
+
+    def made_public(self, state: Mapping[Slot, Tensor]) -> State:
+        """Public copies (n, P) that have all of what travels, where there are such copies."""
+        slots = self.travels if self.wire.share is not None else ()
+        return {self.sent(slot): state[slot].clone() for slot in slots}
 
     def cut(self, state: State, clients: Sequence[int]) -> None:
         """Set to zero what clients of smaller rank don't have, in place; a row for each client."""
@@ -160,14 +176,37 @@ class Job:
         """The slots that are sent in some round of the run."""
         return self.travelled(self.config.rounds)
 
-    def message_bytes(self, round_: int, client: int) -> int:
-        """The bytes of what a client sends to each neighbour in a round."""
-        layout, wire = self.layout_of(client), WIRE_TYPES[self.config.wire]
-        return sum(wire.num_bytes(layout.sizes(factor)) for _, factor in self.shared(round_))
+    def message_bytes(self, round_: int, client: int, changes: bool = False) -> int:
+        """The bytes of what a client sends to a neighbour in a round.
+
+        Args:
+            round_: The round's number.
+            client: Who sends.
+            changes: The neighbour has what was shared last: what changed will do, if that is less.
+        """
+        layout, factors = self.layout_of(client), [factor for _, factor in self.shared(round_)]
+        whole = sum(self.wire.num_bytes(layout.sizes(factor)) for factor in factors)
+        some = sum(self.wire.change_bytes(layout.size(factor)) for factor in factors)
+        return min(whole, some) if changes else whole
+
+    def shared_last(self, round_: int) -> set[int]:
+        """The rounds in which the slots that travel in a round did so last, if they ever did.
+
+        None with a wire type that sends all of a slot: then it doesn't matter.
+        """
+        earlier = range(round_) if self.wire.share is not None else ()
+        last = (
+            next((t for t in reversed(earlier) if slot in self.shared(t)), None)
+            for slot in self.shared(round_)
+        )
+        return {t for t in last if t is not None}
 
     def sent_bytes(self, round_: int, edges: Iterable[Edge]) -> int:
-        """The bytes of all that was heard in a round."""
-        return sum(self.message_bytes(round_, sender) for _, sender, _ in edges)
+        """The bytes of all that was heard in a round; whoever heard the last had it."""
+        last = [self.schedule(t) for t in self.shared_last(round_)]
+        return sum(
+            self.message_bytes(round_, j, changes=all(W[i, j] for W in last)) for i, j, _ in edges
+        )
 
     @cached_property
     def judged(self) -> Objective:

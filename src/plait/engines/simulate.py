@@ -19,6 +19,7 @@ from plait.engines.steps import (
     edges_of,
     local_steps,
     mix,
+    publish,
     round_done,
     train_round,
 )
@@ -58,6 +59,7 @@ class Simulation:
         losses = train_round(
             job, stack, round_, everyone, seeded_noise(job.config.seed), self.phase
         )
+        publish(job, stack.state, round_, everyone)
         trained = time.perf_counter()
         W = job.schedule(round_)
         before = stack.factors

@@ -20,7 +20,7 @@ from plait.lora import Stack, State
 from plait.mixing import neighbour_weights
 from plait.privacy import Noise, privatise
 from plait.topology import rho_of_round
-from plait.wire_types import WIRE_TYPES
+from plait.wire_types import farthest
 
 Turns = Sequence[Factor]
 """What takes each of the K local steps of a round."""
@@ -140,6 +140,22 @@ def _train_alike(
     return losses
 
 
+def publish(job: Job, state: State, round_: int, clients: Sequence[int]) -> None:
+    """Bring what others know of some clients nearer to their slots that travel in a round.
+
+    Once in a round, after training; in memory of its own, nothing is changed in place.
+    """
+    if job.wire.share is None:
+        return
+    for slot in job.shared(round_):
+        copies = state[job.sent(slot)].clone()
+        for x, copy, client in zip(state[slot], copies, clients, strict=True):
+            count = job.wire.count(job.layout_of(client).size(slot[1]))
+            sent = farthest(x, copy, count)
+            copy[sent] = x[sent]
+        state[job.sent(slot)] = copies
+
+
 def mix(
     job: Job,
     mine: Mapping[Slot, Tensor],
@@ -152,8 +168,8 @@ def mix(
 
     Args:
         job: The prepared run.
-        mine: Slot -> (m, P), at least of those that travel.
-        heard: Slot -> (n, P), of the clients that were heard.
+        mine: Slot -> (m, P), at least of those that travel, and of what was sent of them.
+        heard: Slot -> (n, P), what was sent by the clients that were heard (`Job.sent`).
         W: (m, n) what each of mine gives to each of those heard; 0 for itself.
         round_: The round's number.
         clients: Whose slots `mine` are.
@@ -164,15 +180,14 @@ def mix(
     slots = job.shared(round_)
     if not slots:
         return {}
-    how, rounded = job.method.mix(round_), WIRE_TYPES[job.config.wire].rounded
-    layout = job.backbone.layout
+    how, layout = job.method.mix(round_), job.backbone.layout
     own, theirs = (
-        {slot: rounded(state[slot], layout.sizes(slot[1])) for slot in slots}
+        {slot: job.wire.rounded(state[job.sent(slot)], layout.sizes(slot[1])) for slot in slots}
         for state in (mine, heard)
     )
     own = {slot: mine[slot] for slot in job.base} | own
     mixed = how.combine(layout, own, theirs, W)
-    if job.config.wire != "float32" and how.restore:  # what rounding took off stays
+    if job.config.wire != "float32" and how.restore:  # what wasn't sent stays
         mixed = how.restore(layout, mixed, mine, own)
     job.cut(mixed, clients)
     return mixed

@@ -9,9 +9,10 @@ names and shapes of its tensors, before one is made; by its values, before one i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -19,10 +20,12 @@ from xxhash import xxh3_128
 
 from plait.factors import VALUE, Slot, slots_name
 from plait.lora import Layout
+from plait.peers.changes import Rows, change_bytes, pack_change, whole_of
 from plait.peers.message_body import Template, digest_of, pack, template_of, unpack
 from plait.peers.refusals import Reason, Refused
-from plait.wire_types import WIRE_TYPES
+from plait.wire_types import wire_type
 
+NO_ROWS: Rows = MappingProxyType({})
 VERSION = 2
 PIECE_BYTES = 1 << 22
 """Bodies travel in pieces of this size: larger ones cost less time, smaller ones less memory."""
@@ -36,7 +39,8 @@ class Header:
 
     Attributes:
         federation: The federation's id.
-        kind: Slots of a `round`, or all of a peer's `state` that ever travel.
+        kind: Slots of a `round`, of which a `change` has what isn't as in the sender's last, or all
+            of a peer's `state` that ever travel.
         round: The round of the slots; for a state, how many rounds are behind it.
         active: The factors that trained in the round, such as `B`.
         factors: The slots in the body, such as `AB`.
@@ -46,8 +50,8 @@ class Header:
         receiver: The receiver's name.
         dtype: Of the values.
         num_bytes: Of the body.
-        digest: XXH3 of the body, 128 bits. It tells a body from another by accident; that nobody
-            changed it on the way is TLS's promise.
+        digest: XXH3 of the whole body, 128 bits; of a change that of the round's. It tells a body
+            from another by accident; that nobody changed it on the way is TLS's promise.
         version: Of the protocol.
     """
 
@@ -73,16 +77,20 @@ class Header:
 
 @dataclass(frozen=True)
 class Message:
-    """A header and its body, as a template has it. One body serves many receivers."""
+    """A header and its body, as a template has it. One body serves many receivers.
+
+    A round's may have a `change`, a message for those who have the one before.
+    """
 
     header: Header
     body: bytes = field(repr=False)
     template: Template = field(repr=False)
+    change: Message | None = field(default=None, repr=False)
 
     @property
     def values_bytes(self) -> int:
         """Bytes of the values and their scales, without the head that says where they lie."""
-        return self.template.values_bytes
+        return min(len(self.body), self.template.values_bytes)
 
     @cached_property
     def values_digest(self) -> str:
@@ -188,7 +196,7 @@ class Identity:
         max_message_bytes: The most that a body may have.
         norm_bound: The largest norm of a message's values, if there is one.
         rank_of: Name -> that peer's rank; all have the layout's if not given.
-        wire: The type of the values in a round's messages, a key of `WIRE_TYPES`.
+        wire: The type of the values in a round's messages, a name for `wire_type`.
     """
 
     name: str
@@ -255,6 +263,9 @@ class Identity:
         template = template_of(
             self.layout_of(header.sender), slots, dtype_of(header.kind, self.wire)
         )
+        if header.kind == "change":
+            self._check_change(header, template)
+            return template
         most = min(template.most_bytes, self.max_message_bytes)
         if header.num_bytes > most:
             raise Refused(Reason.TOO_LARGE, f"{header.num_bytes} bytes; at most {most} are taken")
@@ -264,10 +275,17 @@ class Identity:
             )
         return template
 
+    def _check_change(self, header: Header, template: Template) -> None:
+        wire = wire_type(self.wire)
+        if wire.share is None:
+            raise Refused(Reason.MALFORMED, f"with {self.wire} all of a message is sent")
+        if header.num_bytes != (ours := change_bytes(template, wire)):
+            raise Refused(Reason.WRONG_SHAPE, f"{header.num_bytes} bytes; a change has {ours}")
+
 
 def dtype_of(kind: str, wire: str) -> str:
     """The type of a kind of message's values: of a round's `wire`, of others float32."""
-    return WIRE_TYPES[wire if kind == "round" else "float32"].dtype
+    return wire_type(wire if kind == "round" else "float32").dtype
 
 
 @lru_cache(maxsize=64)
@@ -287,6 +305,7 @@ def encode(
     active: str,
     kind: Literal["round", "state"] = "round",
     wire: str = "float32",
+    before: Rows | None = None,
 ) -> Message:
     """A message with some slots, addressed to nobody yet.
 
@@ -299,7 +318,8 @@ def encode(
         round: The round of the slots.
         active: The factors that trained in it.
         kind: What the slots are.
-        wire: The type of the values, a key of `WIRE_TYPES`; of a state they are float32.
+        wire: The type of the values, a name for `wire_type`; of a state they are float32.
+        before: The slots that whoever has the message before knows, if it is told what changed.
     """
     dtype = dtype_of(kind, wire)
     template = template_of(layout, tuple(slots), dtype)
@@ -318,11 +338,24 @@ def encode(
         digest=xxh3_128(body).digest(),
         dtype=dtype,
     )
-    return Message(header, body, template)
+    message = Message(header, body, template)
+    if before is None or change_bytes(template, wire_type(wire)) >= message.values_bytes:
+        return message
+    change = pack_change(before, slots, template, wire_type(wire))
+    header = replace(header, kind="change", num_bytes=len(change))
+    return replace(message, change=Message(header, change, template))
 
 
-def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[Slot, Tensor]:
+def decode(
+    header: Header, body: bytes | bytearray, identity: Identity, before: Rows = NO_ROWS
+) -> dict[Slot, Tensor]:
     """The slots of a message whose header was checked.
+
+    Args:
+        header: What came first.
+        body: What followed.
+        identity: Who takes it.
+        before: What the sender sent before, for a change.
 
     Returns:
         Slot -> (P,) float32, all values finite.
@@ -330,7 +363,10 @@ def decode(header: Header, body: bytes | bytearray, identity: Identity) -> dict[
     Raises:
         Refused: Something in the body is not as it must be.
     """
-    template = identity.template(header)
+    template, changed = identity.template(header), header.kind == "change"
+    if changed:
+        body = whole_of(body, before, template, wire_type(identity.wire))
     if xxh3_128(body).digest() != header.digest:
-        raise Refused(Reason.WRONG_DIGEST, "the body is not the one that the header promises")
+        reason = Reason.NO_COPY if changed else Reason.WRONG_DIGEST
+        raise Refused(reason, "the body is not the one that the header promises")
     return unpack(body, template, identity.norm_bound)

@@ -352,7 +352,11 @@ class Exchange:
             return
         # Not beyond the round: an old acknowledgement is worth nothing, and holds a thread.
         deadline_s = max(MIN_PUSH_S, self.terms.round_timeout_s - spent)
-        ack = self.transport.send(name, message, deadline_s)
+        knows = self.inbox.knows(peer, message.header.round)
+        sent = message.change if message.change and knows else message
+        ack = self.transport.send(name, sent, deadline_s)
+        if ack.reason is Reason.NO_COPY:
+            sent, ack = message, self.transport.send(name, message, deadline_s)
         if not ack.accepted:
             self._outcome(peer, ack.reason or Reason.OTHER, ack.detail)
             return
@@ -360,7 +364,7 @@ class Exchange:
         self._refusing.pop(peer, None)
         self.desk.note("sent", message, peer=name, what="round", round=message.header.round)
         with self.desk.condition:
-            self.inbox.delivered(peer, message.header.round)
+            self.inbox.delivered(peer, message.header.round, sent.values_bytes)
             self.desk.condition.notify_all()
 
     def _ask(self, peer: int, round_: int) -> None:

@@ -38,6 +38,8 @@ class Turn:
         weights: (N,) what this peer gives to each other one; 0 for itself.
         hears: The peers whose message it needs, ascending.
         heard_by: The peers that need its message.
+        since: The rounds before, if any, in which what travels did so last, where a message may
+            have only what changed since.
     """
 
     active: str
@@ -45,6 +47,7 @@ class Turn:
     weights: np.ndarray
     hears: tuple[int, ...]
     heard_by: tuple[int, ...]
+    since: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +183,10 @@ class Inbox:
         known = page.letters.get(sender) if page else None
         return known is not None and known.digest == digest
 
-    def delivered(self, receiver: int, round_: int) -> None:
-        """Note that a neighbour acknowledged this peer's message."""
+    def delivered(self, receiver: int, round_: int, num_bytes: int | None = None) -> None:
+        """Note that a neighbour acknowledged this peer's message, or so many bytes for it."""
         if round_ in self._pages:
-            self._count(receiver, round_)
+            self._count(receiver, round_, num_bytes)
             self._page(round_).delivered.add(receiver)
             self._commit(receiver, round_)
 
@@ -226,6 +229,13 @@ class Inbox:
         # The one that decides may have the message at once; the other one with the decision.
         early = asker < self.me and not self.closing
         return Word(page.mine if early else None, None)
+
+    def knows(self, receiver: int, round_: int) -> bool:
+        """Whether what was shared before a round was for a neighbour too, so that it may have it.
+
+        Before the first such message all have the common start.
+        """
+        return all(receiver in self.turn(t).heard_by for t in self.turn(round_).since)
 
     # -- the open round
 
@@ -300,10 +310,10 @@ class Inbox:
         # With symmetric loss an acknowledgement is a promise to mix, and it is too late for that.
         return page is not None and not self.symmetric and page.had.get(sender) == digest
 
-    def _count(self, receiver: int, round_: int) -> None:
+    def _count(self, receiver: int, round_: int, num_bytes: int | None = None) -> None:
         page = self._page(round_)
         if page.mine and receiver not in page.delivered | page.pulled:
-            self.taken_bytes += page.mine.values_bytes
+            self.taken_bytes += page.mine.values_bytes if num_bytes is None else num_bytes
 
     def _commit(self, peer: int, round_: int) -> None:
         page = self._page(round_)

@@ -10,11 +10,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from plait.events import Incident
+from plait.factors import Slot
 from plait.peers.audit import Note, no_note
+from plait.peers.changes import Copies, Rows
 from plait.peers.codec import Answer, Header, Message, Question
 from plait.peers.inbox import FactorRows, Inbox, Letter
 from plait.peers.quorum import Quorum
@@ -25,8 +27,9 @@ LOG = logging.getLogger("plait.peer")
 OBSERVER = 2**32 - 1
 """The round of one who asks as a peer without being one: `plait status`."""
 
-EXPECTED = frozenset({Reason.NOT_HERE, Reason.NOT_DUE})
-"""Refusals that belong to the protocol: a neighbour asks for what is not there yet."""
+EXPECTED = frozenset({Reason.NOT_HERE, Reason.NOT_DUE, Reason.NO_COPY})
+"""Refusals that belong to the protocol: a neighbour asks for what is not there yet, or sends what
+changed to one that hasn't what was before."""
 
 
 FOREIGN = frozenset({Reason.WRONG_VERSION, Reason.WRONG_FEDERATION, Reason.WRONG_CONFIG})
@@ -50,6 +53,7 @@ class Desk:
         facts: What else the status says, set by the engine.
         live: As `facts`, looked up when somebody asks.
         note: Adds a line to the audit book.
+        copies: What others sent last, where changes of it travel.
         version: Of the newest list of members.
         roster: Version -> the text of that list; empty if there is none.
         newer: Peers that say they have a newer one.
@@ -69,6 +73,7 @@ class Desk:
         self.facts: dict[str, Any] = {}
         self.live: Callable[[], dict[str, Any]] = dict
         self.note: Note = no_note
+        self.copies: Copies | None = None
         self.version = 1
         self.roster: Callable[[int], str] = lambda _: ""
         self.newer: set[int] = set()
@@ -91,7 +96,7 @@ class Desk:
         with self.condition:
             sender = self._number(header.sender)
             self._hear(sender, header.round)
-            if header.kind != "round":
+            if header.kind not in ("round", "change"):
                 raise Refused(Reason.MALFORMED, f"a {header.kind!r:.40} that nobody asked for")
             self.inbox.admit(sender, header.round, header.active, header.factors, header.digest)
 
@@ -107,7 +112,14 @@ class Desk:
     def keep(self, sender: int, header: Header, rows: FactorRows) -> None:
         """Keep a row that was admitted. To be called under `condition`."""
         if self.inbox.take(sender, header.round, Letter(rows, header.digest)):
+            if self.copies:
+                self.copies.keep(sender, header.round, rows)
             self.note("took", rows, peer=self.names[sender], what="round", round=header.round)
+
+    def known(self, sender: str, slots: Collection[Slot]) -> Rows:
+        """What of some slots of a peer is here, for its change of them."""
+        with self.condition:
+            return self.copies.of(self._number(sender), slots) if self.copies else {}
 
     def answer(self, question: Question) -> Answer:
         """Answer a neighbour; raises `Refused`."""

@@ -281,8 +281,15 @@ class Process:
         if rests and not self.leave.is_set():
             self._finish()
 
-    def write(self, rows: FactorRows, round_: int, active: str, kind: str) -> Message:
-        """A message of this peer."""
+    def write(
+        self,
+        rows: FactorRows,
+        round_: int,
+        active: str,
+        kind: str,
+        before: FactorRows | None = None,
+    ) -> Message:
+        """A message of this peer, with what changed where it is said what was before."""
         return encode(
             self.job.own(rows, self.me),
             layout=self.job.layout_of(self.me),
@@ -293,6 +300,7 @@ class Process:
             active=active,
             kind="state" if kind == "state" else "round",
             wire=self.job.config.wire,
+            before=None if before is None else self.job.own(before, self.me),
         )
 
     def _rank_of(self, name: str) -> int:

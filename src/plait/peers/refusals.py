@@ -28,6 +28,7 @@ class Reason(Enum):
     BUSY = "busy"
     NOT_HERE = "not here"
     NOT_DUE = "not due"
+    NO_COPY = "no copy"
     NO_ANSWER = "no answer"
     UNREACHABLE = "unreachable"
     OTHER = "other"

@@ -25,6 +25,7 @@ from plait.engines.steps import (
     leave_out,
     local_steps,
     mix,
+    publish,
     round_done,
     train_round,
 )
@@ -33,6 +34,7 @@ from plait.factors import Factor, Slot, factors_name, factors_of, slots_name
 from plait.lora import Stack, values
 from plait.metrics import LayerState, Pair, diagnostics, pair, pair_distances
 from plait.mixing import neighbour_weights
+from plait.peers.changes import Copies
 from plait.peers.codec import Message
 from plait.peers.exchange import Exchange, Left
 from plait.peers.federation import Member
@@ -40,8 +42,9 @@ from plait.peers.inbox import FactorRows, Turn
 from plait.privacy import Noise
 from plait.topology import MixingSchedule
 
-Write = Callable[[FactorRows, int, str, str], Message]
-"""(factors, round, active, kind) -> a message of this peer."""
+Write = Callable[..., Message]
+"""(factors, round, active, kind) -> a message of this peer; with what changed, too, where `before`
+says what neighbours know."""
 
 
 def agreed_turns(
@@ -78,6 +81,7 @@ def agreed_turns(
             weights=W[me],
             hears=tuple(int(peer) for peer in np.flatnonzero(W[me])),
             heard_by=tuple(int(peer) for peer in np.flatnonzero(W[:, me])),
+            since=tuple(job.shared_last(round_)),
         )
 
     return lambda round_: of(members(round_), round_)
@@ -119,6 +123,13 @@ class Peer:
         self.desk, self.inbox = self.exchange.desk, self.exchange.inbox
         self.me = self.inbox.me
         self.end = self.job.config.rounds
+        if self.job.wire.share is not None:
+            self.desk.copies = Copies(self._start_of)
+
+    def _start_of(self, client: int) -> FactorRows:
+        """What a client would have sent of the common start."""
+        state = self.job.initial_stack([client]).state
+        return self.job.own({slot: state[slot][0].cpu() for slot in self.job.travels}, client)
 
     def rounds(self, first: int, end: int) -> Iterator[Event | Due]:
         """Take part from round `first` to before round `end`, changing the stack in place.
@@ -168,6 +179,7 @@ class Peer:
         self.job.cut(self.stack.state, [self.me])
         for factor in factors_of(rows):
             self.stack.reset(factor)
+        self.stack.state |= self.job.made_public(self.stack.state)
         self._rest()
 
     def _catch_up(self) -> int:
@@ -198,14 +210,17 @@ class Peer:
         if self.exchange.leave.is_set():
             raise Left
         assert due.losses is not None, "train() comes before the loop goes on"
-        mine = {slot: self.stack.state[slot][0] for slot in self.job.shared(round_)}
+        before = self._sent(round_)
+        publish(self.job, self.stack.state, round_, [self.me])
+        mine = self._sent(round_)
         if mine and (trains or turn.hears):  # else it isn't kept for anybody
-            self.exchange.send(turn, self.write(mine, round_, turn.active, "round"))
+            known = before if self.desk.copies else None
+            self.exchange.send(turn, self.write(mine, round_, turn.active, "round", known))
             self.exchange.wait()
         mixing = time.perf_counter()
         heard = self.exchange.close()
         self.desk.note("mixed", round=round_, peers=[self.desk.names[peer] for peer in heard])
-        before, pairs_apart = self._mix(round_, turn, heard)
+        diagnosed, pairs_apart = self._mix(round_, turn, heard)
         self._rest()
         return round_done(
             self.job,
@@ -214,12 +229,17 @@ class Peer:
             [(self.me, peer, float(turn.weights[peer])) for peer in heard],
             sent_bytes=self.exchange.settle(),
             active=active,
-            before=before,
+            before=diagnosed,
             after=[],
             pairs_apart=pairs_apart,
             train_seconds=trained - begin,
             mix_seconds=time.perf_counter() - mixing,
         )
+
+    def _sent(self, round_: int) -> FactorRows:
+        """What neighbours know of the slots that travel in a round."""
+        state, sent = self.stack.state, self.job.sent
+        return {slot: state[sent(slot)][0] for slot in self.job.shared(round_)}
 
     def _mix(
         self, round_: int, turn: Turn, heard: dict[int, FactorRows]
@@ -234,7 +254,8 @@ class Peer:
         mine, W = dict(self.stack.state), turn.weights[list(heard)][None]
         heard = {peer: self.job.whole(rows, peer) for peer, rows in heard.items()}
         theirs = {slot: _stacked(heard, slot, mine[slot]) for slot in self.job.shared(round_)}
-        self.stack.state |= mix(self.job, mine, theirs, W, round_, [self.me])
+        sent = {self.job.sent(slot): rows for slot, rows in theirs.items()}
+        self.stack.state |= mix(self.job, mine, sent, W, round_, [self.me])
         before = values({slot: torch.cat([mine[slot], rows]) for slot, rows in theirs.items()})
         if not heard or not {Factor.A, Factor.B} <= before.keys():
             return [], []

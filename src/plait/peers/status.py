@@ -7,7 +7,7 @@ lets it ask.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import Any
 
 from plait.factors import Slot
 from plait.lora import Layout
+from plait.peers.changes import Rows
 from plait.peers.codec import Answer, Header, Message, Question
 from plait.peers.federation import (
     Member,
@@ -63,6 +64,10 @@ class _Nobody:
     def admit(self, header: Header) -> None:
         """Take nothing."""
         raise Refused(Reason.NOT_HERE, "this is no peer")
+
+    def known(self, sender: str, slots: Collection[Slot]) -> Rows:
+        """Have nothing."""
+        return {}
 
     def take(self, header: Header, factors: dict[Slot, Any]) -> None:
         """Take nothing."""

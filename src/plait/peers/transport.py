@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from plait.factors import VALUE, Slot
 from plait.lora import Layout
+from plait.peers.changes import Rows
 from plait.peers.channels import Channels
-from plait.peers.codec import Ack, Answer, Header, Identity, Message, Question, decode
+from plait.peers.codec import NO_ROWS, Ack, Answer, Header, Identity, Message, Question, decode
 from plait.peers.envelope import (
     Assembly,
     read_ack,
@@ -98,6 +99,9 @@ class Desk(Protocol):
 
     def admit(self, header: Header) -> None:
         """A message is about to come; raise `Refused` to have none of its body."""
+
+    def known(self, sender: str, slots: Collection[Slot]) -> Rows:
+        """What is here of a peer, for its change of it."""
 
     def take(self, header: Header, factors: dict[Slot, Tensor]) -> None:
         """A message has come and was checked; raise `Refused` to have the sender told."""
@@ -295,11 +299,13 @@ class GrpcTransport:
         """Take a message: every check, in the order of what it costs."""
         header = read_header(dict(context.invocation_metadata()).get(HEADER, b""))
         self._check(header, certified)
-        self.identity.template(header)
+        template = self.identity.template(header)
         self._desk.admit(header)
         body = await self._body(context, header, header.sender)
         self.counts.received_bytes[header.sender] += len(body)
-        self._desk.take(header, decode(header, body, self.identity))
+        changes = header.kind == "change"
+        before = self._desk.known(header.sender, template.slots) if changes else NO_ROWS
+        self._desk.take(header, decode(header, body, self.identity, before))
 
     async def _answer(self, _stream: Any, context: Any) -> None:
         """The handler of a question."""
@@ -425,7 +431,8 @@ class GrpcTransport:
             return assembly.finish()
         finally:
             self._desk.moving(sender, 0.0)
-            if 0 < assembly.num_bytes < header.num_bytes:
+            # Whoever asks afterwards gets the whole body, of which a change is no part.
+            if 0 < assembly.num_bytes < header.num_bytes and header.kind != "change":
                 self._kept[sender] = Kept(header.digest, assembly)
 
     async def _alive(self, to: str, deadline_s: float) -> bool:
