@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(race_table(f"{args.backbone}, {n} clients", races[n]))
         races[n]["profile"] = profiled(work)
         console.print(limit_table("where the time goes", races[n]["limit"], races[n]["profile"]))
-        console.print(arithmetic(races[n]["limit"]), "\n")
+        print_limits(races[n])
     rows = scale(model, tokens, config, args.scale, (args.repeats + 1) // 2) if args.scale else {}
     if rows:
         console.print(scale_table(rows))
@@ -76,11 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         work = work_of(random_model(MODELS[name]), tokens, config, MODEL_CLIENTS)
         sizes[name] = race(work, MODEL_CLIENTS, (args.repeats + 1) // 2, whole=False)
         console.print(race_table(f"{name}, {MODEL_CLIENTS} clients", sizes[name]))
-        console.print(arithmetic(sizes[name]["limit"]), "\n")
+        print_limits(sizes[name])
     summary |= headline(list(races.values()), rows)
     summary |= {"races": races, "scale": rows, "sizes": sizes}
     console.print_json(data={k: v for k, v in summary.items() if not isinstance(v, dict)})
     save(args.out / "summary.json", summary)
+
+
+def print_limits(race: dict[str, Any]) -> None:
+    """How far plait is from what the machine could do, in each type that it has units for."""
+    console.print(arithmetic(race["limit"]), "\n")
+    if race["limit_bf16"]:
+        console.print(arithmetic(race["limit_bf16"], "bf16"), "\n")
 
 
 def machine() -> dict[str, Any]:
@@ -131,10 +138,18 @@ def headline(
         "speedup_best_vs_padded128": lowest(plait, [PADDED]),
         "gemm_fraction_fp32": min(one["limit"]["reached"] for one in races),
         "gemm_fraction_of_limit_fp32": min(one["limit"]["reached_of_limit"] for one in races),
+        **half_limits([one["limit_bf16"] for one in races]),
         "padding_fraction": max(one["padding_fraction"] for one in races),
         "cost_per_client_1000_over_30": cost_ratio(rows, "1000", "30"),
         "mixing_fraction_1000": rows["1000"]["mixing_fraction"] if "1000" in rows else None,
     }
+
+
+def half_limits(limits: list[dict[str, Any] | None]) -> dict[str, float | None]:
+    """The lowest shares of rate and limit in bfloat16; None where the CPU has no units for it."""
+    keys = {"gemm_fraction_bf16": "reached", "gemm_fraction_of_limit_bf16": "reached_of_limit"}
+    there = [one for one in limits if one]
+    return {name: min((one[key] for one in there), default=None) for name, key in keys.items()}
 
 
 def save(path: Path, more: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from rich.table import Table
 from rivals import plait_steps
 from torch.nn import functional
 from torch.optim.adamw import adamw
-from work import Work, workers
+from work import Work, has_bfloat16, workers
 
 from plait.data.tokens import Batch, Tokens, pack
 from plait.model.backend import build_backend
@@ -55,7 +55,10 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a step: T tokens of n clients, b texts each, in layers d wide, f inside."""
+    """The sizes of a step: T tokens of n clients, b texts each, in layers d wide, f inside.
+
+    The frozen weights and all that the layers compute are of `dtype`, factors are float32.
+    """
 
     height: int
     clients: int
@@ -66,20 +69,30 @@ class Shape:
     heads: int
     rank: int
     parameters: int
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, work: Work, tokens: float) -> Shape:
+    def of(cls, work: Work, tokens: float, dtype: torch.dtype = torch.float32) -> Shape:
         """A chunk of as many clients, of `tokens` a step, as come nearest to its height."""
         model, config = work.model.config, work.config
-        backend = build_backend(torch.device("cpu"), torch.float32)
+        backend = build_backend(torch.device("cpu"), dtype)
         at_once = backend.chunk_tokens(work.machine.chunk_tokens)
         clients = max(1, min(len(work.clients), round(at_once / tokens)))
         return cls(
             height=round(clients * tokens), clients=clients, texts=config.batch_size,
             layers=model.num_hidden_layers, d=model.hidden_size, f=model.intermediate_size,
             heads=model.num_attention_heads, rank=config.rank,
-            parameters=sum(value.numel() for value in work.start().values()),
+            parameters=sum(value.numel() for value in work.start().values()), dtype=dtype,
         )  # fmt: skip
+
+    def randn(self, *size: int, **settings: bool) -> torch.Tensor:
+        """Random numbers of the type."""
+        return torch.randn(size, dtype=self.dtype, **settings)
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """Plait's for the type, if there are any."""
+        return kernels(self.dtype)
 
     def batch(self) -> Batch:
         """So many clients' texts, all equally long."""
@@ -135,13 +148,13 @@ def product_seconds(shape: Shape) -> tuple[float, float]:
     library = fastest = 0.0
     for d_out, d_in, forward, backward in shape.products():
         for rows, columns, often in ((d_out, d_in, forward), (d_in, d_out, backward)):
-            x = torch.randn(shape.height, columns)
-            weight = torch.randn(rows, columns)
+            x, weight = shape.randn(shape.height, columns), shape.randn(rows, columns)
             plain = partial(functional.linear, x, weight)
             linear = torch.ops.mkldnn._linear_pointwise
-            packed = partial(linear, x, prepack(weight), None, "none", [], "")
-            of_torch = min(seconds(plain), seconds(packed))
-            ours = kernels(torch.float32) if Kernels.suit(weight) else None
+            packs = shape.dtype is torch.float32 or has_bfloat16()
+            packed = packs and partial(linear, x, prepack(weight), None, "none", [], "")
+            of_torch = least(plain, packed or None)
+            ours = shape.kernels if Kernels.suit(weight) else None
             own = ours and partial(ours.linear, x, ours.prepack(weight.t()), None, rows)
             library += often * of_torch
             fastest += often * min(of_torch, seconds(own) if own else of_torch)
@@ -151,15 +164,16 @@ def product_seconds(shape: Shape) -> tuple[float, float]:
 def rest_seconds(shape: Shape) -> dict[str, float]:
     """Everything else of a chunk's step, by kind: forward and backward, without gradients of W."""
     T, d = shape.height, shape.d
-    narrow, ones = torch.randn(T, d), torch.ones(d)
+    narrow, ones = shape.randn(T, d), torch.ones(d, dtype=shape.dtype)
     _, mean, rstd = torch.native_layer_norm(narrow, [d], ones, ones, 1e-12)
     norm_back = partial(torch.ops.aten.native_layer_norm_backward, narrow, narrow, [d], mean, rstd,
                         ones, ones, [True, False, False])  # fmt: skip
     whole, every = shape.whole_layers, shape.layers
-    fused = kernels(torch.float32)
+    fused = shape.kernels
+    gelu = fused if shape.dtype is torch.float32 else None  # in bfloat16 torch's own is as fast
     return {
         "attention": every * least(*_attention(shape), fused and _fused_attention(shape, fused)),
-        "GELU": whole * least(_gelu(shape), fused and _fused_gelu(shape, fused)),
+        "GELU": whole * least(_gelu(shape), gelu and _fused_gelu(shape, gelu)),
         "layer norms": 2 * whole * seconds(partial(functional.layer_norm, narrow, [d], ones, ones))
         + 2 * whole * seconds(norm_back),
         "additions": 4 * whole * seconds(partial(torch.add, narrow, narrow)),
@@ -177,11 +191,11 @@ def least(*ways: Callable[[], Any] | None) -> float:
 def _attention(shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Torch's fused attention, and plain products: two texts in a window, moved there and back."""
     size = (-(-shape.height // WINDOW), shape.heads, WINDOW, shape.d // shape.heads)
-    q, k, v = (torch.randn(size, requires_grad=True) for _ in range(3))
+    q, k, v = (shape.randn(*size, requires_grad=True) for _ in range(3))
     text = torch.arange(WINDOW) // (WINDOW // 2)
     same = (text[:, None] == text).expand(size[0], 1, -1, -1)
-    grad = torch.randn(size)
-    narrow, wide = (torch.randn(shape.height, width * shape.d) for width in (1, 3))
+    grad = shape.randn(*size)
+    narrow, wide = (shape.randn(shape.height, width * shape.d) for width in (1, 3))
     places = torch.randperm(shape.height)
 
     def moved(y: torch.Tensor) -> None:
@@ -201,7 +215,7 @@ def _attention(shape: Shape) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
 def _fused_attention(shape: Shape, fused: Kernels) -> Callable[[], Any]:
     batch = shape.batch()
-    qkv, grad = (torch.randn(len(batch.ids), width * shape.d) for width in (3, 1))
+    qkv, grad = (shape.randn(len(batch.ids), width * shape.d) for width in (3, 1))
 
     def way() -> None:
         fused.attention(qkv, batch, shape.heads)
@@ -211,7 +225,7 @@ def _fused_attention(shape: Shape, fused: Kernels) -> Callable[[], Any]:
 
 
 def _gelu(shape: Shape) -> Callable[[], Any]:
-    x = torch.randn(shape.height, shape.f)
+    x = shape.randn(shape.height, shape.f)
 
     def way() -> None:
         functional.gelu(x)
@@ -221,7 +235,7 @@ def _gelu(shape: Shape) -> Callable[[], Any]:
 
 
 def _fused_gelu(shape: Shape, fused: Kernels) -> Callable[[], Any]:
-    x = torch.randn(shape.height, shape.f)
+    x = shape.randn(shape.height, shape.f)
 
     def way() -> None:
         fused.gelu(x).mul_(x)
@@ -231,8 +245,8 @@ def _fused_gelu(shape: Shape, fused: Kernels) -> Callable[[], Any]:
 
 def _lora(shape: Shape) -> Callable[[], Any]:
     tokens, d, r = shape.height // shape.clients, shape.d, shape.rank
-    low, x = (torch.randn(shape.clients, tokens, width) for width in (r, d))
-    A = torch.randn(shape.clients, r, d)
+    low, x = (shape.randn(shape.clients, tokens, width) for width in (r, d))
+    A = shape.randn(shape.clients, r, d)
 
     def way() -> None:
         # Forward and backward, one product each with x, A and B has the shape of one of these.
@@ -245,9 +259,9 @@ def _lora(shape: Shape) -> Callable[[], Any]:
 
 def _fused_lora(shape: Shape, fused: Kernels) -> Callable[[], Any]:
     batch, d, r = shape.batch(), shape.d, shape.rank
-    low, x = (torch.randn(len(batch.ids), width) for width in (SITES * r, d))
-    A = torch.randn(shape.clients, SITES * r, d)
-    A_t, B = A.mT.contiguous(), torch.randn(shape.clients, d, r)
+    low, x = (shape.randn(len(batch.ids), width) for width in (SITES * r, d))
+    A = shape.randn(shape.clients, SITES * r, d)
+    A_t, B = A.mT.contiguous(), shape.randn(shape.clients, d, r)
     B_t = B.mT.contiguous()
 
     def way() -> None:
@@ -367,22 +381,22 @@ def table(title: str, result: dict[str, Any], shares: dict[str, float]) -> Table
     return shown
 
 
-def arithmetic(result: dict[str, Any]) -> str:
-    """The limit in words and figures."""
+def arithmetic(result: dict[str, Any], kind: str = "fp32") -> str:
+    """The limit for a kind of number in words and figures."""
     floor = result["seconds_per_client_step"]
     flop, rate = result["model_flop_per_client_step"], result["gemm_flops"]
     frozen = floor["frozen products"]
     rest = sum(floor.values()) - frozen
     manners = ", ".join(f"{n} {v / 1e9:.0f}" for n, v in result["gemm_flops_by_manner"].items())
     return (
-        f"GEMM rate {rate / 1e9:.0f} GFLOP/s at {result['height']} tokens ({manners}); with "
-        f"plait's own products {result['fastest_gemm_flops'] / 1e9:.0f}.\n"
+        f"{kind}: GEMM rate {rate / 1e9:.0f} GFLOP/s at {result['height']} tokens ({manners}); "
+        f"with plait's own products {result['fastest_gemm_flops'] / 1e9:.0f}.\n"
         f"A client's step is {flop / 1e9:.2f} GFLOP on real tokens: {1e3 * flop / rate:.2f} ms at "
         f"that rate.\n"
         f"limit = {1e3 * flop / rate:.2f} / ({1e3 * frozen:.2f} frozen products + "
         f"{1e3 * rest:.2f} the rest) = {result['limit']:.1%} of the GEMM rate\n"
         f"plait reaches {result['reached']:.1%}, {result['reached_of_limit']:.1%} of the limit.\n"
-        f"The best PEFT loop in fp32 reaches {result['peft_reached']:.1%}: an engine of "
+        f"The best PEFT loop in {kind} reaches {result['peft_reached']:.1%}: an engine of "
         f"nothing but products at full rate\nwould be 1 / {result['peft_reached']:.3f} = "
         f"{result['speedup_ceiling']:.2f} times as fast, one at the limit "
         f"{result['speedup_limit']:.2f} times."

@@ -25,6 +25,7 @@ from plait.model.loading import Loaded
 Speed = dict[str, float | None]
 """System -> client-steps per second; None where the machine has no units for its type."""
 
+TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PLAIT = {"fp32": ["plait fp32"], "bf16": ["plait bf16"]}
 LOOPS = {kind: [f"peft {kind}", f"peft {kind}, a process per core"] for kind in ("fp32", "bf16")}
 PADDED = "peft fp32, padded"
@@ -44,24 +45,33 @@ def race(work: Work, client_steps: int, repeats: int, whole: bool = True) -> dic
     steps = -(-client_steps // len(work.clients))
     with ExitStack() as stack:
         systems = entrants(stack, work, whole)
-        limits = Limits(stack, Shape.of(work, work.real_tokens(steps)))
+        limits = {
+            kind: Limits(stack, Shape.of(work, work.real_tokens(steps), getattr(torch, dtype)))
+            for kind, dtype in TYPES.items()
+            if PLAIT[kind][0] in systems
+        }
         apart = losses_apart(systems, steps)
         seconds: dict[str, list[float]] = {name: [] for name in systems}
         for _ in track(range(repeats), f"{len(work.clients)} clients"):
-            limits.measure()
+            for one in limits.values():
+                one.measure()
             for name, (run, clients) in systems.items():
                 seconds[name].append(seconds_of(run, steps) / (clients * steps))
     names = [*PLAIT["fp32"], *PLAIT["bf16"], *LOOPS["fp32"], *LOOPS["bf16"]]
     names += [PADDED, "vmap fp32"] if whole else []
     speed: Speed = {n: 1 / median(seconds[n]) if n in seconds else None for n in names}
-    plait, peft = best(speed, PLAIT["fp32"]), best(speed, LOOPS["fp32"])
+    reached = {
+        kind: one.result(best(speed, PLAIT[kind]) or 0.0, best(speed, LOOPS[kind]) or 0.0)
+        for kind, one in limits.items()
+    }
     return {
         "clients": len(work.clients),
         "real_tokens_per_client_step": work.real_tokens(steps),
         "client_steps_per_second": speed,
         "losses_apart": apart,
         "padding_fraction": padding(work),
-        "limit": limits.result(plait or 0.0, peft or 0.0),
+        "limit": reached["fp32"],
+        "limit_bf16": reached.get("bf16"),
     }
 
 
@@ -79,7 +89,7 @@ def entrants(stack: ExitStack, work: Work, whole: bool) -> dict[str, tuple[Steps
     """Name -> its steps, and of how many clients; plait first. Each has processes of its own."""
     n, cores = len(work.clients), torch.get_num_threads()
     found: dict[str, tuple[Steps, int]] = {}
-    for kind, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+    for kind, dtype in TYPES.items():
         half = kind == "bf16"
         if half and not has_bfloat16():
             continue

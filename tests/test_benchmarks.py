@@ -19,7 +19,8 @@ from plait.config import Machine
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {
     "speedup_fp32_vs_peft", "speedup_best_vs_peft", "speedup_best_vs_padded128",
-    "gemm_fraction_fp32", "padding_fraction", "cost_per_client_1000_over_30",
+    "gemm_fraction_fp32", "gemm_fraction_bf16", "gemm_fraction_of_limit_bf16",
+    "padding_fraction", "cost_per_client_1000_over_30",
     "mixing_fraction_1000",
 }  # fmt: skip
 
@@ -113,8 +114,22 @@ def test_bench_writes_its_summary(tmp_path, monkeypatch, capsys):
     assert summary["cost_per_client_1000_over_30"] is None
     half = race["client_steps_per_second"]["plait bf16"]
     assert (half is None) == (not summary["machine"]["bfloat16"])
-    assert "limit =" in capsys.readouterr().out
+    assert (summary["gemm_fraction_bf16"] is None) == (race["limit_bf16"] is None) == (half is None)
+    engine.print_limits(race | {"limit_bf16": race["limit"]})
+    said = capsys.readouterr().out
+    assert "limit =" in said
+    assert "bf16: GEMM rate" in said
     assert sys.path[0] == str(BENCHMARKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_takes_at_best_is_measured_in_either_type(dtype):
+    from limits import LIBRARY, Shape, alone
+
+    shape = Shape(64, 2, 4, layers=2, d=32, f=64, heads=2, rank=2, parameters=99, dtype=dtype)
+    found = alone(shape)()
+    assert found.keys() >= {LIBRARY, "frozen products", "attention", "GELU", "optimizer, clipping"}
+    assert min(found.values()) > 0
 
 
 def test_a_race_without_bfloat16_is_won_in_fp32():
