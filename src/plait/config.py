@@ -229,7 +229,7 @@ class TopologySettings:
     """Mixing weights of a graph."""
     gossip_step: float = 1.0
     """How far a client goes towards its neighbours in a round, gamma: W is (1 - gamma) I + gamma W.
-    With `--wire top-k` and a small share, 1 is too far, and clients drift apart."""
+    With `--wire top-k` and a small share, 1 may be too far, so that clients drift apart."""
     edges_file: str | None = None
     """`--topology file`: an edge list, or a contact trace with a round for each line."""
 
