@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
+
 from plait.config import Config
 from plait.engines.job import shared_settings
 from plait.runs.run_folder import RunFolder
@@ -37,6 +39,9 @@ def test_what_divided_by_the_rank_is_the_scale():
     }
     assert found == {"lora": 2, "rslora": 4, "sfed": 20}  # alpha / r, / sqrt(r), sqrt(N / r)
     assert not {"scale", "gossip_step"} & Config().decisive().keys()
+    for step in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="above 0, and at most 1"):
+            Config(gossip_step=step)
     assert Config().digest() != Config(scale="sfed").digest()
     # One frozen model is shared by runs with any number of clients.
     assert shared_settings(Config(scale="sfed", **sizes)).lora_alpha == 80
