@@ -26,10 +26,10 @@ PY
 head -32 "$data/gsm8k/test.jsonl" >"$out/gsm8k-test.jsonl"
 
 common=(--task chat --backbone smollm2 --topology ring --methods adf,dec-lora,ffa,local --rounds 8
-        --switch-every 2 --batch-size 4 --eval-every 100 --seeds 0,1 --resume)
+        --switch-every 2 --eval-every 100 --seeds 0,1 --resume)
 "$plait" compare "${common[@]}" --train-file "$out/roles.jsonl" --dev-file "$out/roles-test.jsonl" \
   --text-columns text --key-column speaker --label-skew key --clients 8 --local-steps 3 \
-  --max-length 64 --lr-grid 1e-3,3e-3 --out "$out/shakespeare"
+  --batch-size 4 --max-length 64 --lr-grid 1e-3,3e-3 --out "$out/shakespeare"
 "$plait" compare "${common[@]}" --train-file "$data/gsm8k/train.jsonl" \
   --dev-file "$out/gsm8k-test.jsonl" --text-columns question,answer --label-skew iid --clients 4 \
-  --local-steps 2 --max-length 256 --skip-bad-rows --lr 3e-3 --out "$out/gsm8k"
+  --local-steps 2 --batch-size 2 --max-length 256 --skip-bad-rows --lr 3e-3 --out "$out/gsm8k"
