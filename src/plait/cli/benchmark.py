@@ -81,7 +81,7 @@ def _page(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
     draws = installed("matplotlib")
     if draws:
         page.draw(judged, out / page.PICTURE)
-    results.save(frame, out)
+    results.save(frame.drop(columns="path"), out)
     write_atomically(out / page.PAGE, page.benchmark_page(given.size, frame, judged, draws))
     print()
     for one in judged:

@@ -125,7 +125,7 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     if found:
         return found
     now, kept = collect(parts), results.load(out)
-    same = now.drop(columns="path").astype(str).equals(kept.drop(columns="path").astype(str))
+    same = now.drop(columns="path").astype(str).equals(kept.astype(str))
     return [] if same else [f"{out / results.RESULTS}: isn't what the runs say"]
 
 
