@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,8 +125,9 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
                 found += [f"{cell.folder}: {what}" for what in _faults_of_run(cell)]
     if found:
         return found
-    now, kept = collect(parts), results.load(out)
-    same = now.drop(columns="path").astype(str).equals(kept.astype(str))
+    with TemporaryDirectory() as scratch:  # a file has types of its own
+        results.save(collect(parts).drop(columns="path"), Path(scratch))
+        same = results.load(Path(scratch)).equals(results.load(out))
     return [] if same else [f"{out / results.RESULTS}: isn't what the runs say"]
 
 
