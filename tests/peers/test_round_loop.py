@@ -54,7 +54,7 @@ def letter(digest: bytes = b"x") -> Letter:
 
 
 def message(round_: int = 0):
-    return SimpleNamespace(header=SimpleNamespace(round=round_), values_bytes=8)
+    return SimpleNamespace(header=SimpleNamespace(round=round_), values_bytes=8, change=None)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,7 @@ their texts to themselves and exchange factors with their neighbours only. {whos
 
 | | {metric} |
 |---|---|
-| mean of the clients' own adapters | {accuracy_client_mean:.3f} |
-| worst client | {accuracy_client_min:.3f} |
-| the averaged adapter | {accuracy_averaged_model:.3f} |
+{scores}
 
 On the {split} rows of `{task}`, with one seed ({seed}): another seed deals other rows to the
 clients, and may differ by more than methods do.
@@ -50,6 +48,15 @@ PEFT loads it, too: `PeftModel.from_pretrained(base, "{folder}")`.
 """
 
 
+SCORES = {
+    "accuracy_client_mean": "mean of the clients' own adapters",
+    "accuracy_client_min": "worst client",
+    "accuracy_averaged_model": "the averaged adapter",
+    "accuracy": "this client's own adapter",
+}
+"""Figure of a summary -> what it is of; a peer knows its own alone."""
+
+
 def model_card(run: Path, started: Started, client: int | None, folder: str) -> str:
     """The card of a finished run's adapter, as Markdown under YAML that hubs read.
 
@@ -64,13 +71,13 @@ def model_card(run: Path, started: Started, client: int | None, folder: str) -> 
     """
     config, summary = load_config(run), load_summary(run)
     whose = "the averaged adapter" if client is None else f"client {client}'s own"
-    base = source_of(config.backbone)
+    base, averaged = source_of(config.backbone), "accuracy_averaged_model" in summary
     data = ModelCardData(
         model_name=folder,
         base_model=base,
         library_name="peft",
         tags=["lora", "federated-learning", "decentralized", "plait", config.method],
-        eval_results=[_averaged(started, summary)] if client is None else None,
+        eval_results=[_averaged(started, summary)] if client is None and averaged else None,
     )
     epsilon = summary.get("dp_epsilon")
     privacy = (
@@ -80,7 +87,11 @@ def model_card(run: Path, started: Started, client: int | None, folder: str) -> 
         else f"Differential privacy: epsilon {epsilon:.3g} at delta {summary['dp_delta']:g}."
     )
     text = TEXT.format(
-        **{**summary, "name": folder, "base": base, "whose": f"This is {whose}."},
+        name=folder, base=base, whose=f"This is {whose}.", clients=config.clients,
+        metric=started.metric, task=started.task, seed=config.seed,
+        scores="\n".join(
+            f"| {name} | {summary[key]:.3f} |" for key, name in SCORES.items() if key in summary
+        ),
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, run).items()),
         split=config.eval_split, folder=folder, privacy=privacy,
     )  # fmt: skip
