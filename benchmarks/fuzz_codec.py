@@ -16,6 +16,7 @@ import resource
 import struct
 import time
 from collections import Counter
+from functools import partial
 
 import torch
 from cryptography import x509
@@ -102,7 +103,8 @@ def receive(header_bytes: bytes, pieces: list[bytes]) -> dict[Factor, torch.Tens
     return decode(header, assembly.finish(), IDENTITY)
 
 
-MESSAGE = encode(
+WRITTEN = partial(
+    encode,
     FACTORS,
     layout=LAYOUT,
     federation="fed",
@@ -111,17 +113,8 @@ MESSAGE = encode(
     round=3,
     active="B",
 )
-CHANGE = encode(
-    FACTORS,
-    layout=LAYOUT,
-    federation="fed",
-    config_digest="c0ffee",
-    sender="alice",
-    round=3,
-    active="B",
-    wire=SPARSE.wire,
-    before=BEFORE,
-).change
+MESSAGE = WRITTEN()
+CHANGE = WRITTEN(wire=SPARSE.wire, before=BEFORE).change
 assert CHANGE
 HEADER = write_header(MESSAGE.header, "bob")
 PIECES = [MESSAGE.body[start : start + 300] for start in range(0, len(MESSAGE.body), 300)]

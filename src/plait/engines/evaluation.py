@@ -64,12 +64,15 @@ def judge(
     means = losses.mean(dim=1).tolist() * copies
     whose = np.zeros(num_models, int) if alike else np.arange(num_models)
     last = round_ + 1 == job.evaluations.rounds or job.config.stop_after is not None
+    called = classes(job.task, answers) if last else None
     tables = [
-        confusion(job.task, answers, some, tokens.labels) if last and len(some) else []
+        confusion(called[some], tokens.labels, job.task.num_outputs)
+        if called is not None and len(some)
+        else []
         for some in (whose[:own], whose[own:])
     ]
-    called = answers if job.choices else classes(job.task, answers)
-    hits = [] if called is None or not last else (called == right)[whose[:own]].sum(axis=0).tolist()
+    chosen = answers if last and job.choices else called
+    hits = [] if chosen is None else (chosen == right)[whose[:own]].sum(axis=0).tolist()
     whole = job.own_rows and len(rows) == len(job.held_out)
     chosen_rows = [job.own_rows[client] for client in clients] if whole else []
     return Evaluated(
@@ -91,32 +94,27 @@ def judge(
     )
 
 
-def confusion(
-    task: Task, answers: np.ndarray, models: np.ndarray, labels: np.ndarray
-) -> list[list[int]]:
+def classes(task: Task, answers: np.ndarray) -> np.ndarray | None:
+    """(n, Q) the classes of answers (n, Q) or outputs (n, Q, C); None of a task without classes."""
+    if not task.objective.has_classes:
+        return None
+    if answers.ndim == 2:
+        return answers
+    found: np.ndarray = task.objective.answer(torch.from_numpy(answers)).numpy()
+    return found
+
+
+def confusion(called: np.ndarray, labels: np.ndarray, C: int) -> list[list[int]]:
     """(C, C) how many rows of each class some models, all together, called each class.
 
     Args:
-        task: The task; without classes there is nothing to count.
-        answers: (n, Q) classes, or (n, Q, C) outputs.
-        models: Which of the n to count; one may come more than once.
+        called: (n, Q) the classes that each of n models called.
         labels: (Q,) the classes.
+        C: How many there are.
     """
-    called = classes(task, answers)
-    if called is None:
-        return []
-    C = task.num_outputs
-    counts = np.bincount((labels * C + called[models]).ravel(), minlength=C * C)
+    counts = np.bincount((labels * C + called).ravel(), minlength=C * C)
     table: list[list[int]] = counts.reshape(C, C).tolist()
     return table
-
-
-def classes(task: Task, answers: np.ndarray) -> np.ndarray | None:
-    """(n, Q) the classes of answers (n, Q) or outputs (n, Q, C); None of a task without classes."""
-    if not task.objective.has_classes or answers.ndim == 2:
-        return answers if task.objective.has_classes else None
-    found: np.ndarray = task.objective.answer(torch.from_numpy(answers)).numpy()
-    return found
 
 
 def evaluation(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,7 @@ def hits_of(folder: Path) -> np.ndarray:
 
 def findings(frame: pd.DataFrame) -> list[Finding]:
     """What the rows of a benchmark say of the claims."""
-    return judged(frame, hits_of)
+    return judged(frame, cache(hits_of))  # a run serves many claims
 
 
 def faults(parts: dict[str, Sweep], out: Path) -> list[str]:

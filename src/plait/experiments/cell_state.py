@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from plait.experiments.plan import Cell
 from plait.machine.files import write_atomically
@@ -46,3 +47,15 @@ def keep_failure(cell: Cell, failure: Failure) -> None:
 def waiting(cells: Iterable[Cell]) -> list[Cell]:
     """The cells that are to be carried out: those with neither figures nor a diverged training."""
     return [cell for cell in cells if state(cell)[0] in ("missing", "failed")]
+
+
+def in_turns(runs: Callable[[], Iterable[Cell]]) -> Iterator[list[Cell]]:
+    """Runs of which the next follow from what has ended: those that are new, as long as any are.
+
+    Args:
+        runs: All that are known by now.
+    """
+    tried: set[Path] = set()
+    while cells := [cell for cell in runs() if cell.folder not in tried]:
+        yield cells
+        tried |= {cell.folder for cell in cells}

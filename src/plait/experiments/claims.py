@@ -118,10 +118,14 @@ class Finding:
     tasks: Mapping[str, tuple[float, float, Estimate]]
 
     @property
+    def spread(self) -> float:
+        """The standard deviation of the difference over seeds; 0 of a single one."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    @property
     def effect(self) -> float | None:
         """The mean difference in standard deviations over seeds (Cohen's d for pairs)."""
-        spread = float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
-        return self.apart.mean / spread if spread > 0 else None
+        return self.apart.mean / self.spread if self.spread > 0 else None
 
     @property
     def verdict(self) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from plait.events import Event
-from plait.experiments.cell_state import keep_failure, state
+from plait.experiments.cell_state import in_turns, keep_failure, state
 from plait.experiments.executors import CellEnded, CellSaid, Executor, executor_for, num_jobs
 from plait.experiments.plan import PLAN, Cell, Entry, Plan, reported_cell, save_plan, tuning_cells
 from plait.experiments.rate_search import best_rate, is_at_edge, searched_cells
@@ -121,20 +121,18 @@ def compare(plan: Plan, jobs: int = 1, loggers: Sequence[str] = ()) -> Iterator[
 
 
 def _said(plan: Plan, executor: Executor) -> Iterator[tuple[Cell, Event]]:
-    tried: set[Path] = set()
-    while search := [cell for cell in search_cells(plan) if cell.folder not in tried]:
-        tried |= {cell.folder for cell in search}
+    for search in in_turns(lambda: search_cells(plan)):
         # A rate that is too high diverges: an answer, not a failure.
         unless_diverged = [cell for cell in search if state(cell)[0] != "diverged"]
         yield from _events(executor(unless_diverged), may_diverge=True)
     lines = entries(plan)
-    yield from _events(executor(_reported(plan, lines, plan.seeds)))
-    yield from _events(executor(_reported(plan, lines, seeds_of(plan, lines)[len(plan.seeds) :])))
+    for reported in in_turns(lambda: _reported(plan, lines)):
+        yield from _events(executor(reported))
 
 
-def _reported(plan: Plan, lines: Sequence[Entry], seeds: Sequence[int]) -> list[Cell]:
+def _reported(plan: Plan, lines: Sequence[Entry]) -> list[Cell]:
     """All methods of a seed, then the next: they share its data and its model."""
-    return [reported_cell(plan, entry, seed) for seed in seeds for entry in lines]
+    return [reported_cell(plan, entry, seed) for seed in seeds_of(plan, lines) for entry in lines]
 
 
 def _events(said: Iterable[CellSaid], may_diverge: bool = False) -> Iterator[tuple[Cell, Event]]:

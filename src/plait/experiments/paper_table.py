@@ -170,9 +170,8 @@ def _block(title: str, rows: pd.DataFrame, lines: list[str], reference: str) -> 
     if len(tasks) > 1:
         scores[MEAN] = {line: _mean([scores[task][line] for task in tasks]) for line in lines}
     edges = rows[rows["at_edge"]].groupby("task")["line"].agg(frozenset)
-    pilots: Iterable[int] = (
-        rows["pilot"].dropna() if "pilot" in rows else []
-    )  # an older plait's have none
+    # An older plait's rows don't say.
+    pilots: Iterable[int] = rows["pilot"].dropna() if "pilot" in rows else []
     pilot = max(map(int, pilots), default=None)
     columns = [
         Column(name, of, reference, edges.get(name, frozenset()), pilot)

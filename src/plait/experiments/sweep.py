@@ -21,6 +21,7 @@ from typing import Any
 
 from plait.config import Config, Machine, TopologySettings, names_of
 from plait.engines.job import MATERIAL
+from plait.experiments.cell_state import in_turns
 from plait.experiments.comparison import entries_at, seeds_of
 from plait.experiments.grid_file import read_grid
 from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
@@ -117,12 +118,8 @@ class Sweep:
 
     def turns(self) -> Iterator[list[Cell]]:
         """All runs, the searches' first, in turns: what is next follows from what has ended."""
-        kinds: list[Callable[[], list[Cell]]] = [lambda: self.search, lambda: self.reported]
-        for runs in kinds:
-            tried: set[Path] = set()
-            while cells := [cell for cell in runs() if cell.folder not in tried]:
-                yield cells
-                tried |= {cell.folder for cell in cells}
+        yield from in_turns(lambda: self.search)
+        yield from in_turns(lambda: self.reported)
 
     @property
     def reported(self) -> list[Cell]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,9 +43,20 @@ from plait.peers.inbox import FactorRows, Turn
 from plait.privacy import Noise
 from plait.topology import MixingSchedule
 
-Write = Callable[..., Message]
-"""(factors, round, active, kind) -> a message of this peer; with what changed, too, where `before`
-says what neighbours know."""
+
+class Write(Protocol):
+    """Makes a message of this peer; with what changed, too, where `before` is what others know."""
+
+    def __call__(
+        self,
+        rows: FactorRows,
+        round_: int,
+        active: str,
+        kind: str,
+        before: FactorRows | None = None,
+    ) -> Message:
+        """Of some factors in a round, and what trains in it."""
+        ...
 
 
 def agreed_turns(

@@ -39,16 +39,8 @@ def benchmark_page(size: str, frame: pd.DataFrame, found: Sequence[Finding], pic
         picture: Whether `PICTURE` lies beside it.
     """
     head = [
-        "claim",
-        "first",
-        "second",
-        "difference",
-        "rows too",
-        "d",
-        "p (Holm)",
-        "seeds",
-        "verdict",
-    ]
+        "claim", "first", "second", "difference", "rows too", "d", "p (Holm)", "seeds", "verdict",
+    ]  # fmt: skip
     sections = [
         f"# Benchmark, size {size}",
         RULE,
@@ -61,7 +53,7 @@ def benchmark_page(size: str, frame: pd.DataFrame, found: Sequence[Finding], pic
         "## What it took",
         _cost(frame),
         f"`plait benchmark --size {size} --out DIR` runs it, or goes on with it; `plait benchmark "
-        "page --out DIR` draws this page from the recorded runs alone.",
+        f"page --size {size} --out DIR` draws this page from the recorded runs alone.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -134,7 +126,7 @@ def draw(found: Sequence[Finding], path: Path) -> None:
     for height, one in enumerate(shown):
         assert one.effect is not None
         assert one.apart.high is not None
-        reach = (one.apart.high - one.apart.mean) * abs(one.effect / one.apart.mean)
+        reach = (one.apart.high - one.apart.mean) / one.spread
         colour = {"holds": "C2", "is contradicted": "C3"}.get(one.verdict, "0.45")
         axes.errorbar(one.effect, height, xerr=reach, fmt="o", color=colour, capsize=3)
     axes.axvline(0, color="0.7", linewidth=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from plait.config import Config
 from plait.events import Started
 from plait.methods import METHODS
 from plait.model.loading import source_of
@@ -108,7 +109,7 @@ def _averaged(started: Started, summary: dict[str, Any]) -> EvalResult:
     )
 
 
-def _facts(config: Any, run: Path) -> dict[str, object]:
+def _facts(config: Config, run: Path) -> dict[str, object]:
     made_by = run / MADE_BY
     version = json.loads(made_by.read_text())["version"] if made_by.is_file() else "unknown"
     return {
