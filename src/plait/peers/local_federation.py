@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.events import Evaluated, Started, together
@@ -229,7 +228,8 @@ def average_adapters(adapters: Path, config: Config) -> None:
     rank = config.rank + base_rank
     parts = [load_file(adapters / f"client-{k}" / ADAPTER) for k in range(config.clients)]
     stacks = {
-        key: torch.stack([_filled(key, part[key], rank) for part in parts]) for key in parts[0]
+        key: torch.stack([_filled(key, part[key], rank, base_rank) for part in parts])
+        for key in parts[0]
     }
     averaged = {
         key: mean(stack.flatten(1))[0].view_as(stack[0]).contiguous()
@@ -247,11 +247,19 @@ def average_adapters(adapters: Path, config: Config) -> None:
     (adapters / "mean" / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _filled(key: str, value: Tensor, rank: int) -> Tensor:
-    """A factor of a client of small rank with zeros up to the largest one; other tensors as is."""
-    if key.endswith(LORA_A):
-        return pad(value, (0, 0, 0, rank - len(value)))
-    return pad(value, (0, rank - value.shape[1])) if key.endswith(LORA_B) else value
+def _filled(key: str, value: Tensor, rank: int, base_rank: int) -> Tensor:
+    """A factor of a client of small rank with zeros up to the largest one; other tensors as is.
+
+    The zeros go where a simulation has them, before what is added to the frozen weights: at the end
+    of the rows, a decomposition would round otherwise.
+    """
+    if not key.endswith((LORA_A, LORA_B)):
+        return value
+    dim = 0 if key.endswith(LORA_A) else 1
+    own, base = value.split([value.shape[dim] - base_rank, base_rank], dim=dim)
+    shape = list(value.shape)
+    shape[dim] = rank - value.shape[dim]
+    return torch.cat([own, value.new_zeros(shape), base], dim=dim)
 
 
 def _rounds_done(events: Path) -> int:
