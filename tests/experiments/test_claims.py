@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from plait.experiments.significance import rows_interval
 from plait.methods import METHODS
 
 SEEDS = range(6)
-NOTHING = np.array([])
 
 
 def frame(**gaps: list[float]) -> pd.DataFrame:
@@ -32,8 +32,8 @@ def frame(**gaps: list[float]) -> pd.DataFrame:
         {
             "part": "main", "kind": "reported", "state": "finished", "label": label, "task": task,
             "seed": seed, "accuracy_client_mean": 0.8 - apart[seed], "pilot": None, "at_half": 0.7,
-            "area": np.nan, "roughness": 0.1, "path": "",
-            "digest": f"{label}-{task}-{seed}",
+            "area": np.nan, "roughness": 0.1, "hits": [],
+            "clients": 4, "digest": f"{label}-{task}-{seed}",
         }
         for label, apart in lines.items() for task in ("trec", "movies") for seed in SEEDS
     ]  # fmt: skip
@@ -41,7 +41,7 @@ def frame(**gaps: list[float]) -> pd.DataFrame:
 
 
 def verdicts(rows: pd.DataFrame) -> dict[str, str]:
-    return {one.name: one.verdict for one in judged(rows, lambda _: NOTHING)}
+    return {one.name: one.verdict for one in judged(rows)}
 
 
 def test_each_verdict_follows_from_the_rule():
@@ -63,7 +63,7 @@ def test_a_finding_has_each_task_by_itself():
     rows = frame(ffa=[0.0, 0.02, 0.01, 0.0, 0.02, 0.01])
     of_trec = (rows["label"] == "ffa") & (rows["task"] == "trec")
     rows.loc[of_trec, "accuracy_client_mean"] -= 0.1
-    (one,) = (o for o in judged(rows, lambda _: NOTHING) if o.name == "adf-over-ffa")
+    (one,) = (o for o in judged(rows) if o.name == "adf-over-ffa")
     assert one.apart.mean == pytest.approx(0.06)
     assert one.tasks["trec"][:2] == pytest.approx((0.8, 0.69))
     assert one.tasks["trec"][2].mean == pytest.approx(0.11)
@@ -73,13 +73,13 @@ def test_a_finding_has_each_task_by_itself():
 
 def test_a_claim_is_corrected_for_all_others():
     alone = frame(dec_lora=[0.05, 0.01, 0.03, 0.04, 0.0, 0.02])
-    (one,) = (o for o in judged(alone, lambda _: NOTHING) if o.name == "adf-over-dec-lora")
+    (one,) = (o for o in judged(alone) if o.name == "adf-over-dec-lora")
     expected = stats.ttest_1samp([0.05, 0.01, 0.03, 0.04, 0.0, 0.02], 0).pvalue
     assert one.apart.p == pytest.approx(expected)
     assert one.p_holm == one.apart.p
     rivals = {"ffa": [0.0, 0.01] * 3, "rolora": [0.01, 0.0] * 3}
     more = frame(dec_lora=[0.05, 0.01, 0.03, 0.04, 0.0, 0.02], **rivals)
-    (one,) = (o for o in judged(more, lambda _: NOTHING) if o.name == "adf-over-dec-lora")
+    (one,) = (o for o in judged(more) if o.name == "adf-over-dec-lora")
     assert one.p_holm > 2 * one.apart.p
     assert one.effect == pytest.approx(0.025 / np.std([0.05, 0.01, 0.03, 0.04, 0.0, 0.02], ddof=1))
 
@@ -87,7 +87,7 @@ def test_a_claim_is_corrected_for_all_others():
 def test_only_seeds_that_both_sides_have_on_all_tasks_count():
     rows = frame(dec_lora=[0.05] * 6)
     gone = (rows["label"] == "dec-lora") & (rows["task"] == "trec") & (rows["seed"] == 3)
-    found = judged(rows[~gone], lambda _: NOTHING)
+    found = judged(rows[~gone])
     assert {len(one.values) for one in found if one.name == "adf-over-dec-lora"} == {5}
 
 
@@ -163,6 +163,23 @@ def test_a_benchmark_runs_and_ends_with_its_page(monkeypatch, tmp_path, capsys):
     (out / "benchmark.md").unlink()
     assert benchmarked(out, "page") == 0
     assert (out / "benchmark.md").read_text() == page
+
+
+def test_a_part_that_was_run_elsewhere_is_in_the_table_alone(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    args = ["benchmark", "--size", "S", "--out", str(out), "--jobs", "1", "--only"]
+    assert main([*args, "switching,density"]) == 0
+    page = (out / "benchmark.md").read_text()
+    shutil.rmtree(out / "density")
+    assert main([*args, "switching"]) == 0
+    assert (out / "benchmark.md").read_text() == page
+    shutil.rmtree(out / "switching")
+    assert main(["benchmark", "page", "--size", "S", "--out", str(out)]) == 0
+    assert (out / "benchmark.md").read_text() == page
+    shutil.rmtree(out)
+    assert main(["benchmark", "page", "--size", "S", "--out", str(out)]) == 1
+    assert "has no part of this benchmark" in capsys.readouterr().err
 
 
 def test_a_folder_that_was_changed_is_found_out(monkeypatch, tmp_path, capsys):

@@ -72,16 +72,16 @@ def _run(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
 
 def _page(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
     from plait.experiments import benchmark as suite
-    from plait.experiments import results
+    from plait.experiments import claims, results
     from plait.machine.files import write_atomically
     from plait.report import benchmark_page as page
 
-    frame = suite.collect(found)
-    judged = suite.findings(frame)
+    frame = suite.collect(found, out)
+    judged = claims.judged(frame)
     draws = installed("matplotlib")
     if draws:
         page.draw(judged, out / page.PICTURE)
-    results.save(frame.drop(columns="path"), out)
+    results.save(frame, out)
     write_atomically(out / page.PAGE, page.benchmark_page(given.size, frame, judged, draws))
     print()
     for one in judged:

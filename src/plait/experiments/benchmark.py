@@ -1,8 +1,10 @@
 """The benchmark: sweeps on fixed settings that together answer the claims of claims.py.
 
     DIR/main/, DIR/switching/, ...   a sweep for each part (sweep.py)
-    DIR/results.parquet              the rows of all parts
+    DIR/results.parquet              the rows of all parts, and all that the page needs
     DIR/benchmark.md, claims.png     the page (report/benchmark_page.py)
+
+A part that was run elsewhere is in results.parquet alone.
 
 A size is a folder of sweep files: S takes minutes and what is installed, M hours of two cores and
 the GLUE archive, L the published protocol, a card and the hub.
@@ -11,8 +13,8 @@ the GLUE archive, L the published protocol, a card and the hub.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,12 +25,12 @@ from plait.config import Config
 from plait.events import Evaluated
 from plait.experiments import results
 from plait.experiments.cell_state import state
-from plait.experiments.claims import SUITES, Finding, judged
+from plait.experiments.claims import SUITES
 from plait.experiments.curves import CURVES, curve_figures
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep, load_sweep
 from plait.figures import summarize
-from plait.runs.run_folder import load_config, load_events, load_summary
+from plait.runs.run_folder import MADE_BY, load_config, load_events, load_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,34 +82,45 @@ def _changed(sweep: Sweep, changes: Mapping[str, Any], glue_dir: str | None) -> 
     return dataclasses.replace(sweep, config=at(sweep.config), plans=plans)
 
 
-def collect(parts: dict[str, Sweep]) -> pd.DataFrame:
-    """The rows of all parts, as `results.collect` has them, with `part`, `path` and `CURVES`."""
+def collect(parts: dict[str, Sweep], out: Path | None = None) -> pd.DataFrame:
+    """The rows of all parts, as `results.collect` has them, and what a page needs besides.
+
+    Columns: those of `results.collect`; `part`; `CURVES`; `processor`, which carried the run out;
+    `hits`, of a reported run on each test row how many of its clients were right.
+
+    Args:
+        parts: The parts.
+        out: The folder of the benchmark: what its results have of parts without a folder is kept.
+    """
     import pandas as pd
 
-    frames = [results.collect(sweep).assign(part=name) for name, sweep in parts.items()]
-    frame = pd.concat(frames, ignore_index=True)
-    outs = {name: sweep.out for name, sweep in parts.items()}
-    paths = [
-        outs[part] / folder for part, folder in zip(frame["part"], frame["folder"], strict=True)
-    ]
-    known: dict[Path, dict[str, float]] = {}
-    for path, ended in zip(paths, frame["state"], strict=True):
-        if ended == "finished" and path not in known:
-            known[path] = curve_figures(load_events(path))
-    empty = dict.fromkeys(CURVES, np.nan)
-    curves = pd.DataFrame([known.get(path, empty) for path in paths])
-    return pd.concat([frame.assign(path=list(map(str, paths))), curves], axis=1)
+    here = {name: one for name, one in parts.items() if one.out.is_dir() or out is None}
+    frames = [_with_events(results.collect(one).assign(part=name), one.out)
+              for name, one in here.items()]  # fmt: skip
+    if out is not None and (out / results.RESULTS).is_file():
+        before = results.load(out)
+        frames.insert(0, before[~before["part"].isin(list(here))])
+    if not any(len(one) for one in frames):
+        raise ValueError(f"{out} has no part of this benchmark; `plait benchmark` runs them.")
+    return pd.concat([one for one in frames if len(one)], ignore_index=True)
 
 
-def hits_of(folder: Path) -> np.ndarray:
-    """(rows,) the share of a run's clients that were right on each test row; empty if not known."""
-    ends = [event for event in load_events(folder) if isinstance(event, Evaluated)]
-    return np.array(ends[-1].hits) / len(ends[-1].scores)
+def _with_events(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """The rows of one part with what its runs' folders say of curves, test rows and machine."""
+    import pandas as pd
 
-
-def findings(frame: pd.DataFrame) -> list[Finding]:
-    """What the rows of a benchmark say of the claims."""
-    return judged(frame, cache(hits_of))  # a run serves many claims
+    empty: dict[str, Any] = dict.fromkeys([*CURVES, "hits", "processor"])
+    known: dict[str, dict[str, Any]] = {}
+    for folder in frame.loc[frame["state"] == "finished", "folder"].unique():
+        events = load_events(out / folder)
+        end = next(one for one in reversed(events) if isinstance(one, Evaluated))
+        made_by = json.loads((out / folder / MADE_BY).read_text())
+        known[folder] = curve_figures(events) | {
+            "hits": list(end.hits), "processor": made_by.get("processor")
+        }  # fmt: skip
+    more = pd.DataFrame([known.get(folder, empty) for folder in frame["folder"]])
+    more.loc[frame["kind"] != "reported", "hits"] = None  # of a search nobody asks
+    return pd.concat([frame, more], axis=1)
 
 
 def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
@@ -127,7 +140,7 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     if found:
         return found
     with TemporaryDirectory() as scratch:  # a file has types of its own
-        results.save(collect(parts).drop(columns="path"), Path(scratch))
+        results.save(collect(parts), Path(scratch))
         same = results.load(Path(scratch)).equals(results.load(out))
     return [] if same else [f"{out / results.RESULTS}: isn't what the runs say"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,6 @@ SCORE = "accuracy_client_mean"
 SUITES = Path(__file__).parent / "suites"
 MARGIN = 0.01
 """A difference of scores that is too small to matter."""
-
-Hits = Callable[[Path], np.ndarray]
-"""A run's folder -> (rows,) the share of its clients that were right on each test row; empty where
-that isn't known."""
 
 
 @dataclass(frozen=True)
@@ -138,21 +134,20 @@ class Finding:
         return "is undecided"
 
 
-def judged(frame: pd.DataFrame, hits: Hits) -> list[Finding]:
+def judged(frame: pd.DataFrame) -> list[Finding]:
     """What a benchmark's rows say of the claims that they can test.
 
     Args:
-        frame: The rows, with a column `part`.
-        hits: Finds what is known of test rows.
+        frame: The rows, as `benchmark.collect` has them.
     """
-    found = {name: _compared(name, one, frame, hits) for name, one in CLAIMS.items()}
+    found = {name: _compared(name, one, frame) for name, one in CLAIMS.items()}
     there = [one for one in found.values() if one is not None]
     tested = {one.name: one.apart.p for one in there if one.apart.p is not None}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return [dataclasses.replace(one, p_holm=adjusted.get(one.name)) for one in there]
 
 
-def _compared(name: str, claim: Claim, frame: pd.DataFrame, hits: Hits) -> Finding | None:
+def _compared(name: str, claim: Claim, frame: pd.DataFrame) -> Finding | None:
     part = frame[frame["part"] == claim.part]
     if part.empty:
         return None
@@ -172,7 +167,7 @@ def _compared(name: str, claim: Claim, frame: pd.DataFrame, hits: Hits) -> Findi
     both = [table.loc[seeds].assign(**{MEAN: table.loc[seeds].mean(axis=1)}) for table in tables]
     found = {str(task): _apart(claim, both[0][task], both[1][task], pilot) for task in both[0]}
     ours, theirs, apart, values = found.pop(MEAN)
-    rows = _over_rows(sides, seeds, hits) if set(columns) == {SCORE} else None
+    rows = _over_rows(sides, seeds) if set(columns) == {SCORE} else None
     tasks = {task: one[:3] for task, one in found.items()}
     return Finding(name, claim, apart, values, None, rows, (ours, theirs), tasks)
 
@@ -189,17 +184,18 @@ def _complete(table: pd.DataFrame, seed: int) -> bool:
     return seed in table.index and bool(table.loc[seed].notna().all())
 
 
-def _over_rows(
-    sides: Sequence[pd.DataFrame], seeds: Sequence[int], hits: Hits
-) -> tuple[float, float] | None:
+def _over_rows(sides: Sequence[pd.DataFrame], seeds: Sequence[int]) -> tuple[float, float] | None:
     """The interval over rows and seeds, if all runs say which rows they got right."""
     apart = []
     for task in dict.fromkeys(sides[0]["task"]):
         of_sides = []
         for side in sides:
-            folders = side[side["task"] == task].set_index("seed")["path"]
-            right = [hits(Path(folders[seed])) for seed in seeds]
-            if len({len(one) for one in right}) != 1 or not len(right[0]):
+            runs = side[side["task"] == task].set_index("seed").loc[seeds]
+            right = [
+                np.array(hits) / clients
+                for hits, clients in zip(runs["hits"], runs["clients"], strict=True)
+            ]
+            if len({one.shape for one in right}) != 1 or not right[0].size:
                 return None
             of_sides.append(np.stack(right))
         apart.append(of_sides[0] - of_sides[1])

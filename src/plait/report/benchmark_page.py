@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 from plait.experiments.claims import MARGIN, Finding
 from plait.experiments.paper_table import as_markdown, blocks
 from plait.markdown import markdown_table
-from plait.runs.run_folder import MADE_BY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,22 +96,17 @@ def _tables(frame: pd.DataFrame) -> list[list[str]]:
         found.append([
             f"### {part}",
             f"Before training: {base}.",
-            as_markdown(blocks(rows.drop(columns=["part", "path"]))).strip(),
+            as_markdown(blocks(rows.drop(columns="part"))).strip(),
         ])  # fmt: skip
     return found
 
 
 def _cost(frame: pd.DataFrame) -> str:
-    done = frame[frame["state"] == "finished"].drop_duplicates("path")
+    done = frame[frame["state"] == "finished"].drop_duplicates(["part", "folder"])
     hours = done["wall_seconds"].sum() / 3600
-    machines = {
-        json.loads((Path(path) / MADE_BY).read_text()).get("processor", "a machine unknown")
-        for path in done["path"]
-    }
-    return (
-        f"{len(done)} runs, {hours:.1f} hours of them one after another, on "
-        f"{' and '.join(sorted(machines))}."
-    )
+    machines = sorted(done["processor"].fillna("a machine unknown").unique())
+    where = " and ".join(machines)
+    return f"{len(done)} runs, {hours:.1f} hours of them one after another, on {where}."
 
 
 def draw(found: Sequence[Finding], path: Path) -> None:
