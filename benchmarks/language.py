@@ -102,13 +102,13 @@ class Needed:
         lora = 6 * self.tokens * self.rank * sum(map(sum, self.adapted))
         return frozen + head + lora
 
-    def rate(self, stack: ExitStack) -> float:
+    def rate(self, stack: ExitStack, dtype: torch.dtype) -> float:
         """FLOP/s of torch's products with the frozen layers: one process, or one for each core."""
         flop = 4 * self.height * sum(d_out * d_in for d_out, d_in in self.layers)
         cores = torch.get_num_threads()
         found = []
         for count in {1, cores}:
-            crew = workers(stack, cores // count, _products, [(self,)] * count)
+            crew = workers(stack, cores // count, _products, [(self, dtype)] * count)
             for worker in crew:
                 worker.ask()
             found.append(sum(flop / worker.answer() for worker in crew))
@@ -117,9 +117,9 @@ class Needed:
         return max(found)
 
 
-def _products(needed: Needed) -> Any:
+def _products(needed: Needed, dtype: torch.dtype) -> Any:
     """For a worker: the seconds of the frozen products of so many tokens."""
-    return lambda: product_seconds(needed)[0]
+    return lambda: product_seconds(needed.products(), needed.height, dtype)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -178,7 +178,7 @@ def random_rows(args: argparse.Namespace) -> Tokens:
 
 
 def race(work: Work, repeats: int) -> dict[str, Any]:
-    """Medians of each system's client-steps per second, and the share of the GEMM rate."""
+    """Medians of each system's client-steps per second, and the share of its type's GEMM rate."""
     n, cores = len(work.clients), torch.get_num_threads()
     few = work.only(work.clients[:2])
     half = dataclasses.replace(work, config=dataclasses.replace(work.config, dtype="bfloat16"))
@@ -189,25 +189,34 @@ def race(work: Work, repeats: int) -> dict[str, Any]:
             "peft fp32, a process per core": (in_processes(stack, work, cores, peft_steps), n),
             PADDED: (in_processes(stack, few, 1, peft_steps, False, work.config.most_tokens), 2),
         }
+        types = {"fp32": torch.float32}
         if has_bfloat16():
+            types["bf16"] = torch.bfloat16
             systems["plait bf16"] = in_processes(stack, half, 1, plait_steps), n
             systems["peft bf16"] = in_processes(stack, work, 1, peft_steps, True), n
         needed = Needed.of(work, 1)
         apart = losses_apart(systems, 1)
         seconds: dict[str, list[float]] = {name: [] for name in systems}
-        rates = []
+        rates: dict[str, list[float]] = {kind: [] for kind in types}
         for _ in track(range(repeats), f"{n} clients"):
-            rates.append(needed.rate(stack))
+            for kind, dtype in types.items():
+                rates[kind].append(needed.rate(stack, dtype))
             for name, (run, clients) in systems.items():
                 seconds[name].append(seconds_of(run, 1) / clients)
     speed = {name: 1 / median(found) for name, found in seconds.items()}
-    rate = median(rates)
+    rate = {kind: median(found) for kind, found in rates.items()}
     return {
         "clients": n, "tokens_per_client_step": needed.tokens,
         "learned_per_client_step": needed.learned, "gemm_flops": rate,
         "client_steps_per_second": speed, "losses_apart": apart,
-        "gemm_fraction": {name: one * needed.flop() / rate for name, one in speed.items()},
+        "gemm_fraction": {
+            name: one * needed.flop() / rate[_kind(name)] for name, one in speed.items()
+        },
     }  # fmt: skip
+
+
+def _kind(system: str) -> str:
+    return "bf16" if "bf16" in system else "fp32"
 
 
 def peak_mb(work: Work, clients: int) -> float:
@@ -238,11 +247,12 @@ def table(title: str, result: dict[str, Any]) -> Table:
                   title=f"{title}, {result['clients']} clients")  # fmt: skip
     speed = result["client_steps_per_second"]
     for name, one in speed.items():
-        kind = "plait bf16" if "bf16" in name else "plait fp32"
         shown.add_row(
             name, f"{one:.3f}", f"{one * result['learned_per_client_step']:.0f}",
-            f"{result['gemm_fraction'][name]:.1%}", f"{speed[kind] / one:.2f}x",
+            f"{result['gemm_fraction'][name]:.1%}", f"{speed['plait ' + _kind(name)] / one:.2f}x",
         )  # fmt: skip
+    rates = [f"{rate / 1e9:.0f} GFLOP/s in {kind}" for kind, rate in result["gemm_flops"].items()]
+    shown.caption = f"GEMM rate: {', '.join(rates)}"
     return shown
 
 

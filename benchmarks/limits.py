@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -142,19 +142,25 @@ def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
     return statistics.median(times[1:])
 
 
-def product_seconds(shape: Shape) -> tuple[float, float]:
-    """A chunk's frozen products: in the faster of torch's two ways each, and in the fastest."""
+def product_seconds(
+    products: Iterable[tuple[int, int, float, float]], height: int, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Frozen products of a chunk of so many tokens, as `Shape.products` has them.
+
+    Returns:
+        Their time in the faster of torch's two ways each, and in the fastest of all.
+    """
     prepack = torch.ops.mkldnn._reorder_linear_weight
     library = fastest = 0.0
-    for d_out, d_in, forward, backward in shape.products():
+    for d_out, d_in, forward, backward in products:
         for rows, columns, often in ((d_out, d_in, forward), (d_in, d_out, backward)):
-            x, weight = shape.randn(shape.height, columns), shape.randn(rows, columns)
+            x, weight = (torch.randn(n, columns, dtype=dtype) for n in (height, rows))
             plain = partial(functional.linear, x, weight)
             linear = torch.ops.mkldnn._linear_pointwise
-            packs = shape.dtype is torch.float32 or has_bfloat16()
+            packs = dtype is torch.float32 or has_bfloat16()
             packed = packs and partial(linear, x, prepack(weight), None, "none", [], "")
             of_torch = least(plain, packed or None)
-            ours = shape.kernels if Kernels.suit(weight) else None
+            ours = kernels(dtype) if Kernels.suit(weight) else None
             own = ours and partial(ours.linear, x, ours.prepack(weight.t()), None, rows)
             library += often * of_torch
             fastest += often * min(of_torch, seconds(own) if own else of_torch)
@@ -294,7 +300,7 @@ def alone(shape: Shape) -> Callable[[], dict[str, float]]:
     """For a worker: the seconds of a chunk's step by kind of operation, on its threads."""
 
     def measure() -> dict[str, float]:
-        library, fastest = product_seconds(shape)
+        library, fastest = product_seconds(shape.products(), shape.height, shape.dtype)
         return {LIBRARY: library, "frozen products": fastest} | rest_seconds(shape)
 
     return measure

@@ -74,6 +74,27 @@ def test_a_language_models_rival_has_the_losses_of_plait(work, monkeypatch):
     )
 
 
+def test_the_race_of_language_models(tmp_path, monkeypatch, capsys):
+    import language
+
+    monkeypatch.setattr("race.LEAST_SECONDS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(language, "QWEN", language.QWEN | {
+        "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 99,
+    })  # fmt: skip
+    out = tmp_path / "out"
+    language.main(
+        f"--clients 2 --batch-size 1 --max-length 16 --repeats 1 --sizes 1 --out {out}".split()
+    )
+    found = json.loads((out / "language.json").read_text())["language"]
+    assert found["losses_apart"]["peft fp32"] < 1e-5
+    assert found["gemm_fraction"].keys() == found["client_steps_per_second"].keys()
+    half = ("bf16" in found["gemm_flops"], "plait bf16" in found["client_steps_per_second"])
+    assert half == (language.has_bfloat16(),) * 2
+    assert "GFLOP/s in fp32" in capsys.readouterr().out
+
+
 def test_the_race_on_an_accelerator(work, monkeypatch):
     import accelerator
     import race
