@@ -155,7 +155,7 @@ def test_outputs_of_a_vocabulary_are_judged_in_parts(monkeypatch):
         return functional.linear(x, weight)
 
     features, targets = torch.randn(14, 5, requires_grad=True), torch.arange(14) % 7
-    losses = losses_in_parts(head, features, targets, [3, 11], LANGUAGE)
+    losses = losses_in_parts(head, features, targets, [3, 11])
     (losses * torch.arange(14)).sum().backward()
     assert sizes == [3, 4, 4, 3], "a client's places are apart from another's"
     judged, answers = judge_in_parts(head, features, targets, [3, 11], LANGUAGE)

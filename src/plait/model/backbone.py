@@ -144,7 +144,9 @@ class Backbone:
         self.encoder, self.head = choose(model, base, prefix, self.layout, self.backend, probe)
         if config.lora_dropout:
             check_dropout(self.encoder, probe)
-        if self.head is not None and objective is not LANGUAGE:
+        if self.head is not None and objective is LANGUAGE:
+            self.backend.prepack_outputs(model)
+        elif self.head is not None:
             self._stacked_head = self.backend.head(self.head, self.head_policy == "frozen")
         self._head_prefix = "" if mean_pooled else "model."
         self._others: dict[tuple[int, int], Backbone] = {}  # by what with_layout was asked for
@@ -183,7 +185,7 @@ class Backbone:
         if self.objective is LANGUAGE and self.head is not None:
             features = self._features(batch, factors, dropout)
             counts = batch.asked_counts.tolist()
-            return losses_in_parts(self.head, features, batch.targets, counts, self.objective)
+            return losses_in_parts(self.head, features, batch.targets, counts)
         return self.objective.loss(self.logits(batch, factors, dropout), batch.targets)
 
     @torch.no_grad()

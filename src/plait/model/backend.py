@@ -24,9 +24,11 @@ from plait.model.attention_interface import TextWindows
 from plait.model.attention_windows import Windows, attention_in_windows
 from plait.model.frozen_linear import (
     FrozenLinear,
+    FrozenModule,
     KernelLinear,
     OneDnnLinear,
     make_batch_invariant,
+    weight_and_bias,
 )
 from plait.model.fused_attention import fused_attention
 from plait.model.fused_layers import FusedLayer
@@ -72,6 +74,13 @@ class Backend:
             and (weight.dtype is torch.float32 or bfloat16_units())
         )
         return OneDnnLinear(weight, bias) if prepack else FrozenLinear(weight, bias)
+
+    def prepack_outputs(self, model: Any) -> None:
+        """Put a frozen layer in the place of the one that a language model's outputs come from."""
+        outputs = model.get_output_embeddings()
+        if isinstance(outputs, nn.Linear):
+            frozen = self.linear(*weight_and_bias(outputs))
+            model.set_output_embeddings(FrozenModule(frozen))
 
     def pads(self, linears: Iterable[FrozenLinear]) -> bool:
         """Whether batches are padded for these layers to one of few numbers of tokens."""
@@ -290,6 +299,9 @@ class SlowBackend(Backend):
     """For debugging: the model's own code, one client after another, nothing prepacked or fused."""
 
     packs = False
+
+    def prepack_outputs(self, _model: Any) -> None:
+        """As they are."""
 
     def chunk_tokens(self, _given: int | None, _token_floats: float = 0.0) -> int:
         """One client at a time, and in evaluation one text."""

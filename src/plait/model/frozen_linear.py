@@ -113,6 +113,18 @@ class _Frozen(torch.autograd.Function):
         return ctx.linear.backward(grad) if ctx.needs_input_grad[0] else None, None
 
 
+class FrozenModule(nn.Module):
+    """A `FrozenLinear` in a model's place for a linear layer."""
+
+    def __init__(self, frozen: FrozenLinear) -> None:
+        super().__init__()
+        self.frozen, self.weight, self.bias = frozen, frozen.weight, frozen.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        return self.frozen(x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+
+
 class BatchInvariantLinear(nn.Module):
     """A frozen `nn.Linear` by our kernels: what a row gets doesn't depend on how many there are."""
 

@@ -227,13 +227,21 @@ def losses_in_parts(
     features: Tensor,
     targets: Tensor,
     counts: Sequence[int],
-    objective: Objective,
 ) -> Tensor:
-    """The losses of `judge_in_parts`, with a gradient for the features; the head is frozen.
+    """A language model's losses (Q,), with a gradient for the features; the head is frozen.
 
-    Loss and gradient are worked out together, so that outputs needn't be kept.
+    Loss and gradient are worked out together, so that outputs needn't be kept. See
+    `judge_in_parts` for the arguments.
     """
-    return _Losses.apply(features, head, targets, counts, objective)  # type: ignore[no-any-return, no-untyped-call]
+    return _Losses.apply(features, head, targets, counts)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _next_token_loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q,) cross-entropies of outputs (Q, C), and the gradient of their sum (Q, C)."""
+    log_p = outputs.log_softmax(dim=-1)
+    places = targets[:, None]
+    loss = -log_p.gather(1, places)[:, 0]
+    return loss, log_p.exp_().scatter_add_(1, places, outputs.new_full(places.shape, -1.0))
 
 
 class _Losses(torch.autograd.Function):
@@ -244,20 +252,20 @@ class _Losses(torch.autograd.Function):
         head: Callable[[Tensor], Tensor],
         targets: Tensor,
         counts: Sequence[int],
-        objective: Objective,
     ) -> Tensor:
         losses: list[Tensor] = []
         grads: list[Tensor] = []
         for rows, asked in _parts(features, targets, counts):
             with torch.enable_grad():
                 x = rows.detach().requires_grad_()
-                loss = objective.loss(head(x).float(), asked)
-                grads += torch.autograd.grad(loss.sum(), x)
-            losses.append(loss.detach())
+                outputs = head(x)
+            loss, grad = _next_token_loss(outputs.detach().float(), asked)
+            grads += torch.autograd.grad(outputs, x, grad.to(outputs.dtype))
+            losses.append(loss)
         ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (of_features,) = ctx.saved_tensors
-        return (of_features * grad[:, None]).to(of_features.dtype), None, None, None, None
+        return (of_features * grad[:, None]).to(of_features.dtype), None, None, None
