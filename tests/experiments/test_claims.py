@@ -13,6 +13,7 @@ from scipy import stats
 from fake_runs import FakeRuns, events
 from plait.cli.main import main
 from plait.config import Config
+from plait.events import to_line
 from plait.experiments import benchmark, claims
 from plait.experiments import executors as workers
 from plait.experiments.claims import CLAIMS, Side, judged
@@ -20,7 +21,9 @@ from plait.experiments.curves import curve_figures
 from plait.experiments.plan import Plan
 from plait.experiments.results import load
 from plait.experiments.significance import rows_interval
+from plait.figures import summarize
 from plait.methods import METHODS
+from plait.runs.run_folder import load_config, load_events
 
 SEEDS = range(6)
 
@@ -192,6 +195,45 @@ def test_a_folder_that_was_changed_is_found_out(monkeypatch, tmp_path, capsys):
     (run / "summary.json").write_text(json.dumps(summary | {"accuracy_client_mean": 0.99}))
     assert benchmarked(out, "verify") == 1
     assert "another accuracy_client_mean than its events" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("events.jsonl", "", "its files can't be read"),
+        ("events.jsonl", "{\n", "its files can't be read"),
+        ("summary.json", "[]", "its files can't be read"),
+        ("config.json", None, "its files can't be read"),
+        ("made-by.json", "{}", "its files can't be read"),
+        ("summary.json", None, "the run is missing"),
+    ],
+)
+def test_a_file_that_was_spoilt_is_found_out(monkeypatch, tmp_path, capsys, file, text, said):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    assert benchmarked(out) == 0
+    run = next((out / "switching" / "runs").iterdir())
+    (run / file).unlink() if text is None else (run / file).write_text(text)
+    assert benchmarked(out, "verify") == 1
+    assert f"{run}: {said}" in capsys.readouterr().out
+
+
+def test_a_run_with_fewer_rounds_or_that_is_said_to_have_diverged_is_found_out(
+    monkeypatch, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    assert benchmarked(out) == 0
+    few, gone = list((out / "switching" / "runs").iterdir())[:2]
+    kept = [event for event in load_events(few) if getattr(event, "round", -1) != 3]
+    (few / "events.jsonl").write_text("".join(to_line(event) + "\n" for event in kept))
+    (few / "summary.json").write_text(json.dumps(summarize(load_config(few), kept)))
+    (gone / "summary.json").unlink()
+    (gone / "failure.json").write_text(json.dumps({"reason": "diverged", "diverged": True}))
+    assert benchmarked(out, "verify") == 1
+    said = capsys.readouterr().out
+    assert f"{few}: its events are not those of its 20 rounds" in said
+    assert f"{gone}: diverged" in said
 
 
 def test_an_unknown_part_is_refused(capsys, tmp_path):

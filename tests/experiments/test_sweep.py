@@ -468,6 +468,14 @@ def test_an_axis_that_nothing_gives_a_meaning_is_refused(tmp_path, axis):
         grid(tmp_path, GRID.replace("switch_every = [3, 1]", axis))
 
 
+def test_each_value_of_a_gossip_step_is_a_run_of_its_own_where_something_travels(tmp_path):
+    axis = "gossip_step = [1.0, 0.5]"
+    sweep = grid(tmp_path, GRID.replace("switch_every = [3, 1]", axis))
+    assert {plan.config.gossip_step for plan in sweep.plans} == {1.0, 0.5}
+    assert effective(Config(gossip_step=0.5), Config()).gossip_step == 0.5
+    assert effective(Config(gossip_step=0.5, method="local"), Config()).gossip_step == 1.0
+
+
 def test_an_axis_that_changes_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="axes: p makes no difference"):
         grid(tmp_path, GRID.replace("clients = 4", 'clients = 4\ntopology = "ring"'))

@@ -17,9 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import plait
 from conftest import WORDS, save_encoder
+from fake_folders import write_run
 from plait.cli.main import main
 from plait.config import Config
+from plait.runs.model_card import model_card
 from plait.runs.run import Run
+from plait.runs.run_folder import load_events
 from plait.runs.trained import Card, export, find, merge, predict
 
 TEXTS = ["the film was good", "bad", "what a great question is the question"]
@@ -119,7 +122,9 @@ def test_an_exported_folder_has_a_model_card_that_hubs_read(trained, client, tmp
     run, folder, _ = trained
     export(folder, client, tmp_path / "one")
     card = ModelCard.load(tmp_path / "one" / "README.md")
-    assert card.data.base_model == run.config.backbone
+    assert card.data.base_model is None  # a folder of this machine is nothing to give away
+    assert str(folder.parent) not in card.content
+    assert "`model`, a model from a folder" in card.text
     assert card.data.library_name == "peft"
     assert {"lora", run.config.method} <= set(card.data.tags)
     if client is None:
@@ -130,6 +135,20 @@ def test_an_exported_folder_has_a_model_card_that_hubs_read(trained, client, tmp
     worst = f"| worst client | {run.summary['accuracy_client_min']:.3f} |"
     assert worst in card.text
     assert "without differential privacy" in card.text
+
+
+@pytest.mark.parametrize(
+    ("backbone", "base", "said"),
+    [
+        ("minilm", None, "adapter for `minilm`, a model that plait has from a package"),
+        ("org/name", "org/name", "adapter for [org/name](https://huggingface.co/org/name)"),
+    ],
+)
+def test_a_model_card_links_a_base_that_is_on_the_hub_alone(backbone, base, said, tmp_path):
+    run = write_run(tmp_path / "run", Config(clients=4, rounds=2, backbone=backbone))
+    text = model_card(run, load_events(run)[0], None, "mine")
+    assert ModelCard(text).data.base_model == base
+    assert said in text
 
 
 def test_an_adapter_within_a_run_is_found_by_its_path(trained):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plait.config import Config
-from plait.events import Evaluated
+from plait.events import Evaluated, RoundDone
 from plait.experiments import results
 from plait.experiments.cell_state import state
 from plait.experiments.claims import SUITES
@@ -132,11 +132,12 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     found = []
     for sweep in parts.values():
         for cell in (*sweep.search, *sweep.reported):
-            name, reason = state(cell)
-            if name in ("missing", "failed"):
-                found.append(f"{cell.folder}: the run is {name}. {reason}".strip())
+            name, _ = state(cell)
+            if name == "missing":
+                found.append(f"{cell.folder}: the run is missing")
             elif name == "finished":
                 found += [f"{cell.folder}: {what}" for what in _faults_of_run(cell)]
+        found += results.failures(sweep)
     if found:
         return found
     with TemporaryDirectory() as scratch:  # a file has types of its own
@@ -146,10 +147,17 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
 
 
 def _faults_of_run(cell: Cell) -> list[str]:
-    config, events = load_config(cell.folder), load_events(cell.folder)
-    summary, now = load_summary(cell.folder), summarize(config, events)
-    wrong = [name for name, value in now.items() if not _same(summary.get(name), value)]
+    try:
+        config, events = load_config(cell.folder), load_events(cell.folder)
+        summary, now = load_summary(cell.folder), summarize(config, events)
+        wrong = [name for name, value in now.items() if not _same(summary.get(name), value)]
+        json.loads((cell.folder / MADE_BY).read_text())["version"]
+    except Exception as error:  # whatever somebody has put there
+        return [f"its files can't be read: {type(error).__name__}: {error}"]
     found = [f"its summary has another {name} than its events" for name in wrong]
+    rounds = [event.round for event in events if isinstance(event, RoundDone)]
+    if rounds != list(range(cell.config.rounds)):
+        found.append(f"its events are not those of its {cell.config.rounds} rounds")
     if config.resolved() != cell.config.resolved():
         found.append("it has other settings than the benchmark")
     return found

@@ -168,7 +168,7 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
         unused += ["base_rank", "base_change"]
     silent = not any(method.share(t) for t in rounds)
     unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
-    used = () if silent else TOPOLOGIES[settled(config).topology].uses
+    used = () if silent else ("gossip_step", *TOPOLOGIES[settled(config).topology].uses)
     unused += names_of(TopologySettings) - {"topology", "weights", *used}
     return (*unused, *(name for name, of in ONLY.items() if not of(config)))
 

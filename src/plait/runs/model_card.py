@@ -11,13 +11,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from plait.config import Config
 from plait.events import Started
 from plait.methods import METHODS
-from plait.model.loading import source_of
+from plait.model.embedded import EMBEDDED
 from plait.runs.run_folder import MADE_BY, load_config, load_summary
 
 TEXT = """
 # {name}
 
-A LoRA adapter for [{base}](https://huggingface.co/{base}), trained by {clients} clients that keep
+A LoRA adapter for {base}, trained by {clients} clients that keep
 their texts to themselves and exchange factors with their neighbours only. {whose}
 
 | | |
@@ -72,10 +72,10 @@ def model_card(run: Path, started: Started, client: int | None, folder: str) -> 
     """
     config, summary = load_config(run), load_summary(run)
     whose = "the averaged adapter" if client is None else f"client {client}'s own"
-    base, averaged = source_of(config.backbone), "accuracy_averaged_model" in summary
+    averaged = "accuracy_averaged_model" in summary
     data = ModelCardData(
         model_name=folder,
-        base_model=base,
+        base_model=config.backbone if _on_hub(config.backbone) else None,
         library_name="peft",
         tags=["lora", "federated-learning", "decentralized", "plait", config.method],
         eval_results=[_averaged(started, summary)] if client is None and averaged else None,
@@ -88,7 +88,7 @@ def model_card(run: Path, started: Started, client: int | None, folder: str) -> 
         else f"Differential privacy: epsilon {epsilon:.3g} at delta {summary['dp_delta']:g}."
     )
     text = TEXT.format(
-        name=folder, base=base, whose=f"This is {whose}.", clients=config.clients,
+        name=folder, base=_base(config.backbone), whose=f"This is {whose}.", clients=config.clients,
         metric=started.metric, task=started.task, seed=config.seed,
         scores="\n".join(
             f"| {name} | {summary[key]:.3f} |" for key, name in SCORES.items() if key in summary
@@ -97,6 +97,20 @@ def model_card(run: Path, started: Started, client: int | None, folder: str) -> 
         split=config.eval_split, folder=folder, privacy=privacy,
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def _base(backbone: str) -> str:
+    """The base in words, without a path of this machine."""
+    if _on_hub(backbone):
+        return f"[{backbone}](https://huggingface.co/{backbone})"
+    if backbone in EMBEDDED:
+        return f"`{backbone}`, a model that plait has from a package"
+    name = Path(backbone).expanduser().resolve().name
+    return f"`{name}`, a model from a folder of whoever trained it"
+
+
+def _on_hub(backbone: str) -> bool:
+    return backbone not in EMBEDDED and not Path(backbone).expanduser().is_dir()
 
 
 def _averaged(started: Started, summary: dict[str, Any]) -> EvalResult:
