@@ -236,6 +236,13 @@ def test_a_run_with_fewer_rounds_or_that_is_said_to_have_diverged_is_found_out(
     assert f"{gone}: diverged" in said
 
 
+@pytest.mark.parametrize("more", [["--at-most", "9"], ["--until", "0.01", "--at-most", "0"]])
+def test_a_bound_on_seeds_that_nothing_adds_is_refused(more, capsys, tmp_path):
+    assert main(["benchmark", "--size", "S", "--out", str(tmp_path / "out"), *more]) == 1
+    assert "at_most bounds the seeds that `until` adds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_part_is_refused(capsys, tmp_path):
     args = ["benchmark", "--size", "S", "--only", "mian", "--out", str(tmp_path / "out")]
     assert main(args) == 1

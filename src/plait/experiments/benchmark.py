@@ -57,9 +57,11 @@ def parts_of(
         glue_dir: The setting of this name.
 
     Raises:
-        ValueError: There is no such part.
+        ValueError: There is no such part, or a bound on seeds that nothing adds.
         OSError: A file can't be read.
     """
+    if at_most is not None and (until is None or at_most < 1):
+        raise ValueError("at_most bounds the seeds that `until` adds: give both, at_most above 0.")
     files = {file.stem: file for file in sorted((SUITES / size).glob("*.toml"))}
     if unknown := [name for name in only if name not in files]:
         raise ValueError(f"Size {size} has no part {unknown[0]!r}; there are: {', '.join(files)}.")

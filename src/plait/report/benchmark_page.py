@@ -93,11 +93,11 @@ def _tables(frame: pd.DataFrame) -> list[list[str]]:
     for part, rows in frame.groupby("part", sort=False):
         before = rows[rows["state"] == "finished"].groupby("task")["before"].mean()
         base = ", ".join(f"{task} {score:.3f}" for task, score in before.items())
-        found.append([
-            f"### {part}",
-            f"Before training: {base}.",
-            as_markdown(blocks(rows.drop(columns="part"))).strip(),
-        ])  # fmt: skip
+        there = (rows["kind"] == "reported").any()
+        table = (
+            as_markdown(blocks(rows.drop(columns="part"))).strip() if there else "No rate ended."
+        )
+        found.append([f"### {part}", f"Before training: {base}.", table])
     return found
 
 
@@ -113,7 +113,9 @@ def draw(found: Sequence[Finding], path: Path) -> None:
     """Draw the differences with their intervals, each in units of its own spread over seeds."""
     from matplotlib.figure import Figure
 
-    shown = [one for one in reversed(found) if one.apart.high is not None and one.effect]
+    shown = [
+        one for one in reversed(found) if one.apart.high is not None and one.effect is not None
+    ]
     figure = Figure(figsize=(7, 0.9 + 0.34 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for height, one in enumerate(shown):
