@@ -87,8 +87,9 @@ def _changed(sweep: Sweep, changes: Mapping[str, Any], glue_dir: str | None) -> 
 def collect(parts: dict[str, Sweep], out: Path | None = None) -> pd.DataFrame:
     """The rows of all parts, as `results.collect` has them, and what a page needs besides.
 
-    Columns: those of `results.collect`; `part`; `CURVES`; `processor`, which carried the run out;
-    `hits`, of a reported run on each test row how many of its clients were right.
+    Columns: those of `results.collect` but `glue_dir`, a path; `part`; `CURVES`; `processor`, which
+    carried the run out; `hits`, of a reported run on each test row how many of its clients were
+    right.
 
     Args:
         parts: The parts.
@@ -97,8 +98,10 @@ def collect(parts: dict[str, Sweep], out: Path | None = None) -> pd.DataFrame:
     import pandas as pd
 
     here = {name: one for name, one in parts.items() if one.out.is_dir() or out is None}
-    frames = [_with_events(results.collect(one).assign(part=name), one.out)
-              for name, one in here.items()]  # fmt: skip
+    frames = [
+        _with_events(results.collect(one).drop(columns="glue_dir").assign(part=name), one.out)
+        for name, one in here.items()
+    ]
     if out is not None and (out / results.RESULTS).is_file():
         before = results.load(out)
         frames.insert(0, before[~before["part"].isin(list(here))])
