@@ -9,7 +9,7 @@ import pytest
 
 from plait.config import Config
 from plait.engines.job import shared_settings
-from plait.runs.run_folder import RunFolder
+from plait.runs.run_folder import RunFolder, load_config
 
 
 def test_texts_are_cut_as_the_task_has_it_if_nothing_is_said():
@@ -46,3 +46,13 @@ def test_what_divided_by_the_rank_is_the_scale():
     # One frozen model is shared by runs with any number of clients.
     assert shared_settings(Config(scale="sfed", **sizes)).lora_alpha == 80
     assert shared_settings(Config(**sizes)) == shared_settings(Config(**sizes | {"clients": 3}))
+
+
+def test_the_place_of_glue_makes_no_other_run(tmp_path):
+    """But its rows do, which fingerprints know; so a folder goes on where GLUE has moved."""
+    here, there = (Config(task="sst2", glue_dir=place) for place in ("/here", "/there"))
+    assert here.digest() == there.digest() == Config(task="sst2").digest()
+    assert Config(train_file="a.csv").digest() != Config(train_file="b.csv").digest()
+    RunFolder.open(tmp_path / "run", here, resume=False).create(here)
+    RunFolder.open(tmp_path / "run", there, resume=True).create(there)
+    assert load_config(tmp_path / "run").glue_dir == "/there"

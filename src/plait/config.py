@@ -365,13 +365,13 @@ class Config(
         """The config as plain JSON values."""
         return dataclasses.asdict(self)
 
-    def resolved(self) -> dict[str, Any]:
-        """The same with the default of the task in the place of a `max_length` that isn't given."""
-        return self.to_json() | {"max_length": self.most_tokens}
-
     def decisive(self) -> dict[str, Any]:
-        """What digests are made of: `resolved` without what wasn't there before and isn't set."""
-        values = self.resolved()
+        """What digests are made of: all but settings that came later and aren't set.
+
+        `max_length` is the task's default if it isn't given. Where GLUE lies is left open: it holds
+        the same rows wherever it is unpacked.
+        """
+        values = self.to_json() | {"max_length": self.most_tokens, "glue_dir": None}
         unset = {name for name in CAME_LATER if values[name] == getattr(Config, name)}
         return {name: value for name, value in values.items() if name not in unset}
 
@@ -388,7 +388,7 @@ class Config(
         return dataclasses.replace(config, max_length=None) if usual else config
 
     def digest(self) -> str:
-        """Sixteen hex digits that are equal when and only when two configs say the same."""
+        """Sixteen hex digits that are equal when and only when `decisive` is."""
         text = json.dumps(self.decisive(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

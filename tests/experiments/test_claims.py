@@ -197,6 +197,14 @@ def test_a_folder_that_was_changed_is_found_out(monkeypatch, tmp_path, capsys):
     assert "another accuracy_client_mean than its events" in capsys.readouterr().out
 
 
+def test_who_verifies_may_have_glue_elsewhere(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    assert benchmarked(out, "run", "--glue-dir", "/ours") == 0
+    assert benchmarked(out, "verify", "--glue-dir", "/theirs") == 0
+    assert benchmarked(out, "verify") == 0
+
+
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [

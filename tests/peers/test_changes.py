@@ -133,6 +133,12 @@ def watched(lose=lambda *_: False, asked=False) -> Hub:
     return hub
 
 
+def go_on(peers, hub) -> None:
+    """Have peers that have stopped exchange once more."""
+    for peer in peers:
+        peer.exchange = Exchange(peer.desk, hub.transport(peer.desk.name), TERMS)
+
+
 def assert_as_simulated(peers, rounds=CONFIG.rounds) -> None:
     job = tiny_job(CONFIG)
     stack = job.initial_stack()
@@ -162,6 +168,8 @@ def test_without_losses_only_changes_travel():
 def test_what_is_asked_for_is_whole_and_the_next_is_a_change_of_it():
     hub = watched(lambda kind, sender, receiver, t: kind == "send" and t == 1, asked=True)
     peers = federation(CONFIG, hub)
+    together(peers, 2)  # so that nobody goes ahead while another still asks
+    go_on(peers, hub)
     together(peers, CONFIG.rounds)
     assert_as_simulated(peers)
     assert {(kind, taken) for t, *_, kind, taken in hub.sent if t > 1} == {("change", True)}
@@ -174,8 +182,7 @@ def test_a_peer_that_is_started_again_ends_where_it_would_have():
     anew = start_peer(hub, 1, CONFIG, members)
     anew.stack.state |= peers[1].stack.state
     anew.stack.steps |= peers[1].stack.steps
-    for peer in (peers[0], peers[2], peers[3]):
-        peer.exchange = Exchange(peer.desk, hub.transport(peer.desk.name), TERMS)
+    go_on((peers[0], peers[2], peers[3]), hub)
     anew.inbox.skip_to(2)
     hub.sent.clear()
     peers[1] = anew

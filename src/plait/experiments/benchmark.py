@@ -163,7 +163,7 @@ def _faults_of_run(cell: Cell) -> list[str]:
     rounds = [event.round for event in events if isinstance(event, RoundDone)]
     if rounds != list(range(cell.config.rounds)):
         found.append(f"its events are not those of its {cell.config.rounds} rounds")
-    if config.resolved() != cell.config.resolved():
+    if config.digest() != cell.config.digest():
         found.append("it has other settings than the benchmark")
     return found
 

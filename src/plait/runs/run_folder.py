@@ -156,8 +156,8 @@ class RunFolder:
             check_new(path)
             return cls(path, config.rounds)
         there = load_config(path)
-        before, now = there.resolved(), config.resolved()
-        changed = [key for key in now if before[key] != now[key]]
+        before, now = there.decisive(), config.decisive()
+        changed = sorted(key for key in before | now if before.get(key) != now.get(key))
         if changed == ["rounds"] and config.rounds > there.rounds:
             if config.lr_schedule != "constant":
                 raise ValueError(
@@ -222,9 +222,7 @@ class RunFolder:
         make_lasting(self.path)
         if self.rounds_before < config.rounds and self.summary_file.exists():
             self.summary_file.replace(self.path / f"summary-{self.rounds_before}.json")
-        if self.rounds_before < config.rounds or not (self.path / "config.json").exists():
-            text = json.dumps(config.to_json(), indent=2) + "\n"
-            write_atomically(self.path / "config.json", text)
+        write_atomically(self.path / "config.json", json.dumps(config.to_json(), indent=2) + "\n")
         for name, facts in ((FINGERPRINTS, fingerprints), (MADE_BY, made_by)):
             if facts is not None:
                 write_atomically(self.path / name, json.dumps(facts, indent=2) + "\n")
