@@ -137,6 +137,29 @@ def test_an_exported_folder_has_a_model_card_that_hubs_read(trained, client, tmp
     assert "without differential privacy" in card.text
 
 
+@pytest.mark.parametrize("trained", ["regression"], indirect=True)
+def test_the_card_of_the_best_round_has_its_figures(trained, tmp_path):
+    config = dataclasses.replace(
+        trained[0].config, rounds=9, stop_after=1, eval_every=1, eval_split="validation", lr=0.5
+    )
+    run = Run(config, tmp_path / "run")
+    list(run)
+    best = run.summary["best_round"]
+    assert best + 1 < run.summary["rounds_done"]
+    last = run.summary["rounds_done"], run.summary["accuracy_client_mean"]
+    first = best + 1, run.summary["best_accuracy_client_mean"]
+    figures = {"": last, "adapters/client-1": last, "best": first, "best/client-1": first}
+    for number, (place, (rounds, figure)) in enumerate(figures.items()):
+        out, again = tmp_path / f"out{number}", tmp_path / f"again{number}"
+        export(tmp_path / "run" / place, 1, out)
+        text = (out / "README.md").read_text()
+        assert f"| mean of the clients' own adapters | {figure:.3f} |" in text
+        assert f"{rounds} of 2 steps" in text
+        assert "This is client-1's own." in text
+        export(out, 1, again)
+        assert (again / "README.md").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("backbone", "base", "said"),
     [
@@ -146,7 +169,7 @@ def test_an_exported_folder_has_a_model_card_that_hubs_read(trained, client, tmp
 )
 def test_a_model_card_links_a_base_that_is_on_the_hub_alone(backbone, base, said, tmp_path):
     run = write_run(tmp_path / "run", Config(clients=4, rounds=2, backbone=backbone))
-    text = model_card(run, load_events(run)[0], None, "mine")
+    text = model_card(run, load_events(run)[0], "mean", "mine")
     assert ModelCard(text).data.base_model == base
     assert said in text
 

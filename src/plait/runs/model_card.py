@@ -10,9 +10,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from plait.config import Config
 from plait.events import Started
+from plait.figures import taken
 from plait.methods import METHODS
 from plait.model.embedded import EMBEDDED
-from plait.runs.run_folder import MADE_BY, load_config, load_summary
+from plait.runs.run_folder import MADE_BY, load_config, load_events, load_summary
 
 TEXT = """
 # {name}
@@ -58,27 +59,31 @@ SCORES = {
 """Figure of a summary -> what it is of; a peer knows its own alone."""
 
 
-def model_card(run: Path, started: Started, client: int | None, folder: str) -> str:
+def model_card(run: Path, started: Started, whose: str, folder: str, best: bool = False) -> str:
     """The card of a finished run's adapter, as Markdown under YAML that hubs read.
 
     Args:
         run: The run folder.
         started: Its first event.
-        client: Whose adapter; the averaged one for None.
+        whose: The adapter's name in the run: `client-0`, or `mean` for the averaged one.
         folder: The name of the adapter's folder.
+        best: Whether it is the one after the best round of a run that might have stopped early.
 
     Raises:
         ValueError: The folder holds no finished run.
     """
     config, summary = load_config(run), load_summary(run)
-    whose = "the averaged adapter" if client is None else f"client {client}'s own"
-    averaged = "accuracy_averaged_model" in summary
+    rounds = summary.get("rounds_done", config.rounds)
+    if best:
+        rounds = summary["best_round"] + 1
+        summary |= taken([one for one in load_events(run) if getattr(one, "round", -1) < rounds])
+    averaged = whose == "mean" and "accuracy_averaged_model" in summary
     data = ModelCardData(
         model_name=folder,
         base_model=config.backbone if _on_hub(config.backbone) else None,
         library_name="peft",
         tags=["lora", "federated-learning", "decentralized", "plait", config.method],
-        eval_results=[_averaged(started, summary)] if client is None and averaged else None,
+        eval_results=[_averaged(started, summary)] if averaged else None,
     )
     epsilon = summary.get("dp_epsilon")
     privacy = (
@@ -88,12 +93,15 @@ def model_card(run: Path, started: Started, client: int | None, folder: str) -> 
         else f"Differential privacy: epsilon {epsilon:.3g} at delta {summary['dp_delta']:g}."
     )
     text = TEXT.format(
-        name=folder, base=_base(config.backbone), whose=f"This is {whose}.", clients=config.clients,
+        name=folder, base=_base(config.backbone), clients=config.clients,
+        whose="This is the averaged adapter." if whose == "mean" else f"This is {whose}'s own.",
         metric=started.metric, task=started.task, seed=config.seed,
         scores="\n".join(
             f"| {name} | {summary[key]:.3f} |" for key, name in SCORES.items() if key in summary
         ),
-        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(config, run).items()),
+        facts="\n".join(
+            f"| {name} | {value} |" for name, value in _facts(config, run, rounds).items()
+        ),
         split=config.eval_split, folder=folder, privacy=privacy,
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n{text}"
@@ -123,14 +131,14 @@ def _averaged(started: Started, summary: dict[str, Any]) -> EvalResult:
     )
 
 
-def _facts(config: Config, run: Path) -> dict[str, object]:
+def _facts(config: Config, run: Path, rounds: int) -> dict[str, object]:
     made_by = run / MADE_BY
     version = json.loads(made_by.read_text())["version"] if made_by.is_file() else "unknown"
     return {
         "method": f"`{config.method}` ({METHODS[config.method](config).source or 'a control'})",
         "topology": f"`{config.topology}`",
         "rows at clients": f"`{config.label_skew or 'as suits the task'}`",
-        "rounds": f"{config.rounds} of {config.local_steps} steps of {config.batch_size} rows",
+        "rounds": f"{rounds} of {config.local_steps} steps of {config.batch_size} rows",
         "rank, alpha": f"{config.rank}, {config.lora_alpha:g}",
         "learning rate": f"{config.lr:g}",
         "made by": f"plait {version}",

@@ -37,6 +37,7 @@ from plait.lora import Stack
 from plait.machine.files import check_new, make_lasting, sync, sync_tree, write_atomically
 
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best"
 FINGERPRINTS, MADE_BY, ABOUT = "fingerprints.json", "made-by.json", "about.json"
 SAMPLES = "samples.jsonl"
 
@@ -132,7 +133,7 @@ class RunFolder:
     @property
     def best(self) -> Path:
         """Where the adapters of the best round go."""
-        return self.path / "best"
+        return self.path / BEST
 
     @property
     def rounds_done(self) -> int:

@@ -30,6 +30,7 @@ from plait.events import Started, from_line
 from plait.machine.files import write_atomically
 from plait.model.loading import Loaded, draws_head, load_for, resolved, source_of
 from plait.runs.model_card import model_card
+from plait.runs.run_folder import BEST
 
 CARD = "plait.json"
 AT_ONCE = 32
@@ -264,7 +265,7 @@ def export(run: Path, client: int | None, out: Path) -> None:
     """Write an adapter of a finished run as a folder that `load` reads by itself.
 
     Args:
-        run: The run folder.
+        run: The run folder, its `best/`, or the folder of one adapter.
         client: Whose adapter; the averaged one for None.
         out: The PEFT folder to write: the adapter, plait.json, README.md (its model card), and the
             tokenizer's files.
@@ -278,9 +279,12 @@ def export(run: Path, client: int | None, out: Path) -> None:
     shutil.copytree(found.folder, out)
     tokenizer.save_pretrained(str(out))
     found.card.write(out / CARD)
-    if (run / "summary.json").is_file():  # else it was exported before, and has its card
-        _, started = _config_and_start(run)
-        write_atomically(out / "README.md", model_card(run, started, client, out.name))
+    kind = found.folder.absolute().parent
+    if not (found.folder / CARD).is_file() and (kind.parent / "summary.json").is_file():
+        _, started = _config_and_start(kind.parent)
+        best = kind.name == BEST
+        card = model_card(kind.parent, started, found.folder.name, out.name, best)
+        write_atomically(out / "README.md", card)
     file = out / "adapter_config.json"
     source = source_of(found.card.backbone)
     settings = json.loads(file.read_text()) | {"base_model_name_or_path": source}
