@@ -116,8 +116,10 @@ class Evaluated:
             clients together. After the last round of a classification, with `--stop-after` after
             each that is evaluated; else empty.
         averaged_confusion: The same of the model with the mean factors; empty between peers.
-        hits: (rows,) how many of the clients' own models were right on each row. When and where
-            `confusion` is there, and for language models that choose between options.
+        hits: (rows,) how many of the clients' own models were right on each row; of a language
+            model that doesn't choose between options, on how many tokens, all clients together.
+            When `confusion` is there.
+        asked: (rows,) how many tokens of each row such a language model was asked for; else empty.
         own_scores: (N,) each client's own model on held-out rows of its own. With `--test-split
             client`, and where all rows are evaluated; else empty.
         own_rows: (N,) how many these are.
@@ -133,6 +135,7 @@ class Evaluated:
     confusion: list[list[int]] = dataclasses.field(default_factory=list)
     averaged_confusion: list[list[int]] = dataclasses.field(default_factory=list)
     hits: list[int] = dataclasses.field(default_factory=list)
+    asked: list[int] = dataclasses.field(default_factory=list)
     own_scores: list[float] = dataclasses.field(default_factory=list)
     own_rows: list[int] = dataclasses.field(default_factory=list)
 
@@ -214,6 +217,7 @@ def together(parts: Sequence[Evaluated]) -> Evaluated:
         **joined,
         seconds=max(one.seconds for one in parts),
         hits=[sum(row) for row in zip(*hits, strict=True)] if same else [],
+        asked=parts[0].asked if same else [],
         confusion=[
             [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)
         ],

@@ -20,6 +20,7 @@ from plait.cli.main import _print_summary, main
 from plait.config import Config, Machine
 from plait.engines.job import prepare
 from plait.events import Evaluated
+from plait.experiments.benchmark import weighted_hits
 from plait.runs.answers import answer
 from plait.runs.run import Run
 from plait.runs.run_folder import load_samples
@@ -99,6 +100,30 @@ def test_the_likeliest_option_is_that_of_the_summed_log_probabilities(run):
         right = row["options"].index(row["messages"][1]["content"])
         hits.append(sums.index(max(sums)) == right)
     assert run.summary["accuracy_averaged_model"] == pytest.approx(sum(hits) / len(hits))
+
+
+def test_the_last_evaluation_says_on_how_many_tokens_of_each_row_clients_were_right(run, tmp_path):
+    rows = [{"prompt": f"Is it {i}?", "completion": "yes " * (1 + i % 3)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    again = Run(
+        dataclasses.replace(
+            run.config, train_file=str(tmp_path / "rows.jsonl"), options=None, generate_rows=0
+        )
+    )
+    *_, last = [event for event in again if isinstance(event, Evaluated)]
+    tokens, models = again._engine.job.held_out, [again.model(k) for k in range(2)]
+    hits, asked = [], []
+    for i in range(len(tokens)):
+        whole = slice(*tokens.offsets[i : i + 2])
+        ids, mask = torch.from_numpy(tokens.ids[whole]).long(), tokens.asked[whole][:-1]
+        with torch.no_grad():
+            called = [model(input_ids=ids[None]).logits[0, :-1].argmax(-1) for model in models]
+        hits.append(sum(int((one == ids[1:])[mask].sum()) for one in called))
+        asked.append(int(mask.sum()))
+    assert (last.hits, last.asked) == (hits, asked)
+    assert len(set(asked)) > 1
+    assert 0 < sum(hits) < 2 * sum(asked)
+    assert sum(weighted_hits(last)) / len(asked) == pytest.approx(sum(last.scores))
 
 
 def test_samples_are_what_base_and_averaged_model_generate(run):

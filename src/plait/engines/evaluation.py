@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plait.data.objectives import Objective
+from plait.data.objectives import LANGUAGE, Objective
 from plait.data.tasks import Task
 from plait.data.tokens import Tokens
 from plait.engines.job import Job
@@ -71,8 +71,11 @@ def judge(
         else []
         for some in (whose[:own], whose[own:])
     ]
-    chosen = answers if last and job.choices else called
-    hits = [] if chosen is None else (chosen == right)[whose[:own]].sum(axis=0).tolist()
+    of_tokens = last and job.task.objective is LANGUAGE and job.choices is None
+    chosen = answers if last and (job.choices or of_tokens) else called
+    hits = [] if chosen is None else (chosen == right)[whose[:own]].sum(axis=0)
+    if of_tokens:
+        hits = np.diff(np.cumsum([0, *hits])[tokens.asked_offsets])
     whole = job.own_rows and len(rows) == len(job.held_out)
     chosen_rows = [job.own_rows[client] for client in clients] if whole else []
     return Evaluated(
@@ -85,7 +88,8 @@ def judge(
         seconds=time.perf_counter() - begin,
         confusion=tables[0],
         averaged_confusion=tables[1],
-        hits=hits,
+        hits=list(map(int, hits)),
+        asked=np.diff(tokens.asked_offsets).tolist() if of_tokens else [],
         own_scores=[
             job.score(answers[k][chosen], tokens.labels[chosen])
             for k, chosen in zip(whose, chosen_rows, strict=False)

@@ -88,8 +88,8 @@ def collect(parts: dict[str, Sweep], out: Path | None = None) -> pd.DataFrame:
     """The rows of all parts, as `results.collect` has them, and what a page needs besides.
 
     Columns: those of `results.collect` but `glue_dir`, a path; `part`; `CURVES`; `processor`, which
-    carried the run out; `hits`, of a reported run on each test row how many of its clients were
-    right.
+    carried the run out; `hits`, of a reported run what each test row adds to the sum of its
+    clients' scores: how many were right there.
 
     Args:
         parts: The parts.
@@ -121,11 +121,17 @@ def _with_events(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
         end = next(one for one in reversed(events) if isinstance(one, Evaluated))
         made_by = json.loads((out / folder / MADE_BY).read_text())
         known[folder] = curve_figures(events) | {
-            "hits": list(end.hits), "processor": made_by.get("processor")
+            "hits": weighted_hits(end), "processor": made_by.get("processor")
         }  # fmt: skip
     more = pd.DataFrame([known.get(folder, empty) for folder in frame["folder"]])
     more.loc[frame["kind"] != "reported", "hits"] = None  # of a search nobody asks
     return pd.concat([frame, more], axis=1)
+
+
+def weighted_hits(end: Evaluated) -> list[float]:
+    """(rows,) how many clients were right, or of tokens as much that the mean is the same."""
+    tokens = np.mean(end.asked) if end.asked else 1
+    return [float(hits / tokens) for hits in end.hits]
 
 
 def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
