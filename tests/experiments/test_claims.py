@@ -185,6 +185,41 @@ def test_a_part_that_was_run_elsewhere_is_in_the_table_alone(monkeypatch, tmp_pa
     assert "has no part of this benchmark" in capsys.readouterr().err
 
 
+def test_a_part_that_lost_runs_counts_by_the_table(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    args = ["benchmark", "--size", "S", "--out", str(out), "--jobs", "1", "--only"]
+    assert main([*args, "switching,density"]) == 0
+    page = (out / "benchmark.md").read_text()
+    for part in ("switching", "density"):  # in whatever order they are run and verified
+        assert main([*args, part]) == 0
+        assert main([*args, part, "verify"]) == 0
+    assert main([*args, "density,switching", "verify"]) == 0
+    for run in list((out / "switching" / "runs").iterdir())[1:]:
+        shutil.rmtree(run)
+    assert main([*args, "switching", "page"]) == 0
+    assert (out / "benchmark.md").read_text() == page
+    assert main([*args, "switching", "verify"]) == 1
+    assert "the run is missing" in capsys.readouterr().out
+    assert main([*args, "switching"]) == 0
+    assert (out / "benchmark.md").read_text() == page
+    assert main([*args, "switching", "verify"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("summary.json", "[]"), ("summary.json", "{}"), ("failure.json", "[1")]
+)
+def test_a_search_that_was_spoilt_is_found_out(monkeypatch, tmp_path, capsys, file, text):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    assert benchmarked(out) == 0
+    run = next((out / "switching" / "tuning").iterdir())
+    (run / "summary.json").unlink()
+    (run / file).write_text(text)
+    assert benchmarked(out, "verify") == 1
+    assert "part switching can't be read" in capsys.readouterr().out
+
+
 def test_a_folder_that_was_changed_is_found_out(monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))

@@ -24,7 +24,7 @@ from plait.experiments import executors as workers
 from plait.experiments.executors import CellEnded, executor_for, here, in_processes, num_jobs
 from plait.experiments.paper_table import blocks
 from plait.experiments.plan import Cell, tuning_seeds
-from plait.experiments.results import collect, failures, load, state
+from plait.experiments.results import RESULTS, collect, failures, load, save, state
 from plait.experiments.sweep import Sweep, effective, load_sweep
 from plait.runs.run import Run
 from plait.runs.run_folder import load_events
@@ -263,9 +263,47 @@ def test_a_method_without_any_rate_is_listed_and_the_others_go_on(monkeypatch, t
     written(tmp_path)
     failing(monkeypatch, lambda c: c.method == "adf", ValueError("not finite"), began=True)
     assert swept(tmp_path) == 1
-    assert "adf: no learning rate of its search finished" in capsys.readouterr().err
+    assert "adf: its search found no learning rate" in capsys.readouterr().err
     reported = load(tmp_path / "out").query("kind == 'reported'")
     assert set(reported["label"]) == {"ffa"}  # without ADF's rate there is no control either
+
+
+def test_a_method_waits_for_the_whole_of_its_search(monkeypatch, tmp_path, capsys):
+    written(tmp_path)
+    is_bad = lambda c: c.method == "adf" and c.lr == 2e-3  # noqa: E731
+    runs = failing(monkeypatch, is_bad, RuntimeError("the disk is gone"), began=True)
+    assert swept(tmp_path) == 1
+    assert "adf: its search found no learning rate" in capsys.readouterr().err
+    assert {c.method for c in runs.started if c.seed in (0, 1)} == {"ffa"}
+    runs = fake(monkeypatch, lambda c: 0.9 if c.lr == 2e-3 else 0.8)
+    assert swept(tmp_path) == 0
+    assert {c.lr for c in runs.started if c.seed in (0, 1) and c.method == "adf"} == {2e-3}
+
+
+def test_a_damaged_file_is_named(monkeypatch, tmp_path, capsys):
+    fake(monkeypatch)
+    written(tmp_path)
+    assert swept(tmp_path) == 0
+    run = next((tmp_path / "out" / "tuning").iterdir())
+    (run / "summary.json").write_text('{"accuracy_client_mean": 0.')
+    for command in (lambda: swept(tmp_path), lambda: main(["runs", str(tmp_path / "out")])):
+        command()
+    assert f"{run / 'summary.json'} is damaged" in capsys.readouterr().err
+
+
+def test_a_table_that_cant_be_written_leaves_the_one_before(monkeypatch, tmp_path):
+    frame = pd.DataFrame({"a": [1, 2]})
+    save(frame, tmp_path)
+
+    def full(_, path, **how):
+        Path(path).write_bytes(b"PAR1")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(OSError, match="No space"):
+        save(frame * 2, tmp_path)
+    assert load(tmp_path).equals(frame)
+    assert [one.name for one in tmp_path.iterdir()] == [RESULTS]
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
@@ -461,6 +499,7 @@ def test_failures_are_none_where_nothing_failed(monkeypatch, tmp_path):
         "dp_delta = [1e-5, 1e-6]",
         'edges_file = ["a.txt", "b.txt"]',
         'objective = ["auto", "classification"]',
+        'glue_dir = ["/a", "/b"]',
     ],
 )
 def test_an_axis_that_nothing_gives_a_meaning_is_refused(tmp_path, axis):
@@ -474,6 +513,10 @@ def test_each_value_of_a_gossip_step_is_a_run_of_its_own_where_something_travels
     assert {plan.config.gossip_step for plan in sweep.plans} == {1.0, 0.5}
     assert effective(Config(gossip_step=0.5), Config()).gossip_step == 0.5
     assert effective(Config(gossip_step=0.5, method="local"), Config()).gossip_step == 1.0
+    for given in ({"wire": "int8"}, {"wire": "top-k:0.1"}, {"frozen_every": 2}):
+        assert effective(Config(**given), Config()) == Config(**given)
+        alone = Config(**given, method="local")
+        assert effective(alone, Config()) == Config(method="local")
 
 
 def test_an_axis_that_changes_no_run_is_refused(tmp_path):

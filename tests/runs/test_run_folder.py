@@ -19,7 +19,13 @@ from plait.factors import Factor
 from plait.machine.files import LOCK
 from plait.metrics import MOST_PAIRED, pair_distances
 from plait.runs.run import Run
-from plait.runs.run_folder import load_run
+from plait.runs.run_folder import (
+    load_config,
+    load_events,
+    load_fingerprints,
+    load_run,
+    load_summary,
+)
 from plait.runs.trained import export
 from twin import all_logits, twin_logits
 
@@ -170,3 +176,19 @@ def test_export_says_what_there_is(tmp_path):
         export(tmp_path / "run", 7, tmp_path / "adapter")
     with pytest.raises(ValueError, match="already exists"):
         export(tmp_path / "run", 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("read", "file"),
+    [
+        (load_config, "config.json"), (load_summary, "summary.json"),
+        (load_fingerprints, "fingerprints.json"), (load_events, "events.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, read, file):
+    list(Run(CONFIG, tmp_path / "run"))
+    place = tmp_path / "run" / file
+    for text in ("{", "[]", "0", "\x00"):
+        place.write_text(f"{text}\n")
+        with pytest.raises(ValueError, match=f"{place}.* is damaged"):
+            read(tmp_path / "run")

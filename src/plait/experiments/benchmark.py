@@ -13,8 +13,7 @@ the GLUE archive, L the published protocol, a card and the hub.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from plait.experiments.curves import CURVES, curve_figures
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep, load_sweep
 from plait.figures import summarize
+from plait.machine.files import read_json
 from plait.runs.run_folder import MADE_BY, load_config, load_events, load_summary
 
 if TYPE_CHECKING:
@@ -93,21 +93,30 @@ def collect(parts: dict[str, Sweep], out: Path | None = None) -> pd.DataFrame:
 
     Args:
         parts: The parts.
-        out: The folder of the benchmark: what its results have of parts without a folder is kept.
+        out: The folder of the benchmark: what its results have of a part is kept if there is no
+            folder of it, or one with fewer finished runs.
     """
     import pandas as pd
 
-    here = {name: one for name, one in parts.items() if one.out.is_dir() or out is None}
-    frames = [
-        _with_events(results.collect(one).drop(columns="glue_dir").assign(part=name), one.out)
-        for name, one in here.items()
-    ]
+    frames = {
+        name: _with_events(results.collect(one).drop(columns="glue_dir").assign(part=name), one.out)
+        for name, one in parts.items()
+        if one.out.is_dir() or out is None
+    }
     if out is not None and (out / results.RESULTS).is_file():
-        before = results.load(out)
-        frames.insert(0, before[~before["part"].isin(list(here))])
-    if not any(len(one) for one in frames):
+        known = results.load(out)
+        for name in known["part"].unique():
+            before = known[known["part"] == name]
+            if name not in frames or _finished(before) > _finished(frames[name]):
+                frames[name] = before
+    found = [frames[name] for name in sorted(frames) if len(frames[name])]
+    if not found:
         raise ValueError(f"{out} has no part of this benchmark; `plait benchmark` runs them.")
-    return pd.concat([one for one in frames if len(one)], ignore_index=True)
+    return pd.concat(found, ignore_index=True)
+
+
+def _finished(frame: pd.DataFrame) -> int:
+    return int((frame["state"] == "finished").sum())
 
 
 def _with_events(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
@@ -119,7 +128,7 @@ def _with_events(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
     for folder in frame.loc[frame["state"] == "finished", "folder"].unique():
         events = load_events(out / folder)
         end = next(one for one in reversed(events) if isinstance(one, Evaluated))
-        made_by = json.loads((out / folder / MADE_BY).read_text())
+        made_by = read_json(out / folder / MADE_BY)
         known[folder] = curve_figures(events) | {
             "hits": weighted_hits(end), "processor": made_by.get("processor")
         }  # fmt: skip
@@ -141,20 +150,34 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     follows from its events, and the table from the runs.
     """
     found = []
-    for sweep in parts.values():
-        for cell in (*sweep.search, *sweep.reported):
-            name, _ = state(cell)
-            if name == "missing":
-                found.append(f"{cell.folder}: the run is missing")
-            elif name == "finished":
-                found += [f"{cell.folder}: {what}" for what in _faults_of_run(cell)]
-        found += results.failures(sweep)
+    for name, sweep in parts.items():
+        try:
+            found += _faults_of_part(sweep)
+        except (ValueError, KeyError, TypeError) as error:  # whatever somebody has put there
+            found.append(f"part {name} can't be read: {error!r}")
     if found:
         return found
     with TemporaryDirectory() as scratch:  # a file has types of its own
         results.save(collect(parts), Path(scratch))
-        same = results.load(Path(scratch)).equals(results.load(out))
-    return [] if same else [f"{out / results.RESULTS}: isn't what the runs say"]
+        here, there = (_comparable(results.load(one), parts) for one in (Path(scratch), out))
+    return [] if here.equals(there) else [f"{out / results.RESULTS}: isn't what the runs say"]
+
+
+def _comparable(frame: pd.DataFrame, parts: Collection[str]) -> pd.DataFrame:
+    """The rows of some parts, whatever types those of others make of their columns."""
+    rows = frame[frame["part"].isin(list(parts))].reset_index(drop=True).astype(object)
+    return rows.where(rows.notna(), None)
+
+
+def _faults_of_part(sweep: Sweep) -> list[str]:
+    found = []
+    for cell in (*sweep.search, *sweep.reported):
+        name, _ = state(cell)
+        if name == "missing":
+            found.append(f"{cell.folder}: the run is missing")
+        elif name == "finished":
+            found += [f"{cell.folder}: {what}" for what in _faults_of_run(cell)]
+    return found + results.failures(sweep)
 
 
 def _faults_of_run(cell: Cell) -> list[str]:
@@ -162,7 +185,7 @@ def _faults_of_run(cell: Cell) -> list[str]:
         config, events = load_config(cell.folder), load_events(cell.folder)
         summary, now = load_summary(cell.folder), summarize(config, events)
         wrong = [name for name, value in now.items() if not _same(summary.get(name), value)]
-        json.loads((cell.folder / MADE_BY).read_text())["version"]
+        read_json(cell.folder / MADE_BY)["version"]
     except Exception as error:  # whatever somebody has put there
         return [f"its files can't be read: {type(error).__name__}: {error}"]
     found = [f"its summary has another {name} than its events" for name in wrong]

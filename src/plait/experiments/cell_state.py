@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plait.experiments.plan import Cell
-from plait.machine.files import write_atomically
+from plait.machine.files import read_json, write_atomically
 
 FAILURE = "failure.json"
 
@@ -29,12 +29,16 @@ class Failure:
 
 
 def state(cell: Cell) -> tuple[str, str]:
-    """`finished`, `diverged`, `failed` or `missing`, and the reason of a failure."""
+    """`finished`, `diverged`, `failed` or `missing`, and the reason of a failure.
+
+    Raises:
+        ValueError: What says so is damaged.
+    """
     if (cell.folder / "summary.json").is_file():
         return "finished", ""
     if (cell.folder / FAILURE).is_file():
-        failure = Failure(**json.loads((cell.folder / FAILURE).read_text()))
-        return "diverged" if failure.diverged else "failed", failure.reason
+        said = read_json(cell.folder / FAILURE)
+        return "diverged" if said.get("diverged") else "failed", str(said.get("reason", ""))
     return "missing", ""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.lookup import lookup
-from plait.machine.files import write_atomically
+from plait.machine.files import read_json, write_atomically
 from plait.methods import METHODS, Control
 from plait.plugins import load_plugins
 from plait.presets import PresetRow
@@ -161,7 +161,7 @@ def load_plan(out: Path) -> Plan:
     """
     if not (out / PLAN).is_file():
         raise ValueError(f"{out} holds no comparison: there is no {PLAN} in it.")
-    values = json.loads((out / PLAN).read_text())
+    values = read_json(out / PLAN)
     return Plan(config=Config.from_json(values.pop("config")), out=out, **as_given(values))
 
 

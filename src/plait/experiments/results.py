@@ -18,7 +18,7 @@ from plait.experiments.executors import CellEnded, Executor
 from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep
 from plait.figures import FIGURES
-from plait.machine.files import write_atomically
+from plait.machine.files import atomically, read_json, write_atomically
 from plait.runs.made_by import code_version
 from plait.runs.run_folder import MADE_BY, RunFolder, load_summary
 
@@ -66,7 +66,7 @@ def failures(sweep: Sweep) -> list[str]:
         if name == "failed" or (name == "diverged" and cell.folder not in search)
     ]
     lost = {method: None for plan in sweep.plans for method in sweep.lost(plan)}
-    return lines + [f"{method}: no learning rate of its search finished" for method in lost]
+    return lines + [f"{method}: its search found no learning rate" for method in lost]
 
 
 # -- the table
@@ -103,7 +103,7 @@ def _row(cell: Cell, settings: dict[str, Any], kind: str, sweep: Sweep) -> dict[
         "kind": kind,
         "label": cell.label,
         "digest": cell.config.digest(),
-        "version": json.loads(made_by.read_text())["version"] if made_by.is_file() else None,
+        "version": read_json(made_by).get("version") if made_by.is_file() else None,
         "state": name,
         "reason": reason,
         "folder": str(cell.folder.relative_to(sweep.out)),
@@ -118,8 +118,11 @@ def save(frame: pd.DataFrame, out: Path) -> None:
 
     Raises:
         ValueError: pyarrow is missing.
+        OSError: It can't be written; what was there stays.
     """
-    _with_pyarrow(lambda: frame.to_parquet(out / RESULTS, index=False))
+    _with_pyarrow(
+        lambda: atomically(out / RESULTS, lambda path: frame.to_parquet(path, index=False))
+    )
 
 
 def load(out: Path) -> pd.DataFrame:

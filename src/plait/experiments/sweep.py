@@ -21,7 +21,7 @@ from typing import Any
 
 from plait.config import Config, Machine, TopologySettings, names_of
 from plait.engines.job import MATERIAL
-from plait.experiments.cell_state import in_turns
+from plait.experiments.cell_state import in_turns, state
 from plait.experiments.comparison import entries_at, seeds_of
 from plait.experiments.grid_file import read_grid
 from plait.experiments.plan import KEPT, Cell, Plan, as_given, reported_cell, slug, tuning_cells
@@ -67,12 +67,16 @@ class Sweep:
         )
 
     def rates(self, plan: Plan) -> dict[str, float]:
-        """What the searches of a comparison have found; methods that found nothing are left out."""
+        """What the searches of a comparison have found.
+
+        Left out are methods that found nothing, or of whose search a run failed: with it another
+        rate may be the best.
+        """
         searches = {method: self.tuning_cells(plan, method) for method in plan.searched}
         return {
             method: best_rate(method, cells)
             for method, cells in searches.items()
-            if qualities(cells)
+            if qualities(cells) and not any(state(cell)[0] == "failed" for cell in cells)
         }
 
     def lost(self, plan: Plan) -> list[str]:
@@ -157,7 +161,7 @@ def effective(config: Config, base: Config) -> Config:
 def _unused(config: Config, base: Config) -> tuple[str, ...]:
     """The settings that make no difference, among those that a method or a topology may ignore."""
     method, rounds, clients = build_method(config), range(config.rounds), config.clients
-    unused = []
+    unused = ["glue_dir"]
     for name in ("switch_every", "switch_scale"):
         other = build_method(dataclasses.replace(config, **{name: getattr(base, name)}))
         if all(method.plan(t, clients) == other.plan(t, clients) for t in rounds):
@@ -168,6 +172,7 @@ def _unused(config: Config, base: Config) -> tuple[str, ...]:
         unused += ["base_rank", "base_change"]
     silent = not any(method.share(t) for t in rounds)
     unused += [name for name in ("topology", "weights") if silent or getattr(method, name)]
+    unused += ["wire", "frozen_every"] if silent else []
     used = () if silent else ("gossip_step", *TOPOLOGIES[settled(config).topology].uses)
     unused += names_of(TopologySettings) - {"topology", "weights", *used}
     return (*unused, *(name for name, of in ONLY.items() if not of(config)))

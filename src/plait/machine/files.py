@@ -7,6 +7,7 @@ rest in any order. So what another file relies on is synced before that one gets
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -30,7 +31,23 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: It can't be written; nothing is left of it.
     """
-    _atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that plait wrote.
+
+    Raises:
+        ValueError: It isn't one any more; the message has the file.
+        OSError: It can't be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); put it back as it was.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); put it back as it was.")
+    return found
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -50,7 +67,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         except SafetensorError as error:  # a full disk, mostly
             raise OSError(f"{path} can't be written: {error}") from error
 
-    _atomically(path, save)
+    atomically(path, save)
 
 
 def sync(path: Path) -> None:
@@ -147,7 +164,12 @@ def make_folder(folder: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written beside its place, and put there when it is whole.
+
+    Raises:
+        OSError: It can't be written; nothing is left of it.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
         write(partial)

@@ -29,7 +29,7 @@ from torch import Tensor
 from plait.config import THIS_MACHINE, Config, Machine
 from plait.events import Evaluated, Started, together
 from plait.figures import taken
-from plait.machine.files import save_tensors, write_atomically
+from plait.machine.files import read_json, save_tensors, write_atomically
 from plait.methods import build_method, settled
 from plait.mixing import mean
 from plait.peers.certificates import init_federation
@@ -179,7 +179,7 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
     """Bring the peers' results together: adapters, their mean, and one summary."""
     federation = load_federation(federation_file)
     folders = [load_peer(federation_file, name).out for name in federation.names]
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    summaries = [read_json(folder / "summary.json") for folder in folders]
     adapters = out / "adapters"
     for client, folder in enumerate(folders):
         name = f"client-{client}"

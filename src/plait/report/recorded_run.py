@@ -30,7 +30,7 @@ from plait.events import (
     together,
 )
 from plait.metrics import MOST_PAIRED
-from plait.runs.run_folder import Sample, load_fingerprints, load_samples, load_summary
+from plait.runs.run_folder import Sample, load_config, load_fingerprints, load_samples, load_summary
 
 MOST_DRAWN = MOST_PAIRED
 """Clients in the drawing of who met whom; more can't be told apart on a screen."""
@@ -87,7 +87,7 @@ class Track:
     def open(cls, path: Path) -> Track:
         """Take up a run folder; nothing of its events is read yet."""
         file = _identity(path / "config.json")
-        config = Config.from_json(json.loads((path / "config.json").read_text()))
+        config = load_config(path)
         return cls(path, config, _config_file=file)
 
     @property

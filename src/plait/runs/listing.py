@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.config import Config
+from plait.machine.files import read_json
 
 NOT_RUNS = ("adapters", "tensorboard", "wandb")
 
@@ -135,13 +136,13 @@ def _as_one(place: Path, parts: Sequence[Listed]) -> Listed:
 
 
 def _read(path: Path) -> Listed | None:
-    """None of a folder with settings that this plait doesn't know."""
+    """None of a folder with settings that this plait doesn't know, or with damaged files."""
     try:
-        config = Config.from_json(json.loads((path / "config.json").read_text()))
+        config = Config.from_json(read_json(path / "config.json"))
+        file = path / "about.json"
+        about = read_json(file) if file.is_file() else {}
     except ValueError:
         return None
-    file = path / "about.json"
-    about = json.loads(file.read_text()) if file.is_file() else {}
     done, metric = 0, ""
     score: float | None = None
     for event in _events(path / "events.jsonl"):

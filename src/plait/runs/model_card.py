@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from plait.config import Config
 from plait.events import Started
 from plait.figures import taken
+from plait.machine.files import read_json
 from plait.methods import METHODS
 from plait.model.embedded import EMBEDDED
 from plait.runs.run_folder import MADE_BY, load_config, load_events, load_summary
@@ -133,7 +133,7 @@ def _averaged(started: Started, summary: dict[str, Any]) -> EvalResult:
 
 def _facts(config: Config, run: Path, rounds: int) -> dict[str, object]:
     made_by = run / MADE_BY
-    version = json.loads(made_by.read_text())["version"] if made_by.is_file() else "unknown"
+    version = read_json(made_by).get("version") if made_by.is_file() else "unknown"
     return {
         "method": f"`{config.method}` ({METHODS[config.method](config).source or 'a control'})",
         "topology": f"`{config.topology}`",

@@ -34,7 +34,14 @@ from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
 from plait.events import Evaluated, Event, RoundDone, from_line, to_line
 from plait.lora import Stack
-from plait.machine.files import check_new, make_lasting, sync, sync_tree, write_atomically
+from plait.machine.files import (
+    check_new,
+    make_lasting,
+    read_json,
+    sync,
+    sync_tree,
+    write_atomically,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best"
@@ -58,7 +65,7 @@ def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
 
 def load_config(path: Path) -> Config:
     """The config of a run folder."""
-    return Config.from_json(json.loads((path / "config.json").read_text()))
+    return Config.from_json(read_json(path / "config.json"))
 
 
 def load_summary(path: Path) -> dict[str, Any]:
@@ -71,8 +78,7 @@ def load_summary(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds no finished run; `plait run --resume --out {path}` goes on."
         )
-    figures: dict[str, Any] = json.loads((path / "summary.json").read_text())
-    return figures
+    return read_json(path / "summary.json")
 
 
 def load_samples(path: Path) -> list[Sample]:
@@ -85,14 +91,24 @@ def load_samples(path: Path) -> list[Sample]:
 def load_fingerprints(path: Path) -> dict[str, str]:
     """What a run read; nothing of a run by an older plait."""
     file = path / FINGERPRINTS
-    found: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+    return read_json(file) if file.is_file() else {}
 
 
 def load_events(path: Path) -> list[Event]:
-    """The events recorded in a run folder; a last line that was cut short is left out."""
-    lines = (path / "events.jsonl").read_text().splitlines(keepends=True)
-    return [from_line(line) for line in lines if line.endswith("\n")]
+    """The events recorded in a run folder; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: A line is none; the message has the file and the line.
+        OSError: They can't be read.
+    """
+    file, found = path / "events.jsonl", []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                found.append(from_line(line.decode()))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{file}, line {number}, is damaged: {error!r}.") from error
+    return found
 
 
 def _readable(events_file: Path) -> Iterator[Event]:
@@ -233,7 +249,7 @@ class RunFolder:
         given = {key: value for key, value in (("name", name), ("tags", list(tags))) if value}
         if given:
             file = self.path / ABOUT
-            before = json.loads(file.read_text()) if file.is_file() else {}
+            before = read_json(file) if file.is_file() else {}
             write_atomically(file, json.dumps(before | given, indent=2) + "\n")
 
     def record(self, event: Event) -> None:

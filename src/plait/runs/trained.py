@@ -27,10 +27,10 @@ from plait.config import Config, Pooling
 from plait.data.objectives import OBJECTIVES
 from plait.data.sources import text_columns
 from plait.events import Started, from_line
-from plait.machine.files import write_atomically
+from plait.machine.files import read_json, write_atomically
 from plait.model.loading import Loaded, draws_head, load_for, resolved, source_of
 from plait.runs.model_card import model_card
-from plait.runs.run_folder import BEST
+from plait.runs.run_folder import BEST, load_config
 
 CARD = "plait.json"
 AT_ONCE = 32
@@ -78,7 +78,7 @@ class Card:
     @classmethod
     def read(cls, file: Path) -> Card:
         """The card in a file."""
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         for name in ("label_names", "text_columns"):
             values[name] = tuple(values[name])
         return cls(**values)
@@ -147,7 +147,7 @@ def _config_and_start(run: Path) -> tuple[Config, Started]:
     places = [run / "events.jsonl", *sorted(run.glob("federation/*/out/events.jsonl"))]
     events = next((place for place in places if place.is_file()), places[0])
     try:
-        config = Config.from_json(json.loads((run / "config.json").read_text()))
+        config = load_config(run)
         with events.open() as file:
             started = from_line(file.readline())
     except OSError as error:
