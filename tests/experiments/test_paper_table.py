@@ -229,6 +229,16 @@ def test_a_rate_at_the_edge_of_its_search_is_marked():
     assert r"$^\dagger$" in FORMATS["latex"]([block])
 
 
+def test_one_line_has_no_differences_and_one_column_nothing_beside_it():
+    frame = store()
+    alone = frame[(frame["label"] == "adf") & (frame["task"] == "trec")]
+    text = FORMATS["markdown"](blocks(alone))
+    assert text.count("| --- |") == 1
+    assert "significant" not in text
+    assert "columns" not in text
+    assert "There are 3 columns" in FORMATS["markdown"](blocks(frame))
+
+
 def test_nothing_reported_yet_is_said():
     frame = store().assign(kind="tuning")
     with pytest.raises(ValueError, match="no reported runs yet"):

@@ -195,13 +195,13 @@ LATEX = (
 
 
 def _grids(block: TableBlock, bold: str) -> list[Grid]:
-    """The scores, and the differences of the reference to the others."""
+    """The scores, and the differences of the reference to the others, if there are any."""
     head = [block.title, *(column.name for column in block.columns)]
     scores = [[line, *(_score(c, line, bold) for c in block.columns)] for line in block.lines]
     reference = block.columns[0].reference
     rivals = [line for line in block.lines if line != reference]
     against = [[f"{reference} - {k}", *(_difference(c, k) for c in block.columns)] for k in rivals]
-    return [[head, *scores], [["", *head[1:]], *against]]
+    return [[head, *scores], *([[["", *head[1:]], *against]] if against else [])]
 
 
 def _score(column: Column, line: str, bold: str) -> str:
@@ -222,11 +222,16 @@ def table_notes(blocks: Sequence[TableBlock]) -> list[str]:
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     found = [
         f"Mean over {seeds} seeds of the clients' mean score; ±: 95 % t interval, of differences "
-        "over pairs with the same seed.",
-        "*: significant at .05 after Holm's correction for the rivals in the column. Bold: better "
-        "than every other line, after Holm's correction for all pairs of lines in the column.",
-        f"There are {len(columns)} columns; nothing is corrected across them.",
+        "over pairs with the same seed."
     ]
+    if any(column.differences for column in columns):
+        found.append(
+            "*: significant at .05 after Holm's correction for the rivals in the column. Bold: "
+            "better than every other line, after Holm's correction for all pairs of lines in the "
+            "column."
+        )
+    if len(columns) > 1:
+        found.append(f"There are {len(columns)} columns; nothing is corrected across them.")
     if any(column.at_edge for column in columns):
         found.append(f"{EDGE}: at the edge of the rates searched; one beyond it may be better.")
     missing = [c for c in columns if any(len(v) < counts[-1] for v in c.scores.values())]
