@@ -118,7 +118,7 @@ class Evaluated:
         averaged_confusion: The same of the model with the mean factors; empty between peers.
         hits: (rows,) how many of the clients' own models were right on each row; of a language
             model that doesn't choose between options, on how many tokens, all clients together.
-            When `confusion` is there.
+            After the rounds that `confusion` is of, and not of scores.
         asked: (rows,) how many tokens of each row such a language model was asked for; else empty.
         own_scores: (N,) each client's own model on held-out rows of its own. With `--test-split
             client`, and where all rows are evaluated; else empty.
