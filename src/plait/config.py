@@ -16,8 +16,10 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from plait.machine.files import read_json
 from plait.plugins import plugin_files
 from plait.ranks import listed, read_ranks
 
@@ -386,6 +388,20 @@ class Config(
         config = cls(**{name: value for name, value in values.items() if name in names_of(cls)})
         usual = config.max_length == default_length(config.task)
         return dataclasses.replace(config, max_length=None) if usual else config
+
+    @classmethod
+    def load(cls, file: Path) -> Config:
+        """The config in a file that plait wrote.
+
+        Raises:
+            ValueError: It is damaged, or of another plait; the message has the file.
+            OSError: It can't be read.
+        """
+        values = read_json(file)
+        try:
+            return cls.from_json(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def digest(self) -> str:
         """Sixteen hex digits that are equal when and only when `decisive` is."""

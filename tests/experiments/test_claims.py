@@ -206,6 +206,25 @@ def test_a_part_that_lost_runs_counts_by_the_table(monkeypatch, tmp_path, capsys
     assert main([*args, "switching", "verify"]) == 0
 
 
+@pytest.mark.parametrize("action", ["run", "page", "verify"])
+def test_a_folder_of_another_size_is_refused(monkeypatch, tmp_path, capsys, action):
+    out = tmp_path / "out"
+    monkeypatch.setattr(workers, "Run", FakeRuns(lambda c: 0.8 + 0.001 * c.seed))
+    assert benchmarked(out) == 0
+    page = (out / "benchmark.md").read_text()
+    shutil.rmtree(out / "switching")
+    assert main(["benchmark", action, "--size", "M", "--out", str(out)]) == 1
+    assert "results.parquet is of size S: give size M a folder" in capsys.readouterr().err
+    assert (out / "benchmark.md").read_text() == page
+    assert not (out / "switching").exists()
+    pd.DataFrame({"part": ["main"]}).to_parquet(out / "results.parquet")
+    assert benchmarked(out, action) == 1
+    assert "results.parquet is no benchmark's results" in capsys.readouterr().err
+    (out / "results.parquet").write_text("x")
+    assert benchmarked(out, action) == 1
+    assert "results.parquet can't be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("file", "text"), [("summary.json", "[]"), ("summary.json", "{}"), ("failure.json", "[1")]
 )

@@ -28,14 +28,37 @@ def top(tmp_path):
 
 
 def test_runs_are_listed_by_date(top):
-    old, new = listed(top)
+    (old, new), unread = listed(top)
     assert (old.path.name, old.state, old.rounds_done) == ("old", "finished", 6)
     assert old.score == pytest.approx(0.8)
     assert (new.path.name, new.state, new.rounds_done) == ("new", "begun", 2)
+    assert [line.partition(":")[0] for line in unread] == [str(top / "other" / "config.json")]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", "{", "is damaged"),
+        ("config.json", '{"lr": "fast"}', "config.json"),
+        ("about.json", "[]", "is damaged"),
+        ("events.jsonl", "x\n", "is damaged"),
+        ("events.jsonl", "[]\n", "is damaged"),
+        ("events.jsonl", '{"event": "RoundDone", "round": x\n', "is damaged"),
+        ("events.jsonl", '{"event": "Evaluated"}\n', "is damaged"),
+    ],
+)
+def test_a_folder_that_cant_be_read_is_named(top, capsys, file, text, said):
+    (top / "deep" / "old" / file).write_text(text)
+    assert main(["runs", str(top)]) == 0
+    shown = capsys.readouterr().out
+    assert "deep/old " not in shown
+    (line,) = (one for one in shown.splitlines() if str(top / "deep" / "old" / file) in one)
+    assert line.startswith("not listed: ")
+    assert said in line
 
 
 def test_runs_are_filtered_by_settings_and_state(top):
-    runs = listed(top)
+    runs, _ = listed(top)
     assert chosen(runs, ["method=ffa", "lr=5e-1"]) == runs[1:]
     assert chosen(runs, ["state=finished"]) == runs[:1]
     with pytest.raises(ValueError, match="give setting=value"):
@@ -48,7 +71,7 @@ def test_runs_are_found_by_name_and_tags(top, capsys, monkeypatch):
     folder.describe("baseline", ["old"])
     folder.describe("", ["paper", "small"])  # what is given again takes the place of what was
     folder.describe("", [])
-    runs = listed(top)
+    runs, _ = listed(top)
     assert [(one.name, one.tags) for one in runs] == [("", ()), ("baseline", ("paper", "small"))]
     assert chosen(runs, ["name=baseline"]) == chosen(runs, ["tag=small"]) == runs[1:]
     assert chosen(runs, ["tag=old"]) == []
@@ -63,14 +86,14 @@ def test_the_peers_of_a_federation_are_one_run(tmp_path):
         go_on = begin_run(federation / name / "out", own)
         for _ in range(events):
             go_on()
-    assert len(listed(tmp_path)) == 2, "no federation.toml"
+    assert len(listed(tmp_path)[0]) == 2, "no federation.toml"
     (federation / "federation.toml").touch()
-    (one,) = listed(tmp_path)
+    ((one,), _) = listed(tmp_path)
     assert (one.path, one.rounds_done, one.state) == (tmp_path / "trial", 1, "begun")
     write_run(federation / "cai" / "out", dataclasses.replace(CONFIG, seed=2))
-    (one,) = listed(federation)
+    ((one,), _) = listed(federation)
     assert (one.path, one.rounds_done) == (federation, 1)
-    ada, ben, cai = (listed(federation / name)[0] for name in ("ada", "ben", "cai"))
+    ada, ben, cai = (listed(federation / name)[0][0] for name in ("ada", "ben", "cai"))
     assert one.score == pytest.approx((ada.score + ben.score + cai.score) / 3)
 
 

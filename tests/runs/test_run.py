@@ -98,7 +98,7 @@ def test_what_is_saved_is_the_run_as_if_in_a_folder_from_the_start(tmp_path, fol
     run = Run(CONFIG, tmp_path / "first" if folder else None, tags=("mine",))
     events = list(run)
     run.save(tmp_path / "saved")
-    assert all(one.tags == ("mine",) for one in listed(tmp_path))
+    assert all(one.tags == ("mine",) for one in listed(tmp_path)[0])
     assert load_run(tmp_path / "saved") == (CONFIG, events, run.summary)
     longer = dataclasses.replace(CONFIG, rounds=6)
     list(Run(longer, tmp_path / "saved", resume=True))

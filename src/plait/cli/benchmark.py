@@ -76,7 +76,7 @@ def _page(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
     from plait.machine.files import write_atomically
     from plait.report import benchmark_page as page
 
-    frame = suite.collect(found, out)
+    frame = suite.collect(found, given.size, out)
     judged = claims.judged(frame)
     draws = installed("matplotlib")
     if draws:
@@ -93,7 +93,7 @@ def _page(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
 def _verify(given: Benchmark, out: Path, found: dict[str, Sweep]) -> int:
     from plait.experiments.benchmark import faults
 
-    wrong = faults(found, out)
+    wrong = faults(found, given.size, out)
     for line in wrong:
         print(line)
     print(f"{out}: {len(wrong)} faults" if wrong else f"{out}: all runs are as they should be")

@@ -52,11 +52,14 @@ def runs(args: list[str]) -> None:
     from plait.runs.listing import chosen, listed
 
     key = lookup(SORTS, given.sort, "column to sort by")
-    found = sorted(chosen(listed(given.dir), parts(given.filter)), key=key)
+    there, unread = listed(given.dir)
+    found = sorted(chosen(there, parts(given.filter)), key=key)
     rows = [_row(one, given.dir) for one in found]
     head = ("run", "name", "tags", "task", "method", "seed", "rounds", "score", "state", "date")
     shown = [key for key in head if key not in ("name", "tags") or any(row[key] for row in rows)]
     print_table(shown, [[row[key] for key in shown] for row in rows])
+    for reason in unread:
+        print(f"not listed: {reason}")
 
 
 def _row(one: Listed, top: Path) -> dict[str, str]:

@@ -57,7 +57,8 @@ def parts_of(
         glue_dir: The setting of this name.
 
     Raises:
-        ValueError: There is no such part, or a bound on seeds that nothing adds.
+        ValueError: There is no such part, a bound on seeds that nothing adds, or the folder's
+            results are of another size.
         OSError: A file can't be read.
     """
     if at_most is not None and (until is None or at_most < 1):
@@ -65,6 +66,7 @@ def parts_of(
     files = {file.stem: file for file in sorted((SUITES / size).glob("*.toml"))}
     if unknown := [name for name in only if name not in files]:
         raise ValueError(f"Size {size} has no part {unknown[0]!r}; there are: {', '.join(files)}.")
+    _recorded(size, out)
     given = {"until": until, "at_most": at_most}
     changes = {name: value for name, value in given.items() if value is not None}
     return {
@@ -84,27 +86,41 @@ def _changed(sweep: Sweep, changes: Mapping[str, Any], glue_dir: str | None) -> 
     return dataclasses.replace(sweep, config=at(sweep.config), plans=plans)
 
 
-def collect(parts: dict[str, Sweep], out: Path | None = None) -> pd.DataFrame:
+def _recorded(size: str, out: Path) -> pd.DataFrame | None:
+    """The rows that the folder's results have, of parts that were run elsewhere, too."""
+    if not (out / results.RESULTS).is_file():
+        return None
+    rows = results.load(out)
+    sizes = set(rows["size"]) if {"size", "part", "state"} <= set(rows.columns) else set()
+    if sizes == {size}:
+        return rows
+    what = f"of size {', '.join(sorted(sizes))}" if sizes else "no benchmark's results"
+    raise ValueError(
+        f"{out / results.RESULTS} is {what}: give size {size} a folder of its own (--out)."
+    )
+
+
+def collect(parts: dict[str, Sweep], size: str, out: Path | None = None) -> pd.DataFrame:
     """The rows of all parts, as `results.collect` has them, and what a page needs besides.
 
-    Columns: those of `results.collect` but `glue_dir`, a path; `part`; `CURVES`; `processor`, which
-    carried the run out; `hits`, of a reported run what each test row adds to the sum of its
-    clients' scores: how many were right there.
+    Columns: those of `results.collect` but `glue_dir`, a path; `size`; `part`; `CURVES`;
+    `processor`, which carried the run out; `hits`, of a reported run what each test row adds to the
+    sum of its clients' scores: how many were right there.
 
     Args:
         parts: The parts.
+        size: One of `SIZES`, that of the parts.
         out: The folder of the benchmark: what its results have of a part is kept if there is no
             folder of it, or one with fewer finished runs.
     """
     import pandas as pd
 
-    frames = {
-        name: _with_events(results.collect(one).drop(columns="glue_dir").assign(part=name), one.out)
-        for name, one in parts.items()
-        if one.out.is_dir() or out is None
-    }
-    if out is not None and (out / results.RESULTS).is_file():
-        known = results.load(out)
+    frames = {}
+    for name, one in parts.items():
+        if one.out.is_dir() or out is None:
+            rows = results.collect(one).drop(columns="glue_dir").assign(size=size, part=name)
+            frames[name] = _with_events(rows, one.out)
+    if out is not None and (known := _recorded(size, out)) is not None:
         for name in known["part"].unique():
             before = known[known["part"] == name]
             if name not in frames or _finished(before) > _finished(frames[name]):
@@ -143,7 +159,7 @@ def weighted_hits(end: Evaluated) -> list[float]:
     return [float(hits / tokens) for hits in end.hits]
 
 
-def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
+def faults(parts: dict[str, Sweep], size: str, out: Path) -> list[str]:
     """What doesn't agree in a benchmark's folder, a line each: for one who is given it.
 
     Every run that the files ask for is there with its own settings and as many rounds, its summary
@@ -158,7 +174,7 @@ def faults(parts: dict[str, Sweep], out: Path) -> list[str]:
     if found:
         return found
     with TemporaryDirectory() as scratch:  # a file has types of its own
-        results.save(collect(parts), Path(scratch))
+        results.save(collect(parts, size), Path(scratch))
         here, there = (_comparable(results.load(one), parts) for one in (Path(scratch), out))
     return [] if here.equals(there) else [f"{out / results.RESULTS}: isn't what the runs say"]
 

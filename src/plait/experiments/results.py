@@ -129,13 +129,16 @@ def load(out: Path) -> pd.DataFrame:
     """The rows of a sweep's folder.
 
     Raises:
-        ValueError: It has none, or pyarrow is missing.
+        ValueError: It has none, one that can't be read, or pyarrow is missing.
     """
     import pandas as pd
 
     if not (out / RESULTS).is_file():
         raise ValueError(f"{out} has no {RESULTS}; `plait sweep FILE --out {out}` makes it.")
-    frame: pd.DataFrame = _with_pyarrow(lambda: pd.read_parquet(out / RESULTS))
+    try:
+        frame: pd.DataFrame = _with_pyarrow(lambda: pd.read_parquet(out / RESULTS))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{out / RESULTS} can't be read: {error}") from error
     return frame
 
 

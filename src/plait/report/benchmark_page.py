@@ -95,7 +95,9 @@ def _tables(frame: pd.DataFrame) -> list[list[str]]:
         base = ", ".join(f"{task} {score:.3f}" for task, score in before.items())
         there = (rows["kind"] == "reported").any()
         table = (
-            as_markdown(blocks(rows.drop(columns="part"))).strip() if there else "No rate ended."
+            as_markdown(blocks(rows.drop(columns=["size", "part"]))).strip()
+            if there
+            else "No rate ended."
         )
         found.append([f"### {part}", f"Before training: {base}.", table])
     return found

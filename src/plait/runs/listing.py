@@ -50,20 +50,26 @@ OTHERS: dict[str, Callable[[Listed], str | tuple[str, ...]]] = {
 """What runs can be chosen by beside their settings."""
 
 
-def listed(top: Path) -> list[Listed]:
+def listed(top: Path) -> tuple[list[Listed], list[str]]:
     """The run folders in and below a folder, the latest last; a federation's peers are one run.
 
+    Returns:
+        The runs; and of folders whose files can't be read, why not.
+
     Raises:
-        ValueError: There is none.
+        ValueError: There is neither.
     """
     runs: dict[Path, list[Listed]] = {}
+    unread = []
     for path in _folders(top):
-        if one := _read(path):
-            runs.setdefault(_place(path, top), []).append(one)
-    found = sorted(map(_as_one, runs, runs.values()), key=lambda one: one.changed_s)
-    if not found:
+        try:
+            runs.setdefault(_place(path, top), []).append(_read(path))
+        except ValueError as error:
+            unread.append(str(error))
+    found = [_as_one(place, parts) for place, parts in runs.items() if parts]
+    if not found and not unread:
         raise ValueError(f"There is no run in {top}; `plait run --out` makes one.")
-    return found
+    return sorted(found, key=lambda one: one.changed_s), unread
 
 
 def chosen(runs: Iterable[Listed], filters: Sequence[str]) -> list[Listed]:
@@ -135,22 +141,25 @@ def _as_one(place: Path, parts: Sequence[Listed]) -> Listed:
     )
 
 
-def _read(path: Path) -> Listed | None:
-    """None of a folder with settings that this plait doesn't know, or with damaged files."""
-    try:
-        config = Config.from_json(read_json(path / "config.json"))
-        file = path / "about.json"
-        about = read_json(file) if file.is_file() else {}
-    except ValueError:
-        return None
+def _read(path: Path) -> Listed:
+    """A run folder.
+
+    Raises:
+        ValueError: Its files are damaged, or of a later plait; the message has the file.
+    """
+    config, about = Config.load(path / "config.json"), path / "about.json"
+    named = read_json(about) if about.is_file() else {}
     done, metric = 0, ""
     score: float | None = None
-    for event in _events(path / "events.jsonl"):
-        metric = event.get("metric", metric)
-        if event["event"] == "RoundDone":
-            done = event["round"] + 1
-        elif event["event"] == "Evaluated":
-            score = sum(event["scores"]) / len(event["scores"])
+    try:
+        for event in _events(path / "events.jsonl"):
+            metric = event.get("metric", metric)
+            if event["event"] == "RoundDone":
+                done = event["round"] + 1
+            elif event["event"] == "Evaluated":
+                score = sum(event["scores"]) / len(event["scores"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path / 'events.jsonl'} is damaged: {error!r}.") from error
     return Listed(
         path=path,
         config=config,
@@ -158,8 +167,8 @@ def _read(path: Path) -> Listed | None:
         state="finished" if (path / "summary.json").is_file() else "begun",
         metric=metric,
         score=score,
-        name=about.get("name", ""),
-        tags=tuple(about.get("tags", ())),
+        name=named.get("name", ""),
+        tags=tuple(named.get("tags", ())),
         changed_s=(path / "events.jsonl").stat().st_mtime,
     )
 

@@ -65,7 +65,7 @@ def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
 
 def load_config(path: Path) -> Config:
     """The config of a run folder."""
-    return Config.from_json(read_json(path / "config.json"))
+    return Config.load(path / "config.json")
 
 
 def load_summary(path: Path) -> dict[str, Any]:
