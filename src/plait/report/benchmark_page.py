@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plait.config import Config
 from plait.experiments.claims import MARGIN, Finding
 from plait.experiments.paper_table import as_markdown, blocks
 from plait.markdown import markdown_table
+from plait.topology import TOPOLOGIES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +28,13 @@ beyond the grid where its edge was the best. Where seeds were added until interv
 enough, interval and test are Stein's, of the first seeds' spread. *Rows too* is the bootstrap
 interval over seeds and test rows both; *d* the mean difference in standard deviations over seeds.
 Figures in the claims are as others report them."""
+
+
+SHOWN = (
+    "backbone", "clients", "label_skew", "topology", "rounds", "local_steps", "batch_size",
+    "max_length", "rank",
+)  # fmt: skip
+"""Settings that the page names for each part, at their defaults, too."""
 
 
 def benchmark_page(size: str, frame: pd.DataFrame, found: Sequence[Finding], picture: bool) -> str:
@@ -99,8 +109,26 @@ def _tables(frame: pd.DataFrame) -> list[list[str]]:
             if there
             else "No rate ended."
         )
-        found.append([f"### {part}", f"Before training: {base}.", table])
+        what = f"Settings: {', '.join(_settings(rows))}. Before training: {base}."
+        found.append([f"### {part}", what, table])
     return found
+
+
+def _settings(rows: pd.DataFrame) -> list[str]:
+    """The settings that all reported runs of a part share: `SHOWN`, what their topology uses, and
+    what isn't at its default."""
+    reported = rows[rows["kind"] == "reported"]
+    used = {name for topology in set(reported["topology"]) for name in TOPOLOGIES[topology].uses}
+    shared = []
+    for field in dataclasses.fields(Config):
+        values = set(reported[field.name].dropna()) if field.name in reported else set()
+        if len(values) != 1 or field.name in ("seed", "lr"):
+            continue
+        (value,) = values
+        if value != field.default or field.name in (*SHOWN, *used):
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            shared.append(f"`{field.name}` {text}")
+    return shared
 
 
 def _cost(frame: pd.DataFrame) -> str:
