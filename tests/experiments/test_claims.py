@@ -158,6 +158,9 @@ def test_a_benchmark_runs_and_ends_with_its_page(monkeypatch, tmp_path, capsys):
     page = (out / "benchmark.md").read_text()
     assert "| switching-5-over-1 |" in page
     assert "### switching-5-over-1: holds" in page
+    assert "`rounds` 20, `task` trec, `max_length` 12, `clients` 5," in page
+    assert "`topology` pairs, `p` 0.1" in page
+    assert "`switch_every`" not in page.partition("## The tables")[2]  # it is the axis
     assert set(load(out)["part"]) == {"switching"}
     assert "switching-5-over-1 holds" in capsys.readouterr().out
     before = len(runs.started)

@@ -116,7 +116,8 @@ def _tables(frame: pd.DataFrame) -> list[list[str]]:
 
 def _settings(rows: pd.DataFrame) -> list[str]:
     """The settings that all reported runs of a part share: `SHOWN`, what their topology uses, and
-    what isn't at its default."""
+    what isn't at its default.
+    """
     reported = rows[rows["kind"] == "reported"]
     used = {name for topology in set(reported["topology"]) for name in TOPOLOGIES[topology].uses}
     shared = []
