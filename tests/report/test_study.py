@@ -79,6 +79,17 @@ def test_a_label_says_what_differs_from_most_of_the_runs_alone(tmp_path):
     assert list(counted(tmp_path)) == ["adf", "ffa", "adf, lr 0.1, clip norm None", "dec-lora"]
 
 
+def test_a_finished_run_with_a_damaged_file_is_left_out_and_named(tmp_path):
+    whole, cut, bad = (write_run(tmp_path / name) for name in ("whole", "cut", "bad"))
+    events = cut / "events.jsonl"
+    events.write_bytes(events.read_bytes()[:-9])
+    (bad / "summary.json").write_text("{")
+    (study,) = read_studies([whole, cut, bad])
+    assert [track.path for _, track in study.tracks] == [whole]
+    assert any(f"{events} is damaged" in line for line in study.remarks)
+    assert any(f"{bad / 'summary.json'} is damaged" in line for line in study.remarks)
+
+
 def test_a_folder_that_has_another_run_by_now_is_read_anew(tmp_path):
     run, known = write_run(tmp_path / "run"), {}
     find_studies([run], known)

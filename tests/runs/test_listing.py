@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,28 @@ def test_a_folder_that_cant_be_read_is_named(top, capsys, file, text, said):
     (line,) = (one for one in shown.splitlines() if str(top / "deep" / "old" / file) in one)
     assert line.startswith("not listed: ")
     assert said in line
+
+
+def ends_early(run: Path, keep: float) -> None:
+    """Cut a run's events off: amid a line, or behind one."""
+    events = run / "events.jsonl"
+    there = events.read_bytes()
+    cut = there[: int(keep * len(there))]
+    events.write_bytes(cut if keep else there[: there.rindex(b"\n", 0, -1) + 1])
+
+
+@pytest.mark.parametrize("keep", [0, 0.001, 0.5, 0.999])
+def test_a_finished_run_whose_events_end_early_is_not_listed(top, keep):
+    ends_early(top / "deep" / "old", keep)
+    (new,), unread = listed(top)
+    assert new.path.name == "new"
+    (line,) = (one for one in unread if str(top / "deep" / "old" / "events.jsonl") in one)
+    assert ("its last line is cut off" if keep else "ends with another score") in line
+
+
+def test_a_run_that_goes_on_with_a_line_half_written_is_listed(top):
+    ends_early(top / "new", 0.999)
+    assert listed(top)[0][1].path.name == "new"
 
 
 def test_runs_are_filtered_by_settings_and_state(top):

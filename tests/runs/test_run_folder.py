@@ -192,3 +192,16 @@ def test_a_damaged_file_is_named(tmp_path, read, file):
         place.write_text(f"{text}\n")
         with pytest.raises(ValueError, match=f"{place}.* is damaged"):
             read(tmp_path / "run")
+
+
+def test_a_finished_run_whose_events_end_early_is_refused(tmp_path):
+    list(Run(CONFIG, tmp_path / "run"))
+    events = tmp_path / "run" / "events.jsonl"
+    events.write_bytes(events.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{events} is damaged"):
+        load_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"{events} is damaged"):
+        list(Run(CONFIG, tmp_path / "run", resume=True))
+    events.write_text("")
+    with pytest.raises(ValueError, match=f"{events} is damaged"):
+        export(tmp_path / "run", 0, tmp_path / "adapter")

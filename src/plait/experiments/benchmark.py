@@ -30,7 +30,7 @@ from plait.experiments.plan import Cell
 from plait.experiments.sweep import Sweep, load_sweep
 from plait.figures import summarize
 from plait.machine.files import read_json
-from plait.runs.run_folder import MADE_BY, load_config, load_events, load_summary
+from plait.runs.run_folder import MADE_BY, load_config, load_events, load_finished, load_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +142,7 @@ def _with_events(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
     empty: dict[str, Any] = dict.fromkeys([*CURVES, "hits", "processor"])
     known: dict[str, dict[str, Any]] = {}
     for folder in frame.loc[frame["state"] == "finished", "folder"].unique():
-        events = load_events(out / folder)
+        events = load_finished(out / folder)
         end = next(one for one in reversed(events) if isinstance(one, Evaluated))
         made_by = read_json(out / folder / MADE_BY)
         known[folder] = curve_figures(events) | {

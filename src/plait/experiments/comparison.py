@@ -28,7 +28,7 @@ from plait.experiments.rate_search import best_rate, is_at_edge, searched_cells
 from plait.experiments.significance import Difference, Estimate, differences, estimate, seeds_needed
 from plait.methods import build_method
 from plait.runs.loggers import require
-from plait.runs.run_folder import load_events, load_summary
+from plait.runs.run_folder import load_finished, load_summary
 
 SHOWN = (
     "accuracy_client_min", "accuracy_averaged_model", "loss_client_mean", "perplexity_client_mean",
@@ -51,7 +51,7 @@ class Outcome:
     @cached_property
     def events(self) -> list[list[Event]]:
         """What each run said."""
-        return [load_events(folder) for folder in self.folders]
+        return [load_finished(folder) for folder in self.folders]
 
     def values(self, key: str) -> list[float]:
         """One figure of every seed's summary."""

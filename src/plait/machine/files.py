@@ -44,10 +44,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); put it back as it was.") from error
+        raise damaged(path, error) from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (it holds no object); put it back as it was.")
+        raise damaged(path, "it holds no object")
     return found
+
+
+def damaged(path: Path, why: object) -> ValueError:
+    """What to raise of a file that plait wrote, and that isn't any more what it was."""
+    return ValueError(f"{path} is damaged ({why}); put it back as it was.")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -34,7 +34,7 @@ from plait.methods import build_method, settled
 from plait.mixing import mean
 from plait.peers.certificates import init_federation
 from plait.peers.federation import Limits, load_federation, load_peer
-from plait.runs.run_folder import load_events
+from plait.runs.run_folder import load_finished
 from plait.runs.samples import write_samples
 from plait.site_mixing import mean_pair
 from plait.topology import build_schedule
@@ -186,7 +186,7 @@ def merge(federation_file: Path, out: Path) -> dict[str, Any]:
         shutil.copytree(folder / "adapters" / name, adapters / name)
     average_adapters(adapters, federation.config)
     write_atomically(out / "config.json", json.dumps(federation.config.to_json(), indent=2) + "\n")
-    said = [load_events(folder) for folder in folders]
+    said = [load_finished(folder) for folder in folders]
     ends = [[one for one in events if isinstance(one, Evaluated)][-1] for events in said]
     nobody_has: dict[str, Any] = {
         "averaged_score": math.nan,

@@ -32,6 +32,7 @@ from plait.experiments.significance import Difference, differences
 from plait.peers.federation import in_common
 from plait.report.recorded_run import JoinedPeers, Track
 from plait.report.series import Said
+from plait.runs.listing import check_events
 
 Read = TypeVar("Read")
 
@@ -202,19 +203,23 @@ def _is_run(path: Path) -> bool:
 def _track(path: Path, known: dict[Path, Track]) -> Track:
     if path not in known or known[path].is_outdated:
         known[path] = Track.open(path)
-    return known[path]
+    track = known[path]
+    finished = track.finished  # asked first: it is written last
+    track.read()
+    if finished and not track.unread_lines:
+        check_events(path, track.evaluations[-1].scores if track.evaluations else [])
+    return track
 
 
 def _readable(paths: Iterable[Path], known: dict[Path, Track], unread: list[str]) -> list[Track]:
     """The runs in folders; what of them this plait can't read is said in `unread`."""
     tracks = _each_read(lambda path: _track(path, known), paths, unread)
-    for track in tracks:
-        track.read()
-        if track.unread_lines:
-            unread.append(
-                f"Of {track.path}/events.jsonl {track.unread_lines} of the lines can't be read "
-                "here and are left out."
-            )
+    unread += [
+        f"Of {track.path}/events.jsonl {track.unread_lines} of the lines can't be read here and "
+        "are left out."
+        for track in tracks
+        if track.unread_lines
+    ]
     return tracks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.config import Config
-from plait.machine.files import read_json
+from plait.machine.files import damaged, read_json
 
 NOT_RUNS = ("adapters", "tensorboard", "wandb")
 
@@ -149,28 +150,61 @@ def _read(path: Path) -> Listed:
     """
     config, about = Config.load(path / "config.json"), path / "about.json"
     named = read_json(about) if about.is_file() else {}
+    finished = (path / "summary.json").is_file()  # asked first: it is written last
     done, metric = 0, ""
-    score: float | None = None
+    scores: list[float] = []
     try:
         for event in _events(path / "events.jsonl"):
             metric = event.get("metric", metric)
             if event["event"] == "RoundDone":
                 done = event["round"] + 1
             elif event["event"] == "Evaluated":
-                score = sum(event["scores"]) / len(event["scores"])
+                scores = event["scores"]
+        score = sum(scores) / len(scores) if scores else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path / 'events.jsonl'} is damaged: {error!r}.") from error
+        raise damaged(path / "events.jsonl", f"{type(error).__name__}: {error}") from error
+    if finished:
+        check_events(path, scores)
     return Listed(
         path=path,
         config=config,
         rounds_done=done,
-        state="finished" if (path / "summary.json").is_file() else "begun",
+        state="finished" if finished else "begun",
         metric=metric,
         score=score,
         name=named.get("name", ""),
         tags=tuple(named.get("tags", ())),
         changed_s=(path / "events.jsonl").stat().st_mtime,
     )
+
+
+def check_events(path: Path, scores: Sequence[float]) -> None:
+    """Refuse a finished run whose events don't go to its end.
+
+    Args:
+        path: Its folder.
+        scores: (clients,) those of the last evaluation that its events have; empty if none.
+
+    Raises:
+        ValueError: They end amid a line or with another score than `summary.json`, or that is
+            damaged; the message has the file.
+    """
+    events, summary = path / "events.jsonl", read_json(path / "summary.json")
+    if _last_byte(events) != b"\n":
+        raise damaged(events, "its last line is cut off")
+    own = summary.get("accuracy_client_mean", summary.get("accuracy"))  # a peer's is its own
+    if own is not None and not (scores and _same(own, sum(scores) / len(scores))):
+        raise damaged(events, "it ends with another score than summary.json")
+
+
+def _last_byte(file: Path) -> bytes:
+    with file.open("rb") as there:
+        there.seek(max(0, file.stat().st_size - 1))
+        return there.read(1)
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9) or (math.isnan(a) and math.isnan(b))
 
 
 def _events(file: Path) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from plait.figures import taken
 from plait.machine.files import read_json
 from plait.methods import METHODS
 from plait.model.embedded import EMBEDDED
-from plait.runs.run_folder import MADE_BY, load_config, load_events, load_summary
+from plait.runs.run_folder import MADE_BY, load_config, load_finished, load_summary
 
 TEXT = """
 # {name}
@@ -76,7 +76,7 @@ def model_card(run: Path, started: Started, whose: str, folder: str, best: bool 
     rounds = summary.get("rounds_done", config.rounds)
     if best:
         rounds = summary["best_round"] + 1
-        summary |= taken([one for one in load_events(run) if getattr(one, "round", -1) < rounds])
+        summary |= taken([one for one in load_finished(run) if getattr(one, "round", -1) < rounds])
     averaged = whose == "mean" and "accuracy_averaged_model" in summary
     data = ModelCardData(
         model_name=folder,

@@ -28,7 +28,7 @@ from plait.machine.files import held, make_lasting
 from plait.model.loading import Loaded, load_for
 from plait.runs.answers import answer
 from plait.runs.made_by import made_by
-from plait.runs.run_folder import RunFolder, load_events, load_summary
+from plait.runs.run_folder import RunFolder, load_finished, load_summary
 from plait.runs.samples import write_samples
 from plait.runs.trained import Client, Prediction, Text, predict
 
@@ -134,7 +134,7 @@ class Run(Iterator[Event]):
             folder.check(self.fingerprints)
         if folder and folder.finished(config):
             folder.describe(self._name, self._tags)
-            yield from load_events(folder.path)
+            yield from load_finished(folder.path)
             return
         with self._open(config, self.machine) as engine, ExitStack() as until_end:
             self._engine = engine

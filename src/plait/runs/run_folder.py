@@ -32,16 +32,18 @@ from torch import Tensor
 
 from plait.config import Config
 from plait.engines.checkpoint import load_rows, rounds_done, save_stack
-from plait.events import Evaluated, Event, RoundDone, from_line, to_line
+from plait.events import Evaluated, Event, RoundDone, Started, from_line, to_line
 from plait.lora import Stack
 from plait.machine.files import (
     check_new,
+    damaged,
     make_lasting,
     read_json,
     sync,
     sync_tree,
     write_atomically,
 )
+from plait.runs.listing import check_events
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best"
@@ -56,11 +58,11 @@ def load_run(path: Path | str) -> tuple[Config, list[Event], dict[str, Any]]:
     """The config, events and summary of a finished run.
 
     Raises:
-        ValueError: The folder holds no finished run.
+        ValueError: The folder holds no finished run, or one whose files are damaged.
     """
     path = Path(path)
     summary = load_summary(path)
-    return load_config(path), load_events(path), summary
+    return load_config(path), load_finished(path), summary
 
 
 def load_config(path: Path) -> Config:
@@ -107,8 +109,38 @@ def load_events(path: Path) -> list[Event]:
             try:
                 found.append(from_line(line.decode()))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{file}, line {number}, is damaged: {error!r}.") from error
+                raise damaged(file, f"line {number}: {type(error).__name__}: {error}") from error
     return found
+
+
+def load_finished(path: Path) -> list[Event]:
+    """The events of a finished run, all of them.
+
+    Raises:
+        ValueError: A line is none, or some are missing; the message has the file.
+        OSError: They can't be read.
+    """
+    events = load_events(path)
+    judged = [event for event in events if isinstance(event, Evaluated)]
+    check_events(path, judged[-1].scores if judged else [])
+    return events
+
+
+def load_start(events_file: Path) -> Started:
+    """The first event of a run.
+
+    Raises:
+        ValueError: It can't be read; the message has the file.
+        OSError: There is no such file.
+    """
+    with events_file.open("rb") as file:
+        try:
+            started = from_line(file.readline().decode())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise damaged(events_file, f"{type(error).__name__}: {error}") from error
+    if not isinstance(started, Started):
+        raise damaged(events_file, "it doesn't begin with a start")
+    return started
 
 
 def _readable(events_file: Path) -> Iterator[Event]:

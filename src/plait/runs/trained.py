@@ -26,11 +26,11 @@ from peft import PeftModel
 from plait.config import Config, Pooling
 from plait.data.objectives import OBJECTIVES
 from plait.data.sources import text_columns
-from plait.events import Started, from_line
+from plait.events import Started
 from plait.machine.files import read_json, write_atomically
 from plait.model.loading import Loaded, draws_head, load_for, resolved, source_of
 from plait.runs.model_card import model_card
-from plait.runs.run_folder import BEST, load_config
+from plait.runs.run_folder import BEST, load_config, load_start
 
 CARD = "plait.json"
 AT_ONCE = 32
@@ -147,13 +147,9 @@ def _config_and_start(run: Path) -> tuple[Config, Started]:
     places = [run / "events.jsonl", *sorted(run.glob("federation/*/out/events.jsonl"))]
     events = next((place for place in places if place.is_file()), places[0])
     try:
-        config = load_config(run)
-        with events.open() as file:
-            started = from_line(file.readline())
+        return load_config(run), load_start(events)
     except OSError as error:
         raise ValueError(f"{run} is not a run folder: {error.filename} is missing.") from error
-    assert isinstance(started, Started)
-    return config, started
 
 
 def _tokenizer(folder: Path) -> Any:
