@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from plait.factors import NOTE, VALUE, A, B, Factor
 from plait.later import torch
 from plait.lora import Layout, State
 from plait.machine.devices import exact
+from plait.machine.file_cache import kept
 from plait.mixing import Mix, average
 from plait.screening import Slots
 from plait.topology import build_schedule
@@ -40,7 +40,7 @@ def active_of_note(note: Sequence[float]) -> Factor:
     return A if round(note[0]) % 2 else B
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def epochs(config: Config) -> tuple[range, ...]:
     """The epochs of a run, each as its rounds; the last one may not come to its end.
 
@@ -60,7 +60,7 @@ def epochs(config: Config) -> tuple[range, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _place(config: Config) -> tuple[tuple[bool, bool, int], ...]:
     """Of each round: whether it is the first of its epoch, or the last, and the epochs before."""
     return tuple(

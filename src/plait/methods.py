@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from plait.factors import AB, BASE, NONE, NOTE, VALUE, A, B, Factor, public
 from plait.later import Tensor
 from plait.lookup import lookup
 from plait.lora import initial_A
+from plait.machine.file_cache import kept
 from plait.mixing import AVERAGE, Mix, build_mix, each_factor, each_site, restored, taken
 from plait.mixing_matrix import Matrix
 from plait.optimizers import ADAMW, Optimizer
@@ -178,13 +178,13 @@ def interval_of(config: Config) -> int:
     return max(1, round(config.switch_scale / math.sqrt(gap))) if gap > 0 else config.rounds
 
 
-@lru_cache(maxsize=256)
+@kept(256)
 def _gap(config: Config) -> float:
     """1 - rho; the last digits may differ from machine to machine."""
     return 1 - round(rho_of(config), 9)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def walk(config: Config) -> tuple[int, ...]:
     """Who holds the model in each round, and after the last.
 

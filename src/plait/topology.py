@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from plait.base_graph import base_turns
 from plait.config import Config
 from plait.graphs import Graphs, one_peer_period
 from plait.lookup import lookup
+from plait.machine.file_cache import kept
 from plait.mixing_matrix import WEIGHTS, Matrix
 from plait.rng import stream
 
@@ -337,7 +338,7 @@ def rho_of(config: Config) -> float:
     )
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def exact_after(config: Config, start: int = 0) -> int | None:
     """Rounds from `start` on after which all clients have the exact average of before.
 

@@ -69,7 +69,6 @@ CHANGES = {
 @pytest.mark.parametrize("carry_out", [interrupted, lambda config, out: list(Run(config, out))])
 def test_a_run_is_not_resumed_with_other_files(config, tmp_path, monkeypatch, file, carry_out):
     carry_out(config, tmp_path / "run")
-    forget_materials()
     text, named = CHANGES[file]
     (tmp_path / file).write_text(text)
     monkeypatch.setattr("plait.runs.run.prepare", None)  # nothing is computed
@@ -79,7 +78,6 @@ def test_a_run_is_not_resumed_with_other_files(config, tmp_path, monkeypatch, fi
 
 def test_the_same_rows_in_the_same_files_are_gone_on_with(config, tmp_path):
     interrupted(config, tmp_path / "run")
-    forget_materials()
     text = (tmp_path / "train.csv").read_text()
     (tmp_path / "train.csv").write_text(text)
     events = list(Run(config, tmp_path / "run", resume=True))
@@ -162,13 +160,6 @@ def test_a_finished_run_whose_state_cant_be_read_does_not_go_further(config, tmp
 
 def contents(folder) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def forget_materials() -> None:
-    """As in a new process: data that was read is not kept."""
-    from plait.engines import job
-
-    job._shared_task.cache_clear()
 
 
 def model_hashes(weights="w", objective=LANGUAGE, tokenizer=None, **settings):

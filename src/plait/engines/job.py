@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from plait.engines.eval_schedule import EvalSchedule, eval_schedule
 from plait.events import Started
 from plait.factors import VALUE, Factor, Slot, public
 from plait.lora import Layout, Stack, State, cut, initial_stack, resized
+from plait.machine.file_cache import kept
 from plait.methods import Method, build_method, settled
 from plait.model.backbone import Backbone
 from plait.model.loading import Loaded, draws_head, load_for, load_tokenizer
@@ -369,19 +370,19 @@ MATERIAL = (
 of them where a head is drawn from it."""
 
 
-@lru_cache(maxsize=1)
+@kept(1)
 def _shared_task(config: Config) -> Task:
     """The task by name; kept for as long as its materials are."""
     return load_task(config)
 
 
-@lru_cache(maxsize=1)
+@kept(1)
 def _shared_materials(config: Config, machine: Machine) -> Materials:
     """The materials of a task by name; kept for the next run with the same ones."""
     return _materials(_shared_task(config), config, machine, stored_tokens)
 
 
-@lru_cache(maxsize=1)
+@kept(1)
 def _shared_validation(config: Config, machine: Machine) -> Materials:
     """The same with the validation split in the place of the test split."""
     shared = _shared_materials(dataclasses.replace(config, eval_split="test"), machine)
